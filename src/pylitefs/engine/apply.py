@@ -1,0 +1,416 @@
+"""Apply on a replica: transactions from the primary into the log and the live database.
+
+Every transaction is checked before anything is written: it must follow our position, its file must verify, and the
+database checksum it leads to is predicted from the checksum table and its own pages. Then the log gets it, then
+the WAL (`replica_wal`), then the position moves.
+
+A database is *active* (WAL, wal-index and locks there) while applications have it open or transactions come; idle, it
+is checkpointed and rests as one plain file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pylitefs.engine.capture import finish
+from pylitefs.engine.database import Database
+from pylitefs.engine.files import SUFFIX_OF, sync_folder, write_at
+from pylitefs.engine.ltx_log import LogEntry
+from pylitefs.engine.recovery import apply_entries
+from pylitefs.engine.replica_wal import ReplicaWal
+from pylitefs.engine.worker import Worker
+from pylitefs.errors import DatabaseBusy, FormatError, PositionMismatch
+from pylitefs.formats.ltx.checksum import page_checksum
+from pylitefs.formats.ltx.decoder import Decoder, Reader, decode
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, Trailer
+from pylitefs.ports import FileKind, Notifier, Then
+
+log = logging.getLogger("litefs.apply")
+
+_CHECKPOINT_FRAMES = 4000
+_SETTLE_S = 0.5  # checkpoint after this long without a transaction
+_REST_S = 15.0  # let go of a database that nobody uses after this long
+_REPLACE_TRIES_S = 5.0
+
+
+class Apply:
+    """Apply of all databases. On the worker, unless a method says otherwise."""
+
+    def __init__(self, worker: Worker, file_mode: int) -> None:
+        self._worker = worker
+        self._file_mode = file_mode
+        self.notifier: Notifier | None = None
+        self._own: set[str] = set()
+        self._opening: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    # -- active and at rest ------------------------------------------------------------------------------------
+
+    def before_open(self, database: Database, then: Then) -> None:
+        """An application opens the database: make it active first. FUSE thread."""
+        if database.replica is not None and database.app_handles > 0:
+            then(None)
+            return
+        with self._lock:
+            self._opening[database.name] = self._opening.get(database.name, 0) + 1
+
+        def work() -> None:
+            self.activate(database)
+
+        def done(error: BaseException | None) -> None:
+            then(error)
+            with self._lock:
+                self._opening[database.name] -= 1
+
+        self._worker.post(finish, done, work)
+
+    def activate(self, database: Database) -> ReplicaWal:
+        if database.replica is None:
+            replica = ReplicaWal(database.files, database.page_size, database.commit, self._file_mode)
+            with self._changing(database):
+                self._remove(database, FileKind.WAL, FileKind.SHM)
+                replica.open()
+            database.replica = replica
+            self._later(database)
+        return database.replica
+
+    def idle(self, database: Database) -> None:
+        """The last application closed it. Any thread."""
+        self._worker.post(self._later, database)
+
+    def _later(self, database: Database) -> None:
+        if not database.upkeep_scheduled:
+            database.upkeep_scheduled = True
+            self._worker.call_later(_SETTLE_S, self._upkeep, database)
+
+    def _upkeep(self, database: Database) -> None:
+        """Checkpoint what has settled; let go of a database at rest."""
+        database.upkeep_scheduled = False
+        replica = database.replica
+        if replica is None:
+            return
+        quiet_s = time.monotonic() - database.applied_s
+        try:
+            with self._changing(database):
+                if quiet_s >= _SETTLE_S * 0.9 and replica.backfill < replica.mx_frame:
+                    replica.checkpoint()
+            if quiet_s >= _REST_S and self._is_unused(database):
+                self.rest(database)
+                return
+        except OSError as error:
+            log.warning("%s: checkpoint will be tried again: %s", database.name, error)
+        database.upkeep_scheduled = True
+        wait = _SETTLE_S if replica.mx_frame or quiet_s < _SETTLE_S else _REST_S / 3
+        self._worker.call_later(wait, self._upkeep, database)
+
+    def _is_unused(self, database: Database) -> bool:
+        with self._lock:
+            return database.app_handles == 0 and not self._opening.get(database.name)
+
+    def rest(self, database: Database) -> bool:
+        """Checkpoint to the end and drop WAL, wal-index and locks. False if a reader still needs them."""
+        replica = database.replica
+        if replica is None:
+            return True
+        with self._changing(database):
+            if not replica.checkpoint():
+                return False
+            replica.close(remove=True)
+            database.replica = None
+        return True
+
+    def is_own_change(self, database: Database) -> bool:
+        """Whether the daemon itself is changing this database's files through the mount just now. Any thread."""
+        return database.name in self._own
+
+    @contextlib.contextmanager
+    def _changing(self, database: Database) -> Iterator[None]:
+        self._own.add(database.name)
+        try:
+            yield
+        finally:
+            self._own.discard(database.name)
+
+    @staticmethod
+    def _remove(database: Database, *kinds: FileKind) -> None:
+        for kind in kinds:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(database.files.live(kind))
+
+    # -- transactions ------------------------------------------------------------------------------------------
+
+    def apply(self, database: Database, data: bytes) -> Position:
+        """One whole LTX file. FormatError, PositionMismatch change nothing; OSError leaves the position as it was."""
+        started = time.monotonic()
+        ltx = decode(data)
+        pgnos = np.array([pgno for pgno, _ in ltx.pages], dtype=np.uint32)
+        sums = np.array([page_checksum(pgno, page) for pgno, page in ltx.pages], dtype=np.uint64)
+        check(database, ltx.header, ltx.trailer, pgnos, sums)
+        temporary = database.log.temporary()
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                write_at(file.fileno(), data, 0)
+            return self.commit(database, ltx.header, ltx.trailer, temporary, ltx.pages, pgnos, sums, started)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+    def commit(
+        self, database: Database, header: Header, trailer: Trailer, temporary: str,
+        pages: Iterable[tuple[int, bytes]], pgnos: NDArray[np.uint32], sums: NDArray[np.uint64], started_s: float,
+    ) -> Position:  # fmt: skip
+        """A checked transaction whose file is `temporary`: into the log, into the database, move the position."""
+        database.unclean()
+        entry = database.log.publish(temporary, header, trailer.post_apply_checksum)
+        try:
+            self._write(database, header, entry, pages)
+        except BaseException:
+            database.log.take_back(entry, database.position)
+            raise
+        database.accept(header, entry, pgnos, sums, started_s)
+        database.applied_s = time.monotonic()
+        if header.commit == 0:
+            database.emit("drop", txid=header.max_txid)
+        return database.position
+
+    def _write(self, database: Database, header: Header, entry: LogEntry, pages: Iterable[tuple[int, bytes]]) -> None:
+        with self._changing(database):
+            if header.commit == 0:
+                self._drop_files(database)
+            elif not database.exists:
+                self._create_files(database, entry)
+            elif header.page_size != database.page_size:
+                self._change_page_size(database, header, entry)
+            else:
+                replica = self.activate(database)
+                replica.append(pages, header.commit)
+                if replica.mx_frame - replica.backfill >= _CHECKPOINT_FRAMES:
+                    replica.checkpoint()
+                self._later(database)
+
+    def _drop_files(self, database: Database) -> None:
+        if database.replica is not None:
+            database.replica.close(remove=False)
+            database.replica = None
+        database.remove_live_files()
+        self._forget(database)
+
+    def _forget(self, database: Database) -> None:
+        if self.notifier is not None:
+            for suffix in SUFFIX_OF.values():
+                self.notifier.forget_file(database.name + suffix)
+            self.notifier.invalidate_entry(database.name + "-pos")
+
+    def _create_files(self, database: Database, entry: LogEntry) -> None:
+        """The first state of a database that is not here: written aside, then given its name."""
+        with Building(database) as building:
+            building.write(Reader(entry.chunks()), entry.header())
+            building.publish(self._file_mode)
+        self._forget(database)
+
+    def _change_page_size(self, database: Database, header: Header, entry: LogEntry) -> None:
+        """Another page size: the entry holds every page. Needs a moment without readers; after some seconds of waiting
+        the file is replaced instead, and those readers keep the old state until they open it again."""
+        replica = self.activate(database)
+        deadline = time.monotonic() + _REPLACE_TRIES_S
+        while not replica.checkpoint() or not replica.replace(Reader(entry.chunks()), header.page_size, header.commit):
+            if time.monotonic() > deadline:
+                replica.close(remove=True)
+                database.replica = None
+                self._create_files(database, entry)
+                return
+            time.sleep(0.01)
+
+    def durable(self, database: Database) -> int:
+        """fsync what was applied; returns its TXID."""
+        txid = database.position.txid
+        if database.replica is not None:
+            database.replica.sync()
+        return txid
+
+    # -- whole states --------------------------------------------------------------------------------------------
+
+    def install(self, database: Database, pages: Iterable[tuple[int, bytes]], page_size: int, commit: int) -> None:
+        """Make `pages` (those that differ) visible as one transaction on top of what is here."""
+        with self._changing(database):
+            if not database.exists or page_size != database.page_size:
+                raise FormatError(f"{database.name}: only a database of the same page size can be patched")
+            replica = self.activate(database)
+            replica.append(pages, commit)
+            self._later(database)
+
+    def replace_files(self, database: Database, building: Building) -> None:
+        """Put a whole new database file in place."""
+        with self._changing(database):
+            if database.replica is not None:
+                database.replica.close(remove=True)
+                database.replica = None
+            building.publish(self._file_mode)
+        self._forget(database)
+
+    def remove_files(self, database: Database) -> None:
+        with self._changing(database):
+            self._drop_files(database)
+
+
+def check(
+    database: Database, header: Header, trailer: Trailer, pgnos: NDArray[np.uint32], sums: NDArray[np.uint64]
+) -> None:
+    """Whether a transaction follows our position and leads where it says. Raises PositionMismatch."""
+    position = database.position
+    if header.min_txid != position.txid + 1 or (position.txid and header.pre_apply_checksum != position.checksum):
+        if not (header.is_snapshot and position.txid == 0):
+            raise PositionMismatch(
+                f"{database.name}: a transaction for position {header.pre_apply_position} does not fit {position}"
+            )
+    if header.has_checksums and predict(database, header, pgnos, sums) != trailer.post_apply_checksum:
+        raise PositionMismatch(
+            f"{database.name}: transaction {header.max_txid:016x} would not lead to the checksum it states"
+        )
+
+
+def predict(database: Database, header: Header, pgnos: NDArray[np.uint32], sums: NDArray[np.uint64]) -> int:
+    """The database checksum after a transaction, from the checksum table."""
+    reduce = np.bitwise_xor.reduce
+    if not database.exists or header.page_size != database.page_size:
+        return (int(reduce(sums)) if len(sums) else 0) | CHECKSUM_FLAG
+    with database.lock:
+        values = database.table.values
+        checksum = database.position.checksum
+        known = pgnos[pgnos <= database.commit] - 1
+        checksum ^= int(reduce(values[known])) if len(known) else 0
+        checksum ^= int(reduce(sums)) if len(sums) else 0
+        if header.commit < database.commit:
+            checksum ^= int(reduce(values[header.commit : database.commit]))
+    return checksum | CHECKSUM_FLAG
+
+
+class IncomingFile:
+    """A large LTX file that arrives in pieces: checked while it comes, applied when it is whole."""
+
+    def __init__(self, apply: Apply, database: Database, min_txid: int, max_txid: int) -> None:
+        self._apply, self._database = apply, database
+        self._span = (min_txid, max_txid)
+        self._path = database.log.temporary()
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._decoder = Decoder()
+        self._pgnos = array("I")
+        self._sums = array("Q")
+        self._offset = 0
+        self._started_s = time.monotonic()
+
+    def write(self, data: bytes) -> None:
+        """Raises FormatError, OSError (then the same piece may be written again)."""
+        write_at(self._fd, data, self._offset)
+        self._offset += len(data)
+        for pgno, page in self._decoder.feed(data):
+            self._pgnos.append(pgno)
+            self._sums.append(page_checksum(pgno, page))
+
+    def finish(self) -> Position:
+        """Verify, log, apply. FormatError and PositionMismatch change nothing."""
+        try:
+            trailer = self._decoder.finish()
+            header = self._decoder.header
+            assert header is not None
+            if (header.min_txid, header.max_txid) != self._span:
+                raise FormatError("LTX file: its header does not have the announced transactions")
+            pgnos = np.frombuffer(self._pgnos, dtype=np.uint32) if self._pgnos else np.zeros(0, dtype=np.uint32)
+            sums = np.frombuffer(self._sums, dtype=np.uint64) if self._sums else np.zeros(0, dtype=np.uint64)
+            check(self._database, header, trailer, pgnos, sums)
+            pages = Reader(file_chunks(self._path))
+            return self._apply.commit(
+                self._database, header, trailer, self._path, pages, pgnos, sums, self._started_s
+            )
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+
+def file_chunks(path: str) -> Iterator[bytes]:
+    """The bytes of a file, which may be renamed meanwhile (it is opened at once)."""
+    file = open(path, "rb")  # noqa: SIM115 - closed when the generator ends
+
+    def chunks() -> Iterator[bytes]:
+        with file:
+            while data := file.read(1 << 20):
+                yield data
+
+    return chunks()
+
+
+class Building:
+    """A database file that is written beside the live one, to be given its name when it is complete."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.path = os.path.join(database.files.folder, "database.new")
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+    def write(self, pages: Iterable[tuple[int, bytes]], header: Header) -> None:
+        for pgno, page in pages:
+            write_at(self.fd, page, (pgno - 1) * header.page_size)
+        os.ftruncate(self.fd, header.commit * header.page_size)
+
+    def publish(self, mode: int) -> None:
+        os.fchmod(self.fd, mode)
+        os.fsync(self.fd)
+        files = self._database.files
+        for kind in (FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(files.backing(kind))
+        os.rename(self.path, files.database)
+        sync_folder(files.folder)
+
+    def __enter__(self) -> Building:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def give_back(database: Database, path: str) -> Position:
+    """Primary, before it takes writes: a transaction it had lost comes back from a replica (LTX file at `path`, which is
+    taken over). The state here may be any point within it. PositionMismatch, FormatError change nothing."""
+    pgnos, sums = array("I"), array("Q")
+    reader = Reader(file_chunks(path))
+    for pgno, page in reader:
+        pgnos.append(pgno)
+        sums.append(page_checksum(pgno, page))
+    header, trailer = reader.header, reader.trailer
+    if trailer is None:
+        raise FormatError("LTX file has no trailer")
+    numbers = np.array(pgnos, dtype=np.uint32)
+    values = np.array(sums, dtype=np.uint64)
+    fits = predict(database, header, numbers, values) == trailer.post_apply_checksum
+    if not fits or header.page_size != database.page_size or header.max_txid <= database.log.head.txid:
+        raise PositionMismatch(f"{database.name}: {header.max_txid:016x} cannot be given back to {database.position}")
+    database.unclean()
+    entry = database.log.publish(path, header, trailer.post_apply_checksum)
+    apply_entries(database, [entry])
+    return database.position
+
+
+def is_disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+__all__ = ["Apply", "Building", "DatabaseBusy", "IncomingFile", "check", "give_back", "predict"]

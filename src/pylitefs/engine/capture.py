@@ -1,0 +1,254 @@
+"""Capture on the primary: when to look, and what to do with what is found.
+
+    woken by   inotify on the mount          -> soon, at most every `_PACE` times the last pass's duration
+               fsync, unlink, truncate hooks -> now, before the application is answered (`flush`)
+               a position is asked for       -> now (`flush`)
+A WAL commit becomes visible by a store to shared memory, which raises no event. So a pass that follows an event is
+followed by a few more, later and later, until one finds nothing for a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+
+from pylitefs.engine import ofd_locks
+from pylitefs.engine.database import Database
+from pylitefs.engine.files import read_at
+from pylitefs.engine.rollback_capture import database_size
+from pylitefs.engine.transaction import Change, UnstableSource
+from pylitefs.engine.wal_capture import BARRIER_FRAMES, wait_stable
+from pylitefs.engine.worker import Timer, Worker
+from pylitefs.errors import FormatError
+from pylitefs.formats.ltx.format import Position, lock_pgno
+from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
+from pylitefs.ports import FileKind
+
+log = logging.getLogger("litefs.capture")
+
+_LOOK_AGAIN_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_PACE = 3.0
+_MAX_PAUSE_S = 0.02
+_RETRY_S = 1.0  # after an error of the disk
+_LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
+_READ_PAGES = 64
+
+
+class _Schedule:
+    """When to look at one database next."""
+
+    __slots__ = ("not_before_s", "step", "timer")
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.not_before_s = 0.0
+        self.timer: Timer | None = None
+
+
+class Capture:
+    """Capture of all databases; its methods run on the worker unless they say otherwise."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._schedules: dict[str, _Schedule] = {}
+
+    # -- when ------------------------------------------------------------------------------------------------
+
+    def wake(self, database: Database) -> None:
+        """Something was written: look soon."""
+        schedule = self._schedules.setdefault(database.name, _Schedule())
+        schedule.step = 0
+        delay = schedule.not_before_s - time.monotonic()
+        if delay <= 0:
+            self._look(database)
+        else:
+            self._look_in(database, schedule, delay)
+
+    def forget(self, database: Database) -> None:
+        schedule = self._schedules.pop(database.name, None)
+        if schedule is not None and schedule.timer is not None:
+            schedule.timer.cancel()
+
+    def _look_in(self, database: Database, schedule: _Schedule, delay_s: float) -> None:
+        due = time.monotonic() + delay_s
+        if schedule.timer is not None and not schedule.timer.cancelled:
+            if schedule.timer.due_s <= due:
+                return
+            schedule.timer.cancel()
+        schedule.timer = self._worker.call_later(delay_s, self._timer_due, database)
+
+    def _timer_due(self, database: Database) -> None:
+        schedule = self._schedules.get(database.name)
+        if schedule is not None:
+            schedule.timer = None
+            self._look(database)
+
+    def _look(self, database: Database) -> None:
+        schedule = self._schedules.setdefault(database.name, _Schedule())
+        started = time.monotonic()
+        found = False
+        try:
+            database.wal.open_lock_fd()
+            if database.wal.backlog() > BARRIER_FRAMES:
+                database.wal.hold_restart()
+            found = self._pass(database)
+            if found or database.failing is None:
+                database.wal.let_restart()
+        except OSError as error:
+            log.warning("%s: capture waits for the disk: %s", database.name, error)
+            self._look_in(database, schedule, _RETRY_S)
+            return
+        took = time.monotonic() - started
+        if found:
+            schedule.step = 0
+            pause = min(max(took * _PACE, 0.0005), _MAX_PAUSE_S)
+            schedule.not_before_s = started + took + pause
+            self._look_in(database, schedule, pause)
+        elif schedule.step < len(_LOOK_AGAIN_S):
+            self._look_in(database, schedule, _LOOK_AGAIN_S[schedule.step])
+            schedule.step += 1
+
+    # -- flush -----------------------------------------------------------------------------------------------
+
+    def flush(self, database: Database) -> Position:
+        """Capture to the end: the position covers every commit that had returned before the call.
+
+        Raises OSError while the log cannot be written.
+        """
+        for attempt in range(100):
+            try:
+                if not self._pass(database):
+                    return database.position
+            except UnstableSource:
+                wait_stable(attempt)
+        return database.position
+
+    def flush_later(self, database: Database) -> Future[Position]:
+        """`flush` from any thread."""
+        return self._worker.submit(self.flush, database)
+
+    def _pass(self, database: Database) -> bool:
+        """One pass over WAL and rollback state; True if a transaction was recorded. Raises OSError."""
+        if database.set_aside_reason is not None:
+            return False
+        try:
+            found = self._wal_pass(database)
+            if database.rollback.pending:
+                found = self.settle_rollback(database) or found
+        except OSError as error:
+            if database.failing is None:
+                database.failing = error
+                database.emit("diskFull", error=str(error))
+            raise
+        if database.failing is not None:
+            database.failing = None
+            database.emit("diskFreed")
+        return found
+
+    # -- WAL -------------------------------------------------------------------------------------------------
+
+    def _wal_pass(self, database: Database) -> bool:
+        wal = database.wal
+        for attempt in range(20):
+            try:
+                batch = wal.next_batch()
+                if batch is None:
+                    return False
+                if batch.gap:
+                    database.emit("gap")
+                    if attempt >= 2:
+                        wal.hold_restart()
+                change = batch.change
+                entry = database.record(
+                    change, batch.pages, batch.read_missing, lambda: wal.is_stable(batch),  # noqa: B023
+                    "repair" if batch.gap else "capture",
+                )  # fmt: skip
+            except UnstableSource:
+                wait_stable(attempt)
+                continue
+            wal.advance(batch)
+            if batch.gap and entry is not None:
+                database.emit("repair", pages=change.commit)
+            return entry is not None or batch.frames > 0
+        raise OSError(11, f"{database.name}: the WAL changed faster than it could be read; will try again")
+
+    # -- rollback modes --------------------------------------------------------------------------------------
+
+    def commit_point(self, database: Database, source: str = "capture") -> bool:
+        """The database file holds a committed state now and nobody can change it before this returns: record it.
+        Any thread (FUSE threads call it in their hooks). Raises OSError."""
+        with database.lock:
+            if not database.rollback.pending:
+                return False
+            fd = os.open(database.files.database, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return self._record_file(database, fd, source)
+            finally:
+                os.close(fd)
+
+    def _record_file(self, database: Database, fd: int, source: str) -> bool:
+        try:
+            page_size, commit = database_size(os.pread(fd, 100, 0), os.fstat(fd).st_size)
+        except FormatError as error:
+            if database.exists and os.fstat(fd).st_size:
+                log.warning("%s: not a database any more: %s", database.name, error)
+            return False
+        if commit == 0:
+            return False
+        everything = database.rollback.suspect or page_size != database.page_size or not database.exists
+        pages: Iterable[tuple[int, bytes]]
+        if everything:
+            pages = file_pages(fd, page_size, commit)
+        else:
+            skip = lock_pgno(page_size)
+            wanted = database.rollback.dirty.pgnos(page_size, commit).tolist()
+            pages = ((pgno, read_at(fd, page_size, (pgno - 1) * page_size)) for pgno in wanted if pgno != skip)
+        entry = database.record(
+            Change(page_size, commit), pages, lambda pgno: read_at(fd, page_size, (pgno - 1) * page_size),
+            lambda: True, source,
+        )  # fmt: skip
+        if database.rollback.suspect and entry is not None and source == "capture":
+            database.emit("repair", pages=commit)
+        database.rollback.clear()
+        return entry is not None
+
+    def settle_rollback(self, database: Database) -> bool:
+        """Record noted writes whose commit nothing told us of (MEMORY, OFF, a copied file): committed they are when
+        nobody holds a write lock and no journal could take them back."""
+        try:
+            fd = os.open(database.files.live(FileKind.DATABASE), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            with database.lock:
+                if database.rollback.journal_in_use() or ofd_locks.write_locked(fd, PENDING, _LOCK_BYTES) is not None:
+                    return False
+                return self.commit_point(database)
+        finally:
+            os.close(fd)
+
+
+def file_pages(fd: int, page_size: int, commit: int) -> Iterator[tuple[int, bytes]]:
+    """Every page of a database file, in runs, without the lock page."""
+    skip = lock_pgno(page_size)
+    for first in range(1, commit + 1, _READ_PAGES):
+        count = min(_READ_PAGES, commit - first + 1)
+        run = read_at(fd, count * page_size, (first - 1) * page_size)
+        for index in range(count):
+            if first + index != skip:
+                yield first + index, run[index * page_size : (index + 1) * page_size]
+
+
+def finish(then: Callable[[BaseException | None], None], work: Callable[[], object]) -> None:
+    """Do `work`, then continue a request with how it went."""
+    error: BaseException | None = None
+    try:
+        work()
+    except BaseException as caught:
+        error = caught
+    with contextlib.suppress(Exception):
+        then(error)

@@ -1,0 +1,288 @@
+"""One database on this node: its position, log, checksum table and the state of capture or apply.
+
+What changes the position goes through `record` (a transaction of our own) or `accept` (one that was
+replicated to us), under the database's lock. Everything else about capture lives in `capture`, about apply
+in `apply`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pylitefs.engine.files import DatabaseFiles, publish_file
+from pylitefs.engine.ltx_log import EMPTY, LogEntry, LtxLog
+from pylitefs.engine.page_checksums import CleanState, PageChecksums, stamp
+from pylitefs.engine.replica_wal import ReplicaWal
+from pylitefs.engine.rollback_capture import RollbackCapture
+from pylitefs.engine.transaction import Change, Pages, ReadPage, TransactionWriter
+from pylitefs.engine.wal_capture import WalCapture
+from pylitefs.errors import FormatError
+from pylitefs.events import Event, EventBus
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position
+from pylitefs.formats.sqlite.header import DatabaseHeader
+from pylitefs.ports import FileKind
+
+if TYPE_CHECKING:
+    from pylitefs.engine.apply import IncomingFile
+    from pylitefs.engine.resync import Resync
+    from pylitefs.engine.snapshot import SnapshotReader
+
+
+class Services(Protocol):
+    """What the store does for its databases (`store.StoreServices`)."""
+
+    def flush(self, database: Database) -> Future[Position]: ...
+    def snapshot(self, database: Database, known: NDArray[np.uint64] | None) -> SnapshotReader: ...
+    def copy_to(self, database: Database, path: str) -> Position: ...
+    def apply(self, database: Database, data: bytes) -> Position: ...
+    def receive(self, database: Database, min_txid: int, max_txid: int) -> IncomingFile: ...
+    def resync(self, database: Database, page_size: int, keep_branch_after: int | None) -> Resync: ...
+    def durable(self, database: Database) -> int: ...
+
+
+class Database:
+    """All attributes may be read from any thread; `lock` guards position, table, `rollback` and the log's growth."""
+
+    def __init__(self, name: str, files: DatabaseFiles, events: EventBus) -> None:
+        self.name = name
+        self.files = files
+        self.events = events
+        self.lock = threading.RLock()
+        self.position = EMPTY
+        self.page_size = 0
+        self.commit = 0
+        self.timestamp_ms = 0
+        self.set_aside_reason: str | None = None  # why it is not replicated, None if all is well
+        self.app_handles = 0  # open handles of the database file, not counting the daemon's own
+        self.raw_writers = 0  # of these, writable ones whose writes pass us by
+        self.log = LtxLog(files.ltx)
+        self._table: PageChecksums | None = None
+        self._table_dirty = False
+        self.wal = WalCapture(files)
+        self.rollback = RollbackCapture(files)
+        self.replica: ReplicaWal | None = None
+        self.upkeep_scheduled = False
+        self.applied_s = 0.0  # monotonic time of the last apply
+        self._services: Services | None = None
+        self.failing: OSError | None = None  # the log cannot be written (disk full)
+
+    # -- queries ---------------------------------------------------------------------------------------------
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a database now (not dropped, not still empty)."""
+        return self.commit > 0
+
+    @property
+    def size_bytes(self) -> int:
+        return self.page_size * self.commit
+
+    @property
+    def wal_size_bytes(self) -> int:
+        return stamp(self.files.wal)[0]
+
+    @property
+    def journal_mode(self) -> str:
+        """ "wal" or "rollback", as page 1 says."""
+        try:
+            with open(self.files.database, "rb") as file:
+                return DatabaseHeader.unpack(file.read(100)).journal_mode
+        except (OSError, FormatError):
+            return "rollback"
+
+    @property
+    def table(self) -> PageChecksums:
+        """The checksum table; opened when it is first needed. Under the lock."""
+        if self._table is None:
+            self._table = PageChecksums(self.files.checksums)
+            self._table.reserve(self.commit)
+        return self._table
+
+    def page_checksums(self) -> NDArray[np.uint64]:
+        with self.lock:
+            return self.table.values[: self.commit].copy()
+
+    # -- what others ask of a database -------------------------------------------------------------------------
+
+    def serve_by(self, services: Services) -> None:
+        self._services = services
+
+    @property
+    def _by(self) -> Services:
+        assert self._services is not None, "the store did not set this database up"
+        return self._services
+
+    def flush(self) -> Future[Position]:
+        """Barrier: the position that covers every commit that had returned before the call. Any thread."""
+        return self._by.flush(self)
+
+    def snapshot(self, known: NDArray[np.uint64] | None) -> SnapshotReader:
+        """Read the whole database while it is being written. Blocking; not on the worker."""
+        return self._by.snapshot(self, known)
+
+    def copy_to(self, path: str) -> Position:
+        """A consistent copy of the database file. Blocking; not on the worker."""
+        return self._by.copy_to(self, path)
+
+    def apply(self, data: bytes) -> Position:
+        """Replica, worker: one LTX file. FormatError and PositionMismatch change nothing."""
+        return self._by.apply(self, data)
+
+    def receive(self, min_txid: int, max_txid: int) -> IncomingFile:
+        """Replica, worker: a large LTX file in pieces."""
+        return self._by.receive(self, min_txid, max_txid)
+
+    def resync(self, page_size: int, keep_branch_after: int | None) -> Resync:
+        """Replica, worker: rebuild the primary's state."""
+        return self._by.resync(self, page_size, keep_branch_after)
+
+    def durable(self) -> int:
+        """Replica, worker: make what was applied durable; its TXID."""
+        return self._by.durable(self)
+
+    # -- changes ---------------------------------------------------------------------------------------------
+
+    def record(
+        self, change: Change, pages: Pages, read_missing: ReadPage, is_stable: Callable[[], bool], source: str
+    ) -> LogEntry | None:
+        """Write a transaction of this node into the log and move the position; None if nothing changed. `source` tells
+        the listeners of "tx" where it came from: "capture", "import", "repair", "drop".
+
+        Raises UnstableSource, OSError; everything is then as before.
+        """
+        started = time.monotonic()
+        with self.lock:
+            self.unclean()
+            writer = TransactionWriter(self.log, self.table, self.position, self.page_size, self.commit, change)
+            entry = writer.write(pages, read_missing, is_stable)
+            if entry is None:
+                return None
+            self.position = self.log.head
+            self.page_size, self.commit = change.page_size, change.commit
+            self.timestamp_ms = writer.header.timestamp_ms
+            self._announce(writer.header, entry, writer.page_count, source, time.monotonic() - started)
+            return entry
+
+    def accept(
+        self, header: Header, entry: LogEntry, pgnos: NDArray[np.uint32], sums: NDArray[np.uint64], started_s: float
+    ) -> None:
+        """Move the position over a replicated transaction that is in the log and in the database."""
+        with self.lock:
+            self.unclean()
+            table = self.table
+            table.reserve(max(header.commit, self.commit))
+            if header.page_size != self.page_size:
+                table.values[:] = 0
+            if len(pgnos):
+                table.values[pgnos - 1] = sums
+            if header.commit < self.commit:
+                table.values[header.commit : self.commit] = 0
+            self.position = self.log.head
+            self.page_size, self.commit = header.page_size, header.commit
+            self.timestamp_ms = header.timestamp_ms
+            self._announce(header, entry, len(pgnos), "apply", time.monotonic() - started_s)
+
+    def reposition(self, position: Position, page_size: int, commit: int, sums: NDArray[np.uint64]) -> None:
+        """Start over at a position that came from elsewhere, with the checksums of all pages."""
+        with self.lock:
+            self.unclean()
+            self.table.reset()
+            self.table.reserve(commit)
+            self.table.values[:commit] = sums
+            self.log.restart_at(position)
+            self.position, self.page_size, self.commit = position, page_size, commit
+            self.timestamp_ms = int(time.time() * 1000)
+            self.table.write_state(CleanState(page_size, commit, position, clean=False))
+
+    def _announce(self, header: Header, entry: LogEntry, pages: int, source: str, seconds: float) -> None:
+        latency = {"latency_s": max(0.0, time.time() - header.timestamp_ms / 1000)} if source == "apply" else {}
+        self.events.emit(
+            Event(
+                "tx",
+                self.name,
+                {
+                    **latency,
+                    "txid": header.max_txid,
+                    "min_txid": header.min_txid,
+                    "post_apply_checksum": self.position.checksum,
+                    "page_size": header.page_size,
+                    "commit": header.commit,
+                    "timestamp_ms": header.timestamp_ms,
+                    "pages": pages,
+                    "size_bytes": entry.size_bytes,
+                    "source": source,
+                    "seconds": seconds,
+                },
+            )
+        )
+
+    # -- stop and start --------------------------------------------------------------------------------------
+
+    def unclean(self) -> None:
+        """From now on the table does not describe the files by itself; noted on disk before the first change."""
+        if not self._table_dirty:
+            self._table_dirty = True
+            self.table.write_state(CleanState(self.page_size, self.commit, self.position, clean=False))
+
+    def close(self, *, clean: bool) -> None:
+        """Release everything. `clean`: the log holds everything and no application can change the files any more."""
+        with self.lock:
+            self.wal.forget_all()
+            if self.replica is not None:
+                self.replica.close(remove=False)
+                self.replica = None
+            if self._table is None:
+                return
+            if clean and self._table_dirty:
+                self._table.write_state(
+                    CleanState(
+                        self.page_size, self.commit, self.position, True,
+                        stamp(self.files.database), stamp(self.files.wal),
+                    )
+                )  # fmt: skip
+                self._table_dirty = False
+            self._table.close()
+            self._table = None
+
+    def adopt(self, state: CleanState) -> None:
+        """Start from what an orderly stop wrote."""
+        self.page_size, self.commit, self.position = state.page_size, state.commit, state.position
+
+    def set_files(self, files: DatabaseFiles) -> None:
+        """The live files are elsewhere now (mounted, unmounted)."""
+        self.wal.forget_all()
+        self.files = files
+        self.wal = WalCapture(files)
+
+    def begin_empty(self) -> None:
+        os.makedirs(self.files.folder, exist_ok=True)
+        os.makedirs(self.files.ltx, exist_ok=True)
+
+    def emit(self, kind: str, **data: object) -> None:
+        self.events.emit(Event(kind, self.name, data))
+
+    def remove_live_files(self) -> None:
+        """Remove database, journal, WAL and -shm (the drop of the database); the log stays."""
+        for kind in (FileKind.DATABASE, FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):
+            try:
+                os.unlink(self.files.backing(kind))
+            except FileNotFoundError:
+                continue
+
+
+def empty_position_after(position: Position) -> Position:
+    """The position of a database that was dropped in the transaction after `position`."""
+    return Position(position.txid + 1, CHECKSUM_FLAG)
+
+
+def note_position(files: DatabaseFiles, position: Position) -> None:
+    """Keep a position beside the log (kept branches in lost/ say where they began)."""
+    publish_file(os.path.join(files.lost, "position"), f"{position}\n".encode())

@@ -1,0 +1,112 @@
+"""Where one database's files are.
+
+`folder` (DATA/dbs/NAME) holds the real files. The same files appear in the mount; there, and only there, are the
+applications' locks, and in cached mode the current bytes of -shm. So each question has one right path:
+
+    read database or WAL        backing file (writes pass through, or are written through)
+    read -shm                   `shm_view`: backing file with passthrough, the mount's otherwise
+    locks, and writes while     `live`: the mount's files (keeps the kernel's sizes and caches right)
+    applications may look on
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pylitefs.ports import FileKind
+
+SUFFIX_OF = {FileKind.DATABASE: "", FileKind.WAL: "-wal", FileKind.SHM: "-shm", FileKind.JOURNAL: "-journal"}
+
+
+@dataclass(frozen=True)
+class DatabaseFiles:
+    """Paths of one database. `mount_dir` is None where nothing is mounted (start, tests): then the live files
+    are the backing ones. `passthrough` tells whether the mount passes I/O through."""
+
+    name: str
+    folder: str
+    mount_dir: str | None = None
+    passthrough: bool = True
+
+    def backing(self, kind: FileKind) -> str:
+        return os.path.join(self.folder, kind.value)
+
+    def live(self, kind: FileKind) -> str:
+        if self.mount_dir is None:
+            return self.backing(kind)
+        return os.path.join(self.mount_dir, self.name + SUFFIX_OF[kind])
+
+    @property
+    def shm_view(self) -> str:
+        return self.backing(FileKind.SHM) if self.passthrough else self.live(FileKind.SHM)
+
+    @property
+    def database(self) -> str:
+        return self.backing(FileKind.DATABASE)
+
+    @property
+    def wal(self) -> str:
+        return self.backing(FileKind.WAL)
+
+    @property
+    def shm(self) -> str:
+        return self.backing(FileKind.SHM)
+
+    @property
+    def journal(self) -> str:
+        return self.backing(FileKind.JOURNAL)
+
+    @property
+    def ltx(self) -> str:
+        return os.path.join(self.folder, "ltx")
+
+    @property
+    def checksums(self) -> str:
+        return os.path.join(self.folder, "checksums")
+
+    @property
+    def lost(self) -> str:
+        return os.path.join(self.folder, "lost")
+
+
+def sync_folder(path: str) -> None:
+    """Make names created or removed in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish_file(path: str, data: bytes) -> None:
+    """Replace a small file so that after any crash it holds the old bytes or the new ones."""
+    temporary = f"{path}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+    sync_folder(os.path.dirname(path))
+
+
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """`size` bytes at `offset`, zeros past the end of the file (as SQLite reads)."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            return data.ljust(size, b"\0")
+        data += more
+    return data
+
+
+def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """All of `data` at `offset`. Raises OSError (ENOSPC) after a short write."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view = view[written:]
+        offset += written

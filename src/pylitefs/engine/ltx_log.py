@@ -1,0 +1,305 @@
+"""The log of one database: a folder of LTX files, MIN-MAX.ltx, each a run of whole transactions.
+
+Invariants
+- Entries follow one another without a hole: the next one's min_txid is the last one's max_txid + 1, and its
+  pre-apply checksum is the last one's post-apply checksum.
+- A file gets its final name only when it is complete. It is not fsynced for every transaction (SQLite's
+  `synchronous` rules what is durable), so after a power cut the newest files may be torn: `open` drops a
+  tail that does not verify, and recovery rebuilds it from the database.
+- The newest entry is never removed: it holds the position.
+
+Every method may be called from any thread; only the database's worker adds entries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from pylitefs.errors import FormatError
+from pylitefs.formats.ltx.decoder import verify_stream
+from pylitefs.formats.ltx.format import (
+    CHECKSUM_FLAG,
+    HEADER_SIZE,
+    TRAILER_SIZE,
+    Header,
+    Position,
+    Trailer,
+    file_name,
+    parse_file_name,
+)
+
+CHUNK_BYTES = 1 << 20
+EMPTY = Position(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One file of the log: transactions min_txid..max_txid."""
+
+    min_txid: int
+    max_txid: int
+    size_bytes: int
+    mtime_s: float
+    path: str
+
+    def header(self) -> Header:
+        """Raises FormatError, OSError."""
+        with open(self.path, "rb") as file:
+            return Header.unpack(file.read(HEADER_SIZE))
+
+    def trailer(self) -> Trailer:
+        with open(self.path, "rb") as file:
+            file.seek(-TRAILER_SIZE, os.SEEK_END)
+            return Trailer.unpack(file.read(TRAILER_SIZE))
+
+    def chunks(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+
+class Pin:
+    """Keeps retention from removing entries after a TXID; a context manager."""
+
+    def __init__(self, log: LtxLog, txid: int) -> None:
+        self._log, self.txid = log, txid
+
+    def close(self) -> None:
+        self._log._pins.discard(self)
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class LtxLog:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.head = EMPTY
+        self.size_bytes = 0
+        self._entries: list[LogEntry] = []
+        self._lock = threading.Lock()
+        self._pins: set[Pin] = set()
+        self._incoming = 0
+
+    # -- start -----------------------------------------------------------------------------------------------
+
+    def open(self, *, verify: bool) -> list[str]:
+        """List the folder and find the head. `verify`: also check the newest entries byte by byte (after a crash).
+
+        Returns the names of the files that were dropped because they are torn, or do not follow the others.
+        """
+        os.makedirs(self.folder, exist_ok=True)
+        found: list[LogEntry] = []
+        for item in os.scandir(self.folder):
+            span = parse_file_name(item.name)
+            if span is None:
+                if item.name.endswith(".tmp"):
+                    with contextlib.suppress(OSError):
+                        os.unlink(item.path)
+                continue
+            status = item.stat()
+            found.append(LogEntry(*span, status.st_size, status.st_mtime, item.path))
+        found.sort(key=lambda entry: (entry.max_txid, entry.min_txid))
+        kept, dropped = self._chain(found, verify)
+        for entry in dropped:
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
+        self._entries = kept
+        self.size_bytes = sum(entry.size_bytes for entry in kept)
+        self.head = EMPTY
+        if kept:
+            self.head = Position(kept[-1].max_txid, kept[-1].trailer().post_apply_checksum)
+        return [os.path.basename(entry.path) for entry in dropped]
+
+    def _chain(self, found: list[LogEntry], verify: bool) -> tuple[list[LogEntry], list[LogEntry]]:
+        """Walk back from the newest: drop torn files at the end, and stop at the first hole."""
+        dropped: list[LogEntry] = []
+        while found and not self._is_whole(found[-1], verify):
+            dropped.append(found.pop())
+        first = len(found)
+        next_header: Header | None = None
+        while first > 0:
+            entry = found[first - 1]
+            try:
+                header, trailer = entry.header(), entry.trailer()
+            except (FormatError, OSError):
+                break
+            if next_header is not None and (
+                entry.max_txid + 1 != next_header.min_txid
+                or trailer.post_apply_checksum != next_header.pre_apply_checksum
+            ):
+                break
+            if verify and not self._is_whole(entry, verify and len(found) - first < 64):
+                # A hole in what was written lately: what comes after it cannot be trusted to follow.
+                dropped += found[first - 1 :]
+                del found[first - 1 :]
+                next_header = None
+                first = len(found)
+                continue
+            next_header = header
+            first -= 1
+            if not verify and len(found) - first >= 2:
+                first = self._names_chain(found, first)
+                break
+        return found[first:], dropped + found[:first]
+
+    @staticmethod
+    def _names_chain(found: list[LogEntry], first: int) -> int:
+        """After an orderly stop the names are enough: go back while they follow one another."""
+        while first > 0 and found[first - 1].max_txid + 1 == found[first].min_txid:
+            first -= 1
+        return first
+
+    @staticmethod
+    def _is_whole(entry: LogEntry, verify: bool) -> bool:
+        try:
+            if verify:
+                header, _ = verify_stream(entry.chunks())
+            else:
+                header = entry.header()
+                entry.trailer().validate(header)
+        except (FormatError, OSError):
+            return False
+        return (header.min_txid, header.max_txid) == (entry.min_txid, entry.max_txid)
+
+    # -- queries ---------------------------------------------------------------------------------------------
+
+    @property
+    def first_txid(self) -> int:
+        with self._lock:
+            return self._entries[0].min_txid if self._entries else 0
+
+    @property
+    def count(self) -> int:
+        return len(self._entries)
+
+    def entries(self) -> list[LogEntry]:
+        with self._lock:
+            return list(self._entries)
+
+    def covering(self, txid: int) -> LogEntry | None:
+        """The entry with min_txid <= txid <= max_txid."""
+        with self._lock:
+            at = bisect_right(self._entries, txid, key=lambda entry: entry.min_txid) - 1
+            if at >= 0 and self._entries[at].max_txid >= txid:
+                return self._entries[at]
+            return None
+
+    def after(self, txid: int) -> LogEntry | None:
+        """The entry that begins with txid + 1."""
+        entry = self.covering(txid + 1)
+        return entry if entry is not None and entry.min_txid == txid + 1 else None
+
+    def reaches(self, position: Position) -> bool:
+        """Whether a receiver at `position` can be brought to the head from this log alone."""
+        if position == self.head:
+            return True
+        entry = self.after(position.txid)
+        if entry is None:
+            return False
+        try:
+            return entry.header().pre_apply_checksum == position.checksum
+        except (FormatError, OSError):
+            return False
+
+    def positions(self, limit: int) -> list[Position]:
+        """The newest `limit` positions this log passed through, newest first."""
+        found = []
+        for entry in reversed(self.entries()[-limit:]):
+            with contextlib.suppress(FormatError, OSError):
+                found.append(Position(entry.max_txid, entry.trailer().post_apply_checksum))
+        return found
+
+    # -- changes ---------------------------------------------------------------------------------------------
+
+    def pin(self, txid: int) -> Pin:
+        pin = Pin(self, txid)
+        self._pins.add(pin)
+        return pin
+
+    def temporary(self) -> str:
+        """A name for a file that is being written; leftovers are removed at the next start."""
+        self._incoming += 1
+        return os.path.join(self.folder, f"{self._incoming}.tmp")
+
+    def publish(self, temporary: str, header: Header, post_apply_checksum: int) -> LogEntry:
+        """Give a complete file its name and make it the head. The caller has checked that it follows."""
+        path = os.path.join(self.folder, file_name(header.min_txid, header.max_txid))
+        os.rename(temporary, path)
+        status = os.stat(path)
+        entry = LogEntry(header.min_txid, header.max_txid, status.st_size, status.st_mtime, path)
+        with self._lock:
+            if header.is_snapshot or (self._entries and self._entries[-1].max_txid + 1 != header.min_txid):
+                self._drop(self._entries)
+                self._entries = []
+            self._entries.append(entry)
+            self.size_bytes += entry.size_bytes
+            self.head = Position(header.max_txid, post_apply_checksum or CHECKSUM_FLAG)
+        return entry
+
+    def take_back(self, entry: LogEntry, position: Position) -> None:
+        """Undo `publish` of the newest entry, which could not be applied; `position` is the head again."""
+        with self._lock:
+            if self._entries and self._entries[-1] is entry:
+                self._entries.pop()
+                self._drop([entry])
+                self.head = position
+
+    def _drop(self, entries: list[LogEntry]) -> None:
+        for entry in entries:
+            self.size_bytes -= entry.size_bytes
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
+
+    def move_branch(self, after_txid: int, folder: str) -> list[str]:
+        """Move the entries that go beyond `after_txid` to `folder`, newest state of a branch that was left. They are
+        never deleted by us. Returns the new paths."""
+        with self._lock:
+            keep = [entry for entry in self._entries if entry.max_txid <= after_txid]
+            branch = self._entries[len(keep) :]
+            moved = []
+            if branch:
+                os.makedirs(folder, exist_ok=True)
+            for entry in branch:
+                target = os.path.join(folder, os.path.basename(entry.path))
+                shutil.move(entry.path, target)
+                moved.append(target)
+                self.size_bytes -= entry.size_bytes
+            self._entries = keep
+            return moved
+
+    def restart_at(self, position: Position) -> None:
+        """Begin an empty log at a position that came from elsewhere (a snapshot): all entries are removed."""
+        with self._lock:
+            self._drop(self._entries)
+            self._entries = []
+            self.head = position
+
+    def retain(self, older_than_s: float, max_bytes: int, now_s: float | None = None) -> int:
+        """Remove entries older than a time, then the oldest while the log is larger than `max_bytes` (0 means: no
+        such limit). Pinned entries and the newest stay. Returns how many were removed."""
+        limit = (time.time() if now_s is None else now_s) - older_than_s
+        with self._lock:
+            pinned = min((pin.txid for pin in self._pins), default=None)
+            total, remove = self.size_bytes, 0
+            for entry in self._entries[:-1]:
+                too_old = older_than_s > 0 and entry.mtime_s < limit
+                too_large = max_bytes > 0 and total > max_bytes
+                if not (too_old or too_large) or (pinned is not None and entry.max_txid > pinned):
+                    break
+                total -= entry.size_bytes
+                remove += 1
+            gone, self._entries = self._entries[:remove], self._entries[remove:]
+            self._drop(gone)
+            return remove

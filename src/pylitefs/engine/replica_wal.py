@@ -1,0 +1,308 @@
+"""Apply on a replica: the daemon is the database's only WAL writer, as a SQLite connection would be one.
+
+Readers (any SQLite) keep their snapshot, never wait for us, and we never wait for them. The daemon holds, through
+the mount: SHARED on the database, DMS shared, WRITE and CKPT exclusive on -shm. Publication follows wal.c: frames,
+hash tables, second copy of the header, first copy. Databases in a rollback mode are served the same way while
+applications have them open: SQLite opens a database in WAL mode whenever a non-empty -wal stands beside it.
+
+Crash table
+    frames written, header not     the transaction is invisible; the log has it, recovery applies it again
+    daemon dies                    the locks are gone with it and so is the mount; recovery checkpoints the WAL
+    power cut                      frames carry checksums: a prefix of whole transactions counts, the log redoes the rest
+    checkpoint interrupted         WAL fsynced before, database fsynced after: the WAL still has every page
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import struct
+from collections.abc import Iterable
+
+from pylitefs.engine import ofd_locks
+from pylitefs.engine.files import DatabaseFiles, read_at, write_at
+from pylitefs.errors import DatabaseBusy
+from pylitefs.formats.sqlite.locks import (
+    CKPT,
+    DMS,
+    PENDING,
+    READ0,
+    READ1,
+    SHARED_FIRST,
+    SHARED_SIZE,
+    WRITE,
+    read_lock,
+)
+from pylitefs.formats.sqlite.wal import WalHeader, encode_frames, frame_offset, page_offset
+from pylitefs.formats.sqlite.wal_index import (
+    BACKFILL_ATTEMPTED_OFFSET,
+    BACKFILL_OFFSET,
+    CHECKPOINT_INFO_OFFSET,
+    HEADER_COPY_SIZE,
+    READMARK_NOT_USED,
+    REGION_SIZE,
+    CheckpointInfo,
+    HashTables,
+    WalIndexHeader,
+    read_mark_offset,
+)
+from pylitefs.ports import FileKind
+
+RUN_FRAMES = 256
+_U32 = struct.Struct("=I")
+
+
+class ReplicaWal:
+    """The live WAL of one database on a replica. Used by the worker thread only."""
+
+    def __init__(self, files: DatabaseFiles, page_size: int, commit: int, mode: int) -> None:
+        self._files = files
+        self.page_size = page_size
+        self.commit = commit
+        self._mode = mode
+        self._database = self._wal = self._shm = -1
+        self._tables = HashTables()
+        self._change = 0
+        self._header = WalHeader.create(page_size, 0, secrets.randbits(32), secrets.randbits(32))
+        self._s0 = self._s1 = 0
+        self.backfill = 0
+        self._unsynced = False
+        self._header_stale = False  # a generation was begun, its header is not in the file yet
+
+    @property
+    def mx_frame(self) -> int:
+        return self._tables.mx_frame
+
+    @property
+    def size_bytes(self) -> int:
+        return frame_offset(self.mx_frame + 1, self.page_size)
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Create an empty WAL and a wal-index for it, under the locks of a writer. Raises DatabaseBusy, OSError."""
+        try:
+            self._database = os.open(self._files.live(FileKind.DATABASE), os.O_RDWR | os.O_CLOEXEC)
+            self._lock_database()
+            self._shm = self._create(FileKind.SHM)
+            for byte, exclusive in ((DMS, False), (WRITE, True), (CKPT, True)):
+                if not ofd_locks.try_lock(self._shm, byte, exclusive=exclusive):
+                    raise DatabaseBusy(f"{self._files.name}: another process holds lock byte {int(byte)} of its -shm")
+            self._wal = self._create(FileKind.WAL)
+            os.ftruncate(self._wal, 0)
+            self._write_wal_header()
+            os.ftruncate(self._shm, 0)
+            write_at(self._shm, bytes(REGION_SIZE), 0)
+            marks = (0, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED)
+            write_at(self._shm, CheckpointInfo(0, marks, 0).pack(), CHECKPOINT_INFO_OFFSET)
+            self._publish()
+        except BaseException:
+            self._close_fds()
+            raise
+
+    def _lock_database(self) -> None:
+        locked = ofd_locks.try_lock(self._database, PENDING, exclusive=False)
+        try:
+            if not locked or not ofd_locks.try_lock(self._database, SHARED_FIRST, SHARED_SIZE, exclusive=False):
+                raise DatabaseBusy(f"{self._files.name}: another process holds its lock exclusively")
+        finally:
+            ofd_locks.unlock(self._database, PENDING)
+
+    def _create(self, kind: FileKind) -> int:
+        fd = os.open(self._files.live(kind), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
+        owner = os.fstat(self._database)
+        with contextlib.suppress(OSError):
+            os.fchmod(fd, self._mode)
+            if os.geteuid() == 0:
+                os.fchown(fd, owner.st_uid, owner.st_gid)
+        return fd
+
+    def close(self, *, remove: bool) -> None:
+        """Drop the locks. `remove`: also remove -wal and -shm, which must be checkpointed to the end (or worthless)."""
+        if remove:
+            for kind in (FileKind.SHM, FileKind.WAL):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._files.live(kind))
+        self._close_fds()
+
+    def _close_fds(self) -> None:
+        for fd in (self._wal, self._shm, self._database):
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self._wal = self._shm = self._database = -1
+
+    # -- append ----------------------------------------------------------------------------------------------
+
+    def append(self, pages: Iterable[tuple[int, bytes]], commit: int) -> int:
+        """One transaction: all `pages` become visible at once, the database has `commit` pages then. Returns the number
+        of frames. On an error (disk full) nothing became visible and the next append overwrites what was written."""
+        before = self.mx_frame
+        if before == 0:
+            self._restart_if_used()
+        s0, s1 = self._s0, self._s1
+        try:
+            count = self._append_frames(pages, commit)
+        except BaseException:
+            self._s0, self._s1 = s0, s1
+            for offset, patch in self._tables.truncate(before):
+                write_at(self._shm, patch, offset)
+            raise
+        self.commit = commit
+        self._change = (self._change + 1) & 0xFFFFFFFF
+        self._publish()
+        self._unsynced = True
+        return count
+
+    def _append_frames(self, pages: Iterable[tuple[int, bytes]], commit: int) -> int:
+        count = 0
+        pgnos: list[int] = []
+        data: list[bytes] = []
+        for pgno, page in pages:
+            if len(pgnos) == RUN_FRAMES:
+                self._write_run(pgnos, data, 0)
+                count += len(pgnos)
+                pgnos, data = [], []
+            pgnos.append(pgno)
+            data.append(page)
+        if not pgnos:  # only the size changed: a commit needs a frame to stand in
+            pgnos, data = [1], [self.read_page(1)]
+        self._write_run(pgnos, data, commit)
+        return count + len(pgnos)
+
+    def _write_run(self, pgnos: list[int], data: list[bytes], commit: int) -> None:
+        frames, s0, s1 = encode_frames(self._header, pgnos, data, commit, self._s0, self._s1)
+        write_at(self._wal, frames, frame_offset(self.mx_frame + 1, self.page_size))
+        for offset, patch in self._tables.append(pgnos):
+            write_at(self._shm, patch, offset)
+        self._s0, self._s1 = s0, s1
+
+    def _write_wal_header(self) -> None:
+        write_at(self._wal, self._header.pack(), 0)
+        self._s0, self._s1 = self._header.checksum1, self._header.checksum2
+
+    def _publish(self) -> None:
+        header = WalIndexHeader(
+            self._change, self._header.big_endian, self.page_size, self.mx_frame, self.commit,
+            (self._s0, self._s1), self._header.salts,
+        ).pack()  # fmt: skip
+        write_at(self._shm, header, HEADER_COPY_SIZE)
+        write_at(self._shm, header, 0)
+
+    def read_page(self, pgno: int) -> bytes:
+        """The newest version of a page."""
+        frame = self._tables.lookup(pgno)
+        if frame:
+            return read_at(self._wal, self.page_size, page_offset(frame, self.page_size))
+        return read_at(self._database, self.page_size, (pgno - 1) * self.page_size)
+
+    # -- checkpoint ------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Make what was appended durable."""
+        if self._unsynced:
+            os.fsync(self._wal)
+            self._unsynced = False
+
+    def checkpoint(self) -> bool:
+        """Copy frames to the database as far as no reader needs the old pages (PASSIVE, by the rules of wal.c), and begin the
+        WAL anew if nobody uses it. True if everything is in the database file."""
+        if self.mx_frame == 0:
+            return True
+        if self.backfill < self.mx_frame:
+            self._backfill(self._safe_frame())
+        if self.backfill < self.mx_frame:
+            return False
+        self._restart()
+        return True
+
+    def _info(self) -> CheckpointInfo:
+        return CheckpointInfo.unpack(os.pread(self._shm, REGION_SIZE, CHECKPOINT_INFO_OFFSET)[:40])
+
+    def _safe_frame(self) -> int:
+        """The last frame that every reader has in its snapshot."""
+        safe, info = self.mx_frame, self._info()
+        for slot in range(1, 5):
+            mark = info.read_marks[slot]
+            if mark >= safe:
+                continue
+            if ofd_locks.try_lock(self._shm, read_lock(slot), exclusive=True):
+                self._set_read_mark(slot, safe if slot == 1 else READMARK_NOT_USED)
+                ofd_locks.unlock(self._shm, read_lock(slot))
+            else:
+                safe = mark
+        return safe
+
+    def _set_read_mark(self, slot: int, frame: int) -> None:
+        write_at(self._shm, _U32.pack(frame), read_mark_offset(slot))
+
+    def _backfill(self, safe: int) -> None:
+        if safe <= self.backfill or not ofd_locks.try_lock(self._shm, READ0, exclusive=True):
+            return
+        try:
+            write_at(self._shm, _U32.pack(safe), BACKFILL_ATTEMPTED_OFFSET)
+            self.sync()
+            size = self.page_size
+            newest = self._tables.latest_frames(self.backfill + 1, safe)
+            for pgno in sorted(newest):
+                if pgno <= self.commit:
+                    page = read_at(self._wal, size, page_offset(newest[pgno], size))
+                    write_at(self._database, page, (pgno - 1) * size)
+            if safe == self.mx_frame:
+                os.ftruncate(self._database, self.commit * size)
+            os.fsync(self._database)
+            self.backfill = safe
+            write_at(self._shm, _U32.pack(safe), BACKFILL_OFFSET)
+        finally:
+            ofd_locks.unlock(self._shm, READ0)
+
+    def _restart(self) -> bool:
+        """walRestartHdr: new salts, no frames. Only if no reader holds a slot that points into the WAL."""
+        if not ofd_locks.try_lock(self._shm, READ1, 4, exclusive=True):
+            return False
+        try:
+            self._begin_generation()
+        finally:
+            ofd_locks.unlock(self._shm, READ1, 4)
+        return True
+
+    def _begin_generation(self) -> None:
+        old = self._header
+        self._header = WalHeader.create(
+            self.page_size, old.checkpoint_seq + 1, (old.salt1 + 1) & 0xFFFFFFFF, secrets.randbits(32)
+        )
+        self._tables.clear()
+        self._publish()
+        write_at(self._shm, _U32.pack(0), BACKFILL_OFFSET)
+        write_at(self._shm, _U32.pack(0), BACKFILL_ATTEMPTED_OFFSET)
+        self._set_read_mark(1, 0)
+        for slot in (2, 3, 4):
+            self._set_read_mark(slot, READMARK_NOT_USED)
+        self.backfill = 0
+        self._header_stale = True
+
+    def _restart_if_used(self) -> None:
+        """The first append of a generation writes the WAL's header, as SQLite does."""
+        if self._header_stale:
+            self._write_wal_header()
+            self._header_stale = False
+
+    # -- whole replacement -----------------------------------------------------------------------------------
+
+    def replace(self, pages: Iterable[tuple[int, bytes]], page_size: int, commit: int) -> bool:
+        """Rewrite the database with another page size, in place. Needs a moment without any reader; False if there is
+        none now. The caller has the pages safe elsewhere: after a crash in here they are applied again."""
+        if not ofd_locks.try_lock(self._shm, READ0, 5, exclusive=True):
+            return False
+        try:
+            for pgno, page in pages:
+                write_at(self._database, page, (pgno - 1) * page_size)
+            os.ftruncate(self._database, commit * page_size)
+            os.fsync(self._database)
+            self.page_size, self.commit = page_size, commit
+            self._change = (self._change + 1) & 0xFFFFFFFF
+            self._begin_generation()
+        finally:
+            ofd_locks.unlock(self._shm, READ0, 5)
+        return True

@@ -1,0 +1,128 @@
+"""Capture in the rollback modes (DELETE, TRUNCATE, PERSIST, MEMORY, OFF).
+
+The journal is not the list of changed pages (a page from the freelist is changed without being journaled), the
+writes are. So the database file's writes come to us, and are noted as byte ranges until a commit point: the
+journal is unlinked, truncated or its header zeroed; where there is no journal file, the database is fsynced, or
+nobody holds a write lock any more.
+
+A handle that was opened with passthrough (in WAL mode) and now writes in rollback mode leaves no ranges. Then
+`suspect` makes the next commit compare the whole database with the checksum table.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pylitefs.engine.files import DatabaseFiles
+from pylitefs.errors import FormatError
+from pylitefs.formats.sqlite.header import DatabaseHeader
+from pylitefs.formats.sqlite.journal import is_hot_header
+
+_NONCE = slice(12, 16)
+_HEADER_BYTES = 28
+
+
+class DirtyRanges:
+    """Byte ranges that were written, merged where they follow one another."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._ranges)
+
+    def add(self, offset: int, size: int) -> None:
+        end = offset + size
+        if self._ranges:
+            first, last = self._ranges[-1]
+            if first <= offset <= last:
+                self._ranges[-1] = (first, max(last, end))
+                return
+        self._ranges.append((offset, end))
+
+    def pgnos(self, page_size: int, commit: int) -> NDArray[np.uint32]:
+        """The pages that the ranges touch, ascending, none beyond `commit`."""
+        if not self._ranges:
+            return np.zeros(0, dtype=np.uint32)
+        parts = [
+            np.arange(first // page_size + 1, (last + page_size - 1) // page_size + 1, dtype=np.uint32)
+            for first, last in self._ranges
+        ]
+        pgnos = np.unique(np.concatenate(parts))
+        return pgnos[pgnos <= commit]
+
+    def clear(self) -> None:
+        self._ranges.clear()
+
+
+class RollbackCapture:
+    """What is known about one database's writes since its last commit. Guarded by the database's lock."""
+
+    def __init__(self, files: DatabaseFiles) -> None:
+        self._files = files
+        self.dirty = DirtyRanges()
+        self.suspect = False
+        self._nonce = b""
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.dirty) or self.suspect
+
+    def clear(self) -> None:
+        self.dirty.clear()
+        self.suspect = False
+
+    def journal_head(self) -> bytes:
+        """The first bytes of the journal; empty if there is no journal."""
+        try:
+            fd = os.open(self._files.journal, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return b""
+        try:
+            return os.pread(fd, _HEADER_BYTES, 0)
+        finally:
+            os.close(fd)
+
+    def journal_in_use(self) -> bool:
+        """Whether a journal stands there that could still roll the database back."""
+        head = self.journal_head()
+        return len(head) >= _HEADER_BYTES and any(head)
+
+    def journal_is_hot(self) -> bool:
+        return is_hot_header(self.journal_head())
+
+    def starts_transaction(self) -> bool:
+        """Called before a write: whether the journal is another one than at the writes noted so far, which means that
+        those were committed (PERSIST, or EXCLUSIVE locking, where the header's zeroing was not seen)."""
+        nonce = self.journal_head()[_NONCE]
+        new = bool(self.dirty) and bool(nonce) and any(nonce) and nonce != self._nonce and any(self._nonce)
+        if nonce:
+            self._nonce = nonce
+        return new
+
+    def note(self, offset: int, size: int) -> None:
+        self.dirty.add(offset, size)
+
+
+def database_size(head: bytes, file_size: int) -> tuple[int, int]:
+    """(page size, number of pages) of a database by the rule of SQLite: the header's count if it is valid, else the
+    file's size. Raises FormatError if `head` is not a database header."""
+    header = DatabaseHeader.unpack(head)
+    if header.page_count_valid:
+        return header.page_size, header.page_count
+    return header.page_size, file_size // header.page_size
+
+
+def is_complete_database(path: str) -> bool:
+    """Whether a file is a whole SQLite database (a copy that is still being written is not)."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+            size = os.fstat(file.fileno()).st_size
+        page_size, commit = database_size(head, size)
+    except (FormatError, OSError):
+        return False
+    return commit > 0 and size >= page_size * commit and size % page_size == 0

@@ -1,0 +1,49 @@
+"""What the store does for its databases: ties capture, apply, snapshots and resync to one database object."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pylitefs.engine.apply import Apply, IncomingFile
+from pylitefs.engine.capture import Capture
+from pylitefs.engine.database import Database
+from pylitefs.engine.resync import Resync
+from pylitefs.engine.snapshot import SnapshotReader, copy_to
+from pylitefs.formats.ltx.format import Position
+
+
+class StoreServices:
+    """Implements `database.Services`. `captures`: whether this node writes (primary) or applies (replica)."""
+
+    def __init__(self, capture: Capture, apply: Apply, *, captures: bool) -> None:
+        self.capture = capture
+        self.applier = apply
+        self.captures = captures
+
+    def flush(self, database: Database) -> Future[Position]:
+        if self.captures:
+            return self.capture.flush_later(database)
+        done: Future[Position] = Future()
+        done.set_result(database.position)
+        return done
+
+    def snapshot(self, database: Database, known: NDArray[np.uint64] | None) -> SnapshotReader:
+        return SnapshotReader(database, known)
+
+    def copy_to(self, database: Database, path: str) -> Position:
+        return copy_to(database, path)
+
+    def apply(self, database: Database, data: bytes) -> Position:
+        return self.applier.apply(database, data)
+
+    def receive(self, database: Database, min_txid: int, max_txid: int) -> IncomingFile:
+        return IncomingFile(self.applier, database, min_txid, max_txid)
+
+    def resync(self, database: Database, page_size: int, keep_branch_after: int | None) -> Resync:
+        return Resync(self.applier, database, page_size, keep_branch_after)
+
+    def durable(self, database: Database) -> int:
+        return self.applier.durable(database)

@@ -1,0 +1,141 @@
+"""A whole database, read while it is being written, without a lock and without a wait for anybody.
+
+*Fuzzy copy and redo.* Pages are read one after the other while transactions go on, so the copy mixes states between
+`start` and now. Each page that changed in between is also in a log entry after `start`; applying those entries
+to the copy makes it the state of the last of them.
+
+Every page is checked against the checksum table as of the moment it is read. One that does not match was changed
+by a commit that is not in the log yet (it will be, after `start`), or is torn: it is read again after a capture. So a
+snapshot also finds pages that the disk has damaged.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pylitefs.engine.database import Database
+from pylitefs.engine.files import write_at
+from pylitefs.engine.transaction import UnstableSource
+from pylitefs.engine.wal_view import WalView
+from pylitefs.errors import DatabaseError
+from pylitefs.formats.ltx.checksum import page_checksums
+from pylitefs.formats.ltx.decoder import Reader
+from pylitefs.formats.ltx.format import Position, lock_pgno
+from pylitefs.formats.sqlite.wal_index import latest_frames
+
+CHUNK_BYTES = 1 << 20
+_ATTEMPTS = 40
+
+
+class SnapshotReader:
+    """Blocking; not for the worker or the event loop. `known`: the receiver's page checksums, to skip equal pages."""
+
+    def __init__(self, database: Database, known: NDArray[np.uint64] | None) -> None:
+        self._database = database
+        self.start: Position = database.flush().result()
+        self._pin = database.log.pin(self.start.txid)
+        self.page_size = database.page_size
+        self._commit = database.commit
+        self._known = known
+        self._next = 1
+        self._view = WalView(database.files)
+        self._run = max(1, CHUNK_BYTES // max(512, self.page_size))
+
+    def next_chunk(self) -> list[tuple[int, bytes]] | None:
+        """About 1 MB of (pgno, page); an empty list if nothing of this stretch differs; None at the end.
+
+        DatabaseError if a page stays different from what the log says (it is damaged on disk).
+        """
+        first = self._next
+        if first > self._commit:
+            return None
+        count = min(self._run, self._commit - first + 1)
+        self._next += count
+        for attempt in range(_ATTEMPTS):
+            if self._database.page_size != self.page_size:
+                raise DatabaseError(f"{self._database.name}: the page size changed during a snapshot; it is begun anew")
+            pages = self._read(first, count)
+            if pages is not None:
+                return pages
+            self._database.flush().result()
+            time.sleep(min(0.001 * (1 << min(attempt, 6)), 0.05))
+        raise DatabaseError(
+            f"{self._database.name}: pages {first}..{first + count - 1} do not match their checksums: "
+            "restore the database from a replica or a backup"
+        )
+
+    def _read(self, first: int, count: int) -> list[tuple[int, bytes]] | None:
+        """The pages of one stretch that differ from the receiver's; None if some do not match the table now."""
+        size, skip = self.page_size, lock_pgno(self.page_size)
+        try:
+            data = bytearray(self._view.database_run(first, count, size))
+            self._overlay(data, first, count)
+        except UnstableSource:
+            return None
+        found = page_checksums(first, bytes(data), size)
+        with self._database.lock:
+            commit = self._database.commit
+            expected = self._database.table.values[first - 1 : first - 1 + count].copy()
+        inside = max(0, min(count, commit - first + 1))  # pages cut off meanwhile are not sent
+        if not np.array_equal(found[:inside], expected[:inside]):
+            return None
+        wanted = np.ones(inside, dtype=bool)
+        if self._known is not None:
+            theirs = self._known[first - 1 : first - 1 + inside]
+            wanted[: len(theirs)] = theirs != found[: len(theirs)]
+        return [
+            (first + int(index), bytes(data[index * size : (index + 1) * size]))
+            for index in np.flatnonzero(wanted)
+            if first + int(index) != skip
+        ]
+
+    def _overlay(self, data: bytearray, first: int, count: int) -> None:
+        """Newer versions of these pages from the WAL."""
+        self._view.close()  # files may have been replaced since the last chunk
+        now = self._view.committed()
+        if now is None or now.mx_frame == 0 or now.page_size != self.page_size:
+            return
+        pgnos, frames = latest_frames(self._view.pgnos(1, now.mx_frame), 1)
+        inside = (pgnos >= first) & (pgnos < first + count)
+        for pgno, page in self._view.frame_pages(pgnos[inside], frames[inside], self.page_size):
+            data[(pgno - first) * self.page_size : (pgno - first + 1) * self.page_size] = page
+
+    def close(self) -> None:
+        self._pin.close()
+        self._view.close()
+
+
+def copy_to(database: Database, path: str) -> Position:
+    """Write a consistent copy, byte for byte what SQLite sees, to `path`. Blocking; not for the worker."""
+    reader = SnapshotReader(database, None)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        while (pages := reader.next_chunk()) is not None:
+            for pgno, page in pages:
+                write_at(fd, page, (pgno - 1) * reader.page_size)
+        position, commit = redo_after(database, reader.start, fd)
+        os.ftruncate(fd, (commit or database.commit) * reader.page_size)
+        os.fsync(fd)
+        return position
+    finally:
+        os.close(fd)
+        reader.close()
+
+
+def redo_after(database: Database, start: Position, fd: int) -> tuple[Position, int]:
+    """Apply the log after `start` to a copy: (the position reached, its size in pages; 0 if there was nothing)."""
+    target = database.log.head
+    txid, commit = start.txid, 0
+    while txid < target.txid:
+        entry = database.log.after(txid)
+        if entry is None:
+            raise DatabaseError(f"{database.name}: the log has a hole after {txid:016x}; try again")
+        reader = Reader(entry.chunks())
+        for pgno, page in reader:
+            write_at(fd, page, (pgno - 1) * reader.header.page_size)
+        txid, commit = entry.max_txid, reader.header.commit
+    return (target if txid == target.txid else start), commit

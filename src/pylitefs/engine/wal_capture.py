@@ -1,0 +1,337 @@
+"""Capture in WAL mode: every committed transaction into the log, from beside the application.
+
+The cursor says up to which frame of which WAL generation (salts) the log holds everything. A pass takes all
+committed frames after it at once, keeps each page's newest version and writes one LTX entry.
+
+Nothing may be lost between two passes. A frame is overwritten only after a checkpoint has copied all frames to
+the database, and before a checkpoint copies anything it fsyncs the WAL (except with synchronous=OFF). That fsync
+reaches us, and is answered only when the capture has reached the end: so in general no lock is needed.
+Where it does not suffice (synchronous=OFF, or a backlog too large to wait for) there is the *barrier*, a shared
+lock on a read slot whose mark is "not used": it stops a WAL restart and limits no checkpoint.
+Whatever was missed all the same is noticed: SQLite's commit counter must have grown by exactly the commits seen
+(*gap detector*). Then the database itself is compared with the checksum table (*repair by diff*).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pylitefs.engine import ofd_locks
+from pylitefs.engine.files import DatabaseFiles
+from pylitefs.engine.transaction import Change, Pages, ReadPage, UnstableSource
+from pylitefs.engine.wal_view import Committed, WalView
+from pylitefs.formats.ltx.format import lock_pgno
+from pylitefs.formats.sqlite.locks import CKPT, PENDING, SHARED_FIRST, SHARED_SIZE, WRITE, read_lock
+from pylitefs.formats.sqlite.wal import FRAME_HEADER_SIZE, frame_offset
+from pylitefs.formats.sqlite.wal_index import (
+    READMARK_NOT_USED,
+    latest_frames,
+)
+from pylitefs.ports import FileKind
+
+BARRIER_FRAMES = 4096
+_DIFF_ATTEMPTS = 5
+_U32 = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Frames 1..frame under `salts` are in the log. salts None: no generation seen yet. `change`: SQLite's commit
+    counter at the cursor; None if unknown."""
+
+    salts: tuple[int, int] | None
+    frame: int
+    change: int | None
+
+
+FRESH = Cursor(None, 0, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One pass: what to write, and where the cursor is afterwards. `gap`: transactions before it were missed."""
+
+    change: Change
+    pages: Pages
+    read_missing: ReadPage
+    committed: Committed
+    cursor: Cursor
+    frames: int
+    gap: bool = False
+
+
+class ReadLock:
+    """Locks of a reader, held through the mount: SHARED on the database and one read slot of -shm.
+
+    With `mark` it is a true reader, whose snapshot no checkpoint may pass; without, the barrier.
+    """
+
+    def __init__(self, files: DatabaseFiles) -> None:
+        self._files = files
+        self._database = -1
+        self._shm = -1
+
+    def acquire(self, view: WalView) -> bool:
+        """The barrier: a shared lock on a slot that is not in use. False if there is none, or no -shm."""
+        try:
+            self._database = os.open(self._files.live(FileKind.DATABASE), os.O_RDONLY | os.O_CLOEXEC)
+            self._shm = os.open(self._files.live(FileKind.SHM), os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            self.release()
+            return False
+        if self._lock_shared() and self._lock_slot(view):
+            return True
+        self.release()
+        return False
+
+    def _lock_shared(self) -> bool:
+        """SHARED as SQLite takes it: PENDING first, so that a waiting writer is not starved."""
+        if not ofd_locks.try_lock(self._database, PENDING, exclusive=False):
+            return False
+        try:
+            return ofd_locks.try_lock(self._database, SHARED_FIRST, SHARED_SIZE, exclusive=False)
+        finally:
+            ofd_locks.unlock(self._database, PENDING)
+
+    def _lock_slot(self, view: WalView) -> bool:
+        info = view.checkpoint_info()
+        if info is None:
+            return False
+        for slot in (4, 3, 2):
+            if info.read_marks[slot] != READMARK_NOT_USED:
+                continue
+            if ofd_locks.try_lock(self._shm, read_lock(slot), exclusive=False):
+                after = view.checkpoint_info()
+                if after is not None and after.read_marks[slot] == READMARK_NOT_USED:
+                    return True
+                ofd_locks.unlock(self._shm, read_lock(slot))
+        return False
+
+    def release(self) -> None:
+        """Closing an open file drops its OFD locks."""
+        for fd in (self._shm, self._database):
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self._shm = self._database = -1
+
+    @property
+    def held(self) -> bool:
+        return self._shm >= 0
+
+
+class WalCapture:
+    """The observer of one database's WAL. Used by the worker thread only, except `probe_checkpoint`."""
+
+    def __init__(self, files: DatabaseFiles) -> None:
+        self.files = files
+        self.view = WalView(files)
+        self.cursor = FRESH
+        self.barrier = ReadLock(files)
+        self._lock_fd = -1
+        self._synced: Cursor | None = None
+
+    # -- what happened to the files --------------------------------------------------------------------------
+
+    def created(self, kind: FileKind) -> None:
+        """A new -wal or -shm. A new wal-index counts commits from zero."""
+        self.view.forget(kind)
+        if kind is FileKind.SHM:
+            self._close_lock_fd()
+            self.cursor = Cursor(self.cursor.salts, self.cursor.frame, None if self.cursor.salts else 0)
+        elif kind is FileKind.WAL:
+            self.cursor = Cursor(None, 0, self.cursor.change)
+
+    def removed(self, kind: FileKind) -> None:
+        self.view.forget(kind)
+        if kind is FileKind.SHM:
+            self._close_lock_fd()
+            self.barrier.release()
+        if kind is FileKind.WAL:
+            self.cursor = FRESH
+
+    def forget_all(self) -> None:
+        self.barrier.release()
+        self._close_lock_fd()
+        self.view.close()
+        self.cursor = FRESH
+
+    def open_lock_fd(self) -> None:
+        """A descriptor of the mount's -shm to ask for locks with (never in a FUSE thread: it opens a file of the mount)."""
+        if self._lock_fd < 0:
+            with contextlib.suppress(OSError):
+                self._lock_fd = os.open(self.files.live(FileKind.SHM), os.O_RDWR | os.O_CLOEXEC)
+
+    def _close_lock_fd(self) -> None:
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def checkpoint_running(self) -> bool:
+        """Whether a process holds CKPT (True if that cannot be known). Any thread; asks the kernel only."""
+        fd = self._lock_fd
+        if fd < 0:
+            return True
+        try:
+            return ofd_locks.write_locked(fd, CKPT) is not None
+        except OSError:
+            return True
+
+    def checkpoint_restarts(self) -> bool:
+        """Whether the checkpoint that runs also wants the WAL to itself (FULL, RESTART, TRUNCATE hold WRITE too)."""
+        fd = self._lock_fd
+        if fd < 0:
+            return True
+        try:
+            return ofd_locks.write_locked(fd, WRITE) == ofd_locks.write_locked(fd, CKPT)
+        except OSError:
+            return True
+
+    # -- one pass --------------------------------------------------------------------------------------------
+
+    def backlog(self) -> int:
+        """Committed frames that are not in the log yet."""
+        now = self.view.committed()
+        if now is None:
+            return 0
+        return now.mx_frame - self.cursor.frame if now.salts == self.cursor.salts else now.mx_frame
+
+    def next_batch(self) -> Batch | None:
+        """What was committed since the cursor; None if nothing was. Raises UnstableSource: ask again."""
+        now = self.view.committed()
+        if now is None or (now.mx_frame == 0 and self.cursor.salts is None):
+            return None
+        cursor = self.cursor
+        if now.salts == cursor.salts and now.mx_frame == cursor.frame:
+            return None
+        first = cursor.frame + 1
+        gap = False
+        if now.salts != cursor.salts or now.mx_frame < cursor.frame:
+            first = 1
+            if now.mx_frame == 0:
+                # Restarted, nothing written yet: frames of the old generation may be gone.
+                if self._gap(now, 0):
+                    return self.diff(now)
+                self.cursor = Cursor(now.salts, 0, now.change)
+                return None
+            if now.page_size == 0 or not self.view.salts_are(now.salts):
+                raise UnstableSource  # the new generation's header is not written yet
+            gap = self._gap(now, self.view.commit_count(1, now.mx_frame, now.page_size))
+        if gap:
+            return self.diff(now)
+        return self._batch(now, first)
+
+    def _gap(self, now: Committed, commits: int) -> bool:
+        """Whether transactions of the generation before `now` were missed; `commits` are those under the new salts."""
+        cursor = self.cursor
+        if now.change is None:
+            # No wal-index to ask: nothing is missed if the capture was at the end when a checkpoint synced the WAL.
+            return cursor.salts is not None and cursor.frame > 0 and self._synced != cursor
+        if cursor.change is None:
+            return cursor.salts is not None
+        return (now.change - cursor.change) % _U32 != commits
+
+    def _batch(self, now: Committed, first: int) -> Batch:
+        frames = now.mx_frame - first + 1
+        commits = 0
+        if now.change is not None and self.cursor.change is not None and now.salts == self.cursor.salts:
+            commits = (now.change - self.cursor.change) % _U32
+        if not 1 <= commits <= frames:
+            commits = max(1, self.view.commit_count(first, now.mx_frame, now.page_size))
+        pgnos, numbers = latest_frames(self.view.pgnos(first, now.mx_frame), first)
+        inside = (pgnos <= now.commit) & (pgnos != lock_pgno(now.page_size))
+        if not inside.all():
+            pgnos, numbers = pgnos[inside], numbers[inside]
+        size = now.page_size
+        change = Change(
+            size, now.commit, commits, frame_offset(first, size), frames * (size + FRAME_HEADER_SIZE), now.salts
+        )
+        return Batch(
+            change, self.view.frame_pages(pgnos, numbers, size), lambda pgno: self._page(pgno, now), now,
+            Cursor(now.salts, now.mx_frame, now.change), frames,
+        )  # fmt: skip
+
+    def _page(self, pgno: int, now: Committed) -> bytes:
+        """One page as of `now`, wherever it is."""
+        for candidate, page in self._pages_of(np.array([pgno], dtype=np.uint32), now):
+            assert candidate == pgno
+            return page
+        raise UnstableSource
+
+    def _pages_of(self, wanted: np.ndarray[tuple[int], np.dtype[np.uint32]], now: Committed) -> Iterator[tuple[int, bytes]]:
+        newest: dict[int, int] = {}
+        if now.mx_frame:
+            pgnos, frames = latest_frames(self.view.pgnos(1, now.mx_frame), 1)
+            at = np.searchsorted(pgnos, wanted)
+            inside = at < len(pgnos)
+            hit = np.zeros(len(wanted), dtype=bool)
+            hit[inside] = pgnos[at[inside]] == wanted[inside]
+            newest = dict(zip(wanted[hit].tolist(), frames[at[hit]].tolist(), strict=True))
+        for pgno in wanted.tolist():
+            frame = newest.get(pgno)
+            if frame is None:
+                yield pgno, self.view.database_page(pgno, now.page_size)
+            else:
+                one = np.array([pgno], dtype=np.uint32), np.array([frame], dtype=np.uint32)
+                yield from self.view.frame_pages(*one, now.page_size)
+
+    # -- repair by diff --------------------------------------------------------------------------------------
+
+    def diff(self, now: Committed) -> Batch:
+        """Every page as of `now`; the writer keeps those that differ from the checksum table."""
+        lock = lock_pgno(now.page_size)
+        wanted = np.arange(1, now.commit + 1, dtype=np.uint32)
+        wanted = wanted[wanted != lock]
+        return Batch(
+            Change(now.page_size, now.commit), self._pages_of(wanted, now), lambda pgno: self._page(pgno, now), now,
+            Cursor(now.salts, now.mx_frame, now.change), now.mx_frame, gap=True,
+        )  # fmt: skip
+
+    def is_stable(self, batch: Batch) -> bool:
+        """Whether what the batch read was still what it claims to be."""
+        now = batch.committed
+        if now.mx_frame and not self.view.salts_are(now.salts):
+            return False
+        if not batch.gap:
+            return True
+        # A diff also read the database file: no checkpoint may have brought newer pages into it.
+        info = self.view.checkpoint_info()
+        if info is not None:
+            return max(info.backfill, info.backfill_attempted) <= now.mx_frame
+        again = self.view.committed()
+        return again is not None and again.salts == now.salts
+
+    def advance(self, batch: Batch) -> None:
+        self.cursor = batch.cursor
+
+    def mark_synced(self) -> None:
+        """The WAL was fsynced, and everything before that is in the log."""
+        self._synced = self.cursor
+
+    # -- the barrier -----------------------------------------------------------------------------------------
+
+    def hold_restart(self) -> bool:
+        """Keep the WAL from being restarted while a large backlog is worked off."""
+        if self.barrier.held:
+            return True
+        return self.barrier.acquire(self.view) and self._still_current()
+
+    def _still_current(self) -> bool:
+        """The lock protects this generation only if it was not restarted before the lock was there."""
+        now = self.view.committed()
+        return now is not None and (self.cursor.salts is None or now.salts == self.cursor.salts)
+
+    def let_restart(self) -> None:
+        self.barrier.release()
+
+
+def wait_stable(attempt: int) -> None:
+    """Between attempts of a read that was unstable."""
+    time.sleep(min(0.0002 * (1 << attempt), 0.02))

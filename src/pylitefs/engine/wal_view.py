@@ -1,0 +1,257 @@
+"""What is committed in a WAL, seen from beside the application, without any lock.
+
+Two ways to know it:
+- The wal-index header in -shm says it (frames 1..mx_frame under these salts); the page numbers are there too.
+- Where there is no -shm (`locking_mode=EXCLUSIVE` keeps the wal-index in the application's heap, or nobody has
+  the database open), the frames themselves say it: salts, checksum chain, commit field.
+
+Stability (seqlock): SQLite writes new salts into the WAL's header before it overwrites any frame. So frames that
+were read while the header kept its salts are the committed ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pylitefs.engine.files import DatabaseFiles, read_at
+from pylitefs.engine.transaction import UnstableSource
+from pylitefs.errors import FormatError
+from pylitefs.formats.sqlite.wal import (
+    FRAME_HEADER_SIZE,
+    WAL_HEADER_SIZE,
+    WalHeader,
+    frame_offset,
+    page_offset,
+    scan_frames,
+)
+from pylitefs.formats.sqlite.wal_index import (
+    CHECKPOINT_INFO_OFFSET,
+    HEADER_SIZE,
+    CheckpointInfo,
+    pgno_locations,
+    read_header,
+)
+from pylitefs.ports import FileKind
+
+_RUN_FRAMES = 64
+_SCAN_FRAMES = 256
+_TORN_RETRIES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A committed prefix of the WAL: frames 1..mx_frame under `salts`, which make the database `commit` pages.
+
+    `change` is SQLite's commit counter (iChange, 32 bits, wraps); None if there is no wal-index.
+    (s0, s1) is the checksum of frame mx_frame.
+    """
+
+    salts: tuple[int, int]
+    page_size: int
+    mx_frame: int
+    commit: int
+    change: int | None
+    s0: int = 0
+    s1: int = 0
+
+
+NOTHING = Committed((0, 0), 0, 0, 0, None)
+
+
+class WalView:
+    """Read access to the WAL, its index and the database file. Used by one thread at a time."""
+
+    def __init__(self, files: DatabaseFiles) -> None:
+        self._files = files
+        self._fds: dict[FileKind, int] = {}
+        self._scanned = NOTHING  # how far frames were checked where there is no wal-index
+        self._scanned_pgnos: NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._fds.clear()
+
+    def forget(self, kind: FileKind) -> None:
+        """The file was removed or created anew: open it again when it is needed."""
+        fd = self._fds.pop(kind, None)
+        if fd is not None:
+            os.close(fd)
+
+    def _fd(self, kind: FileKind) -> int | None:
+        fd = self._fds.get(kind)
+        if fd is None:
+            path = self._files.shm_view if kind is FileKind.SHM else self._files.backing(kind)
+            try:
+                fd = self._fds[kind] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+        return fd
+
+    # -- what is committed -----------------------------------------------------------------------------------
+
+    def committed(self) -> Committed | None:
+        """The newest committed prefix; None if there is no WAL, or nobody can tell at this moment."""
+        shm = self._fd(FileKind.SHM)
+        if shm is None:
+            return self._scan()
+        for _ in range(_TORN_RETRIES):
+            data = os.pread(shm, HEADER_SIZE, 0)
+            header = read_header(data)
+            if header is not None:
+                return Committed(
+                    header.salts, header.page_size, header.mx_frame, header.page_count, header.change,
+                    *header.frame_checksum,
+                )  # fmt: skip
+            if len(data) < HEADER_SIZE or not any(data[:96]):
+                return None  # not initialised yet
+            time.sleep(0.00005)
+        return None
+
+    def checkpoint_info(self) -> CheckpointInfo | None:
+        shm = self._fd(FileKind.SHM)
+        if shm is None:
+            return None
+        try:
+            return CheckpointInfo.unpack(os.pread(shm, HEADER_SIZE, 0)[CHECKPOINT_INFO_OFFSET:])
+        except FormatError:
+            return None
+
+    def has_index(self) -> bool:
+        return self._fd(FileKind.SHM) is not None
+
+    def wal_header(self) -> WalHeader | None:
+        wal = self._fd(FileKind.WAL)
+        if wal is None:
+            return None
+        try:
+            return WalHeader.unpack(os.pread(wal, WAL_HEADER_SIZE, 0))
+        except FormatError:
+            return None
+
+    def salts_are(self, salts: tuple[int, int]) -> bool:
+        """Whether the WAL still holds the generation with these salts (see "Stability" above)."""
+        header = self.wal_header()
+        return header is not None and header.salts == salts
+
+    def _scan(self) -> Committed | None:
+        header = self.wal_header()
+        if header is None:
+            return None
+        if self._scanned.salts != header.salts or self._scanned.page_size != header.page_size:
+            self._scanned = Committed(
+                header.salts, header.page_size, 0, 0, None, header.checksum1, header.checksum2
+            )
+            self._scanned_pgnos = np.zeros(0, dtype=np.uint32)
+        self._scan_on(header)
+        return self._scanned
+
+    def _scan_on(self, header: WalHeader) -> None:
+        """Check the frames after the scanned prefix; the prefix grows by whole transactions."""
+        wal = self._fd(FileKind.WAL)
+        assert wal is not None
+        done = self._scanned
+        s0, s1, frame = done.s0, done.s1, done.mx_frame
+        pending: list[NDArray[np.uint32]] = []
+        while True:
+            run = os.pread(wal, header.frame_size * _SCAN_FRAMES, frame_offset(frame + 1, header.page_size))
+            scan = scan_frames(header, run, s0, s1)
+            pending.append(scan.pgnos)
+            if scan.committed:
+                known = np.concatenate([self._scanned_pgnos, *pending])
+                self._scanned_pgnos = known[: frame + scan.committed]
+                pending = [known[frame + scan.committed :]]
+                done = replace(
+                    done, mx_frame=frame + scan.committed, commit=int(scan.commits[scan.committed - 1]),
+                    s0=scan.committed_s0, s1=scan.committed_s1,
+                )  # fmt: skip
+            frame += scan.count
+            s0, s1 = scan.s0, scan.s1
+            if scan.count < _SCAN_FRAMES:
+                break
+        self._scanned = done
+
+    # -- pages -----------------------------------------------------------------------------------------------
+
+    def pgnos(self, first: int, last: int) -> NDArray[np.uint32]:
+        """Page numbers of committed frames first..last."""
+        shm = self._fd(FileKind.SHM)
+        if shm is None:
+            return self._scanned_pgnos[first - 1 : last]
+        parts = []
+        for offset, count in pgno_locations(first, last):
+            data = os.pread(shm, 4 * count, offset)
+            if len(data) != 4 * count:
+                raise UnstableSource
+            parts.append(np.frombuffer(data, dtype=np.uint32))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def commit_count(self, first: int, last: int, page_size: int) -> int:
+        """How many of the frames first..last end a transaction."""
+        wal = self._fd(FileKind.WAL)
+        if wal is None:
+            raise UnstableSource
+        size, count, frame = page_size + FRAME_HEADER_SIZE, 0, first
+        while frame <= last:
+            run = min(_SCAN_FRAMES, last - frame + 1)
+            data = os.pread(wal, size * run, frame_offset(frame, page_size))
+            if len(data) != size * run:
+                raise UnstableSource
+            words = np.frombuffer(data, dtype=">u4").reshape(run, size // 4)
+            count += int(np.count_nonzero(words[:, 1]))
+            frame += run
+        return count
+
+    def frame_pages(
+        self, pgnos: NDArray[np.uint32], frames: NDArray[np.uint32], page_size: int
+    ) -> Iterator[tuple[int, bytes]]:
+        """(pgno, page) for each, in the given order; frames that lie in a row are read at once."""
+        wal = self._fd(FileKind.WAL)
+        if wal is None:
+            raise UnstableSource
+        numbers, at, total = frames.tolist(), 0, len(frames)
+        wanted = pgnos.tolist()
+        size = page_size + FRAME_HEADER_SIZE
+        while at < total:
+            end = at + 1
+            while end < total and numbers[end] == numbers[end - 1] + 1 and end - at < _RUN_FRAMES:
+                end += 1
+            if end == at + 1:
+                page = os.pread(wal, page_size, page_offset(numbers[at], page_size))
+                if len(page) != page_size:
+                    raise UnstableSource
+                yield wanted[at], page
+            else:
+                data = os.pread(wal, size * (end - at), frame_offset(numbers[at], page_size))
+                if len(data) != size * (end - at):
+                    raise UnstableSource
+                for index in range(end - at):
+                    start = index * size + FRAME_HEADER_SIZE
+                    yield wanted[at + index], data[start : start + page_size]
+            at = end
+
+    def database_page(self, pgno: int, page_size: int) -> bytes:
+        """A page of the database file itself; zeros past its end."""
+        database = self._fd(FileKind.DATABASE)
+        if database is None:
+            raise UnstableSource
+        return read_at(database, page_size, (pgno - 1) * page_size)
+
+    def database_run(self, pgno: int, count: int, page_size: int) -> bytes:
+        """`count` pages of the database file in a row."""
+        database = self._fd(FileKind.DATABASE)
+        if database is None:
+            raise UnstableSource
+        return read_at(database, page_size * count, (pgno - 1) * page_size)
+
+    def database_header(self) -> bytes:
+        database = self._fd(FileKind.DATABASE)
+        return b"" if database is None else os.pread(database, 100, 0)

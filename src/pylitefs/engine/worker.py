@@ -1,0 +1,150 @@
+"""The engine's one worker thread: capture, apply, checkpoints and every other disk work of the databases.
+
+Jobs run one after the other in the order of submission, so what only the worker touches needs no lock.
+Between jobs it runs timers and watches file descriptors (inotify).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger("litefs.worker")
+
+
+class Timer:
+    """A call that can be cancelled."""
+
+    __slots__ = ("args", "call", "cancelled", "due_s")
+
+    def __init__(self, due_s: float, call: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self.due_s, self.call, self.args, self.cancelled = due_s, call, args, False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Worker:
+    def __init__(self, name: str = "engine") -> None:
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._count = itertools.count()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        self._readers: dict[int, Callable[[], object]] = {}
+        self._asleep = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what was submitted, then end. Timers that are not due are dropped."""
+        if self._thread.is_alive():
+            self.submit(self._end)
+            self._thread.join()
+        with contextlib.suppress(OSError):
+            os.close(self._wake)
+
+    def _end(self) -> None:
+        self._stopping = True
+
+    @property
+    def is_current(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def submit(self, call: Callable[..., T], *args: object) -> Future[T]:
+        """Run a call on the worker; any thread. The future has its result or exception."""
+        future: Future[T] = Future()
+
+        def job() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(call(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(job)
+        return future
+
+    def post(self, call: Callable[..., object], *args: object) -> None:
+        """As `submit` where nobody waits: an exception is logged."""
+        self._post(lambda: self._guarded(call, args))
+
+    def _post(self, job: Callable[[], None]) -> None:
+        self._jobs.append(job)
+        if self._asleep:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._wake, 1)
+
+    def call_later(self, delay_s: float, call: Callable[..., object], *args: object) -> Timer:
+        """Run a call on the worker after a time. From the worker thread, or before it was started."""
+        timer = Timer(time.monotonic() + delay_s, call, args)
+        heapq.heappush(self._timers, (timer.due_s, next(self._count), timer))
+        return timer
+
+    def watch(self, fd: int, ready: Callable[[], object]) -> None:
+        """Call `ready` on the worker whenever `fd` is readable."""
+        self._readers[fd] = ready
+        self._poll.register(fd, select.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        if self._readers.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    # -- the thread ------------------------------------------------------------------------------------------
+
+    def _guarded(self, call: Callable[..., object], args: tuple[Any, ...]) -> None:
+        try:
+            call(*args)
+        except Exception:
+            log.exception("a background job failed: %s", getattr(call, "__qualname__", call))
+
+    def _run(self) -> None:
+        while not (self._stopping and not self._jobs):
+            while self._jobs:
+                self._jobs.popleft()()
+            self._run_timers()
+            self._wait()
+
+    def _run_timers(self) -> None:
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            timer = heapq.heappop(self._timers)[2]
+            if not timer.cancelled:
+                self._guarded(timer.call, timer.args)
+
+    def _wait(self) -> None:
+        self._asleep = True
+        if self._jobs or self._stopping:
+            timeout_ms = 0.0
+        elif self._timers:
+            timeout_ms = max(0.0, (self._timers[0][0] - time.monotonic()) * 1000)
+        else:
+            timeout_ms = -1.0
+        if 0.0 < timeout_ms < 1.0 and max(self._readers, default=self._wake) < 1024:
+            # poll(2) knows whole milliseconds only
+            ready, _, _ = select.select([self._wake, *self._readers], [], [], timeout_ms / 1000)
+            events = [(fd, select.POLLIN) for fd in ready]
+        else:
+            events = self._poll.poll(timeout_ms)
+        self._asleep = False
+        for fd, _ in events:
+            if fd == self._wake:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            elif fd in self._readers:
+                self._guarded(self._readers[fd], ())

@@ -1,0 +1,135 @@
+"""Writes LTX files (format version 3, see `format`).
+
+Pure: every call returns the bytes to append to the file. What is kept of a page is its number and frame size (eight
+bytes), so the size of a transaction is limited by the file system only.
+
+    encoder = Encoder(header)
+    write(encoder.begin())
+    for pgno, page in pages:                  # ascending
+        write(encoder.page(pgno, page))
+    write(encoder.finish(post_apply_checksum))
+
+A file that was begun and not finished is torn: no reader takes it for a whole one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from pylitefs.errors import FormatError
+from pylitefs.formats.cursor import Buffer
+from pylitefs.formats.ltx.checksum import crc64
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG, HEADER_SIZE, TRAILER_SIZE, Header, Trailer, lock_pgno
+from pylitefs.formats.ltx.frames import END_OF_PAGES, FRAME_HEADER, PAGE_FLAG_SIZE, compress_page
+from pylitefs.formats.ltx.index import encode_index
+
+_pack_frame_header = FRAME_HEADER.pack
+
+
+class Encoder:
+    """One file. Calls out of order are a bug of the caller: RuntimeError. Pages that break the format: FormatError."""
+
+    def __init__(self, header: Header) -> None:
+        self._header_bytes = header.pack()
+        self.header = header
+        self.trailer: Trailer | None = None
+        self.size_bytes = 0
+        self._page_size = header.page_size
+        self._commit = header.commit
+        self._lock_pgno = lock_pgno(header.page_size)
+        self._is_snapshot = header.is_snapshot
+        self._accepts_pages = False
+        self._crc = 0
+        self._previous = 0
+        self._pgnos = array("I")
+        self._sizes = array("I")
+
+    @property
+    def page_count(self) -> int:
+        return len(self._pgnos)
+
+    def begin(self) -> bytes:
+        if self.size_bytes:
+            raise RuntimeError("Encoder.begin: called twice")
+        self._crc = crc64(self._header_bytes)
+        self.size_bytes = HEADER_SIZE
+        self._accepts_pages = True
+        return self._header_bytes
+
+    def page(self, pgno: int, data: Buffer) -> bytes:
+        """The frame of one page; `data` is `page_size` bytes, `pgno` larger than all before (the next one in a
+        snapshot), at most `commit` and not the lock page."""
+        if (
+            not self._previous < pgno <= self._commit
+            or pgno == self._lock_pgno
+            or len(data) != self._page_size
+            or not self._accepts_pages
+            or (self._is_snapshot and pgno != self._next_in_snapshot())
+        ):
+            raise self._refusal(pgno, data)
+        block = compress_page(data)
+        head = _pack_frame_header(pgno, PAGE_FLAG_SIZE, len(block))
+        self._crc = crc64(data, crc64(head, self._crc))
+        frame = head + block
+        size = len(frame)
+        self.size_bytes += size
+        self._previous = pgno
+        self._pgnos.append(pgno)
+        self._sizes.append(size)
+        return frame
+
+    def finish(self, post_apply_checksum: int) -> bytes:
+        """End of pages, page index and trailer. `post_apply_checksum` is the database's afterwards (0 if the header
+        says that there are none); it is not recomputed here."""
+        if not self._accepts_pages:
+            raise RuntimeError("Encoder.finish: before begin, or called twice")
+        if self._is_snapshot and self._previous != self.header.last_pgno:
+            raise FormatError(f"LTX snapshot ends with page {self._previous} of {self._commit}")
+        tail = END_OF_PAGES + encode_index(self._pgnos, self._sizes)
+        crc = crc64(tail, self._crc)
+        # The trailer's first half is covered by the file checksum, which is its second half.
+        unsigned = Trailer(post_apply_checksum, CHECKSUM_FLAG)
+        unsigned.validate(self.header)
+        trailer = Trailer(post_apply_checksum, crc64(unsigned.pack()[:8], crc) | CHECKSUM_FLAG)
+        self._accepts_pages = False
+        self.trailer = trailer
+        self.size_bytes += len(tail) + TRAILER_SIZE
+        return tail + trailer.pack()
+
+    def _next_in_snapshot(self) -> int:
+        pgno = self._previous + 1
+        return pgno + 1 if pgno == self._lock_pgno else pgno
+
+    def _refusal(self, pgno: int, data: Buffer) -> Exception:
+        """Why `page` cannot take this page."""
+        if not self._accepts_pages:
+            return RuntimeError("Encoder.page: before begin or after finish")
+        if len(data) != self._page_size:
+            return FormatError(f"LTX page {pgno}: {len(data)} bytes instead of {self._page_size}")
+        if not 1 <= pgno <= self._commit:
+            return FormatError(f"LTX page {pgno}: outside of a database of {self._commit} pages")
+        if pgno == self._lock_pgno:
+            return FormatError(f"LTX page {pgno}: the lock page is not data")
+        if pgno <= self._previous:
+            return FormatError(f"LTX page {pgno}: after page {self._previous}, pages must ascend")
+        return FormatError(f"LTX page {pgno}: a snapshot needs page {self._next_in_snapshot()} first")
+
+
+def encode_parts(header: Header, pages: Iterable[tuple[int, Buffer]], post_apply_checksum: int) -> list[bytes]:
+    """A whole file in memory as pieces to be written one after the other: header, a frame for each page, the rest.
+
+    Pieces, because joining them costs half as much again as encoding (`writev` takes them as they are).
+    """
+    encoder = Encoder(header)
+    parts = [encoder.begin()]
+    encode_page = encoder.page
+    for pgno, page in pages:
+        parts.append(encode_page(pgno, page))
+    parts.append(encoder.finish(post_apply_checksum))
+    return parts
+
+
+def encode(header: Header, pages: Iterable[tuple[int, Buffer]], post_apply_checksum: int) -> bytes:
+    """A whole file in memory; for small transactions."""
+    return b"".join(encode_parts(header, pages, post_apply_checksum))

@@ -1,0 +1,143 @@
+"""The seams of the program: who may ask what of whom.
+
+    filesystem ──FileHooks──▶ engine          FUSE requests that concern a database
+    engine     ──Notifier───▶ filesystem      what the kernel must forget
+    cluster    ──Store/Database (engine)      concrete classes: the engine is below it
+
+Each port says what an implementer guarantees. Only the composition root (`daemon`) joins them.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class FileKind(enum.Enum):
+    """What a name in the mount stands for."""
+
+    DATABASE = "database"
+    WAL = "wal"
+    SHM = "shm"
+    JOURNAL = "journal"
+    PLAIN = "plain"  # any other file: local to this node, not replicated
+    POSITION = "pos"  # NAME-pos
+    PRIMARY = ".primary"
+    LAG = ".lag"
+
+
+SUFFIXES: dict[str, FileKind] = {
+    "-wal": FileKind.WAL,
+    "-shm": FileKind.SHM,
+    "-journal": FileKind.JOURNAL,
+    "-pos": FileKind.POSITION,
+}
+VIRTUAL_KINDS = frozenset({FileKind.POSITION, FileKind.PRIMARY, FileKind.LAG})
+SIDE_KINDS = frozenset({FileKind.WAL, FileKind.SHM, FileKind.JOURNAL})
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A name of the mount, resolved. `database` is the database's name (None for plain files and the
+    two dot files); `path` is the backing file, which need not exist (None for virtual files)."""
+
+    name: str
+    kind: FileKind
+    database: str | None
+    path: str | None
+
+
+Then = Callable[[BaseException | None], None]
+"""Continuation of a request: called exactly once, from any thread, with None to go on or an error
+(an OSError's errno, or a LitefsError, is what the caller of the system call gets)."""
+
+
+class FileHooks(Protocol):
+    """What the filesystem asks of the engine.
+
+    All methods are called on FUSE threads. An implementer never touches the mount in the calling thread
+    and never waits for anything that needs another FUSE request; what must wait is finished later, by
+    calling `then` from another thread. `pid` is the caller's, 0 if unknown.
+    """
+
+    def resolve(self, name: str) -> FileRef:
+        """Which file a name of the mount stands for; never fails: an unknown name is PLAIN."""
+
+    def names(self) -> list[str]:
+        """All names to list in the root directory, virtual ones included (only files that exist)."""
+
+    def virtual_content(self, ref: FileRef, then: Callable[[bytes | BaseException], None]) -> None:
+        """Content of a virtual file, as of now (a position is a barrier: it covers every commit that
+        returned before the question). FileNotFoundError where it does not exist at the moment."""
+
+    def virtual_size(self, ref: FileRef) -> int | None:
+        """Size in bytes of a virtual file for getattr, without a barrier; None if it does not exist."""
+
+    def writable(self) -> bool:
+        """True on the primary."""
+
+    def may_open(self, ref: FileRef, flags: int, by_daemon: bool, then: Then) -> None:
+        """Before OPEN. On a replica, a writing open of a DATABASE, WAL or JOURNAL fails with EROFS (not for the
+        daemon's own opens) and the database is made ready for readers first."""
+
+    def may_create(self, ref: FileRef, by_daemon: bool, then: Then) -> None:
+        """Before CREATE of a file that does not exist."""
+
+    def wants_write_hook(self, ref: FileRef) -> bool:
+        """True if writes to this file must come to `write`: a database in rollback mode (or a new file). Asked
+        when the first handle of an inode is opened; the answer holds until its last handle is released."""
+
+    def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
+        """After a handle was opened or created. `hooked`: its writes come to `write` (False: passthrough)."""
+
+    def write(self, ref: FileRef, fd: int, data: memoryview, offset: int) -> int:
+        """A write that was not passed through; writes to `fd` (the backing file) and takes note. Raises OSError."""
+
+    def before_truncate(self, ref: FileRef, size_bytes: int, then: Then) -> None:
+        """Before SETATTR(size), which the filesystem performs in `then`."""
+
+    def after_truncate(self, ref: FileRef, size_bytes: int) -> None: ...
+
+    def before_fsync(self, ref: FileRef, then: Then) -> None:
+        """Before the backing file is fsynced, which the filesystem does in `then`."""
+
+    def after_fsync(self, ref: FileRef) -> None:
+        """After it was fsynced, before the caller is answered."""
+
+    def before_unlink(self, ref: FileRef, then: Then) -> None:
+        """Before UNLINK of any file; for a DATABASE the engine itself drops it (removes all its files)
+        and the filesystem, in `then`, unlinks nothing but forgets its nodes."""
+
+    def before_rename(self, old: FileRef, new: FileRef, then: Then) -> None:
+        """RENAME. If neither is a database or part of one, and `old` has no SQLite header, calls `then(None)` and the filesystem renames
+        the backing files itself. Otherwise the engine performs the whole rename before calling `then` and
+        `renamed_by_engine` tells so."""
+
+    def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
+        """Whether `before_rename` did the rename itself (asked in `then`)."""
+
+    def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
+        """After a handle was released (asynchronously to the application's close). `last`: none is open any more."""
+
+    def flushed(self, ref: FileRef, then: Then) -> None:
+        """Before close(2) returns, for hooked handles only (FLUSH); a plain file that turned out to be a database is
+        imported here, so that `cp app.db MOUNT/` has done its work when it returns."""
+
+
+class Notifier(Protocol):
+    """What the engine tells the kernel through the filesystem. Safe from any thread that is not a FUSE thread.
+    Errors of the kind "not cached" are not errors."""
+
+    def invalidate_file(self, name: str) -> None:
+        """Drop cached data and attributes of MOUNT/name."""
+
+    def invalidate_entry(self, name: str) -> None:
+        """Forget whether MOUNT/name exists."""
+
+    def forget_file(self, name: str) -> None:
+        """The file behind MOUNT/name was removed by the engine: handles that are open stay, the name is gone."""
+
+    def renamed_backing(self, name: str) -> None:
+        """MOUNT/name's backing file has moved in the data directory: same inode, resolve again."""

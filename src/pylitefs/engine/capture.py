@@ -19,9 +19,10 @@ from concurrent.futures import Future
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import read_at
+from pylitefs.engine.opener import Opener
 from pylitefs.engine.rollback_capture import database_size
 from pylitefs.engine.transaction import Change, UnstableSource
-from pylitefs.engine.wal_capture import BARRIER_FRAMES, wait_stable
+from pylitefs.engine.wal_capture import BARRIER_FRAMES, WalCapture, wait_stable
 from pylitefs.engine.worker import Timer, Worker
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.format import Position, lock_pgno
@@ -33,6 +34,7 @@ log = logging.getLogger("litefs.capture")
 _LOOK_AGAIN_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _PACE = 3.0
 _MAX_PAUSE_S = 0.02
+_SETTLE_S = 0.05
 _RETRY_S = 1.0  # after an error of the disk
 _LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
 _READ_PAGES = 64
@@ -52,9 +54,12 @@ class _Schedule:
 class Capture:
     """Capture of all databases; its methods run on the worker unless they say otherwise."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, opener: Opener) -> None:
         self._worker = worker
+        self._opener = opener
         self._schedules: dict[str, _Schedule] = {}
+        self._opening: set[str] = set()
+        self._settling: set[str] = set()
 
     # -- when ------------------------------------------------------------------------------------------------
 
@@ -67,6 +72,17 @@ class Capture:
             self._look(database)
         else:
             self._look_in(database, schedule, delay)
+
+    def wake_rollback(self, database: Database) -> None:
+        """Pages or the journal were written: see in a while whether a commit went by that no hook saw."""
+        if database.name not in self._settling:
+            self._settling.add(database.name)
+            self._worker.call_later(_SETTLE_S, self._settle_due, database)
+
+    def _settle_due(self, database: Database) -> None:
+        self._settling.discard(database.name)
+        if database.rollback.pending:
+            self.settle_later(database, lambda error: None)
 
     def forget(self, database: Database) -> None:
         schedule = self._schedules.pop(database.name, None)
@@ -92,12 +108,12 @@ class Capture:
         started = time.monotonic()
         found = False
         try:
-            database.wal.open_lock_fd()
-            if database.wal.backlog() > BARRIER_FRAMES:
-                database.wal.hold_restart()
+            self.open_shm(database)
+            if database.wal.backlog() > BARRIER_FRAMES and not database.wal.barrier.held:
+                self.with_barrier(database, lambda held: None)
             found = self._pass(database)
-            if found or database.failing is None:
-                database.wal.let_restart()
+            if database.failing is None:
+                self.let_restart(database)
         except OSError as error:
             log.warning("%s: capture waits for the disk: %s", database.name, error)
             self._look_in(database, schedule, _RETRY_S)
@@ -111,6 +127,67 @@ class Capture:
         elif schedule.step < len(_LOOK_AGAIN_S):
             self._look_in(database, schedule, _LOOK_AGAIN_S[schedule.step])
             schedule.step += 1
+
+    # -- files of the mount ------------------------------------------------------------------------------------
+
+    def open_shm(self, database: Database) -> None:
+        """Have the mount's -shm opened, if there is one: to ask for SQLite's locks."""
+        wal = database.wal
+        if wal.shm_fd >= 0 or database.name in self._opening or not os.path.exists(database.files.shm):
+            return
+        self._opening.add(database.name)
+
+        def opened(fds: list[int] | None) -> None:
+            self._worker.post(self._shm_opened, database, wal, fds)
+
+        self._opener.open([database.files.live(FileKind.SHM)], os.O_RDWR, opened)
+
+    def _shm_opened(self, database: Database, wal: WalCapture, fds: list[int] | None) -> None:
+        self._opening.discard(database.name)
+        if fds is None:
+            return
+        if database.wal is wal and wal.shm_fd < 0 and _same_file(fds[0], database.files.shm):
+            wal.use_shm(fds[0])
+            self.wake(database)
+        else:
+            self._opener.close(fds)
+
+    def with_barrier(self, database: Database, then: Callable[[bool], object]) -> None:
+        """Take the barrier (see `wal_capture`), then go on, on the worker, told whether it is held."""
+        wal = database.wal
+
+        def opened(fds: list[int] | None) -> None:
+            self._worker.post(acquire, fds)
+
+        def acquire(fds: list[int] | None) -> None:
+            if fds is None or wal.barrier.held or database.wal is not wal:
+                if fds is not None:
+                    self._opener.close(fds)
+                then(wal.barrier.held)
+                return
+            held = wal.hold_restart(fds)
+            if not held and not wal.barrier.held:
+                self._opener.close(fds)
+            then(held)
+
+        paths = [database.files.live(FileKind.DATABASE), database.files.live(FileKind.SHM)]
+        self._opener.open(paths, os.O_RDWR, opened)
+
+    def let_restart(self, database: Database) -> None:
+        fds = database.wal.barrier.release()
+        if fds:
+            self._opener.close(fds)
+
+    def created(self, database: Database, kind: FileKind) -> None:
+        """An application made a new -wal or -shm."""
+        self._opener.close(database.wal.created(kind))
+        self.wake(database)
+
+    def removed(self, database: Database, kind: FileKind) -> None:
+        self._opener.close(database.wal.removed(kind))
+
+    def forget_files(self, database: Database) -> None:
+        self._opener.close(database.wal.forget_all())
 
     # -- flush -----------------------------------------------------------------------------------------------
 
@@ -128,8 +205,33 @@ class Capture:
         return database.position
 
     def flush_later(self, database: Database) -> Future[Position]:
-        """`flush` from any thread."""
-        return self._worker.submit(self.flush, database)
+        """`flush` from any thread; also settles writes in rollback modes that no hook saw the end of."""
+        result: Future[Position] = Future()
+
+        def work(error: BaseException | None) -> None:
+            try:
+                result.set_result(self.flush(database))
+            except BaseException as error:
+                result.set_exception(error)
+
+        if database.rollback.pending:
+            self.settle_later(database, work)
+        else:
+            self._worker.post(work, None)
+        return result
+
+    def settle_later(self, database: Database, then: Callable[[BaseException | None], None]) -> None:
+        """`settle_rollback`, from any thread; continues on the worker."""
+
+        def opened(fds: list[int] | None) -> None:
+            self._worker.post(settle, fds)
+
+        def settle(fds: list[int] | None) -> None:
+            finish(then, lambda: fds is not None and self.settle_rollback(database, fds[0]))
+            if fds is not None:
+                self._opener.close(fds)
+
+        self._opener.open([database.files.live(FileKind.DATABASE)], os.O_RDONLY, opened)
 
     def _pass(self, database: Database) -> bool:
         """One pass over WAL and rollback state; True if a transaction was recorded. Raises OSError."""
@@ -137,8 +239,6 @@ class Capture:
             return False
         try:
             found = self._wal_pass(database)
-            if database.rollback.pending:
-                found = self.settle_rollback(database) or found
         except OSError as error:
             if database.failing is None:
                 database.failing = error
@@ -160,8 +260,6 @@ class Capture:
                     return False
                 if batch.gap:
                     database.emit("gap")
-                    if attempt >= 2:
-                        wal.hold_restart()
                 change = batch.change
                 entry = database.record(
                     change, batch.pages, batch.read_missing, lambda: wal.is_stable(batch),  # noqa: B023
@@ -216,20 +314,16 @@ class Capture:
         database.rollback.clear()
         return entry is not None
 
-    def settle_rollback(self, database: Database) -> bool:
+    def settle_rollback(self, database: Database, mount_fd: int) -> bool:
         """Record noted writes whose commit nothing told us of (MEMORY, OFF, a copied file): committed they are when
-        nobody holds a write lock and no journal could take them back."""
-        try:
-            fd = os.open(database.files.live(FileKind.DATABASE), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            with database.lock:
-                if database.rollback.journal_in_use() or ofd_locks.write_locked(fd, PENDING, _LOCK_BYTES) is not None:
-                    return False
-                return self.commit_point(database)
-        finally:
-            os.close(fd)
+        nobody holds a write lock and no journal could take them back. `mount_fd`: the mount's database file."""
+        with database.lock:
+            if not database.rollback.journal_is_finished() and (
+                database.rollback.journal_in_use()
+                or ofd_locks.write_locked(mount_fd, PENDING, _LOCK_BYTES) is not None
+            ):
+                return False
+            return self.commit_point(database)
 
 
 def file_pages(fd: int, page_size: int, commit: int) -> Iterator[tuple[int, bytes]]:
@@ -241,6 +335,16 @@ def file_pages(fd: int, page_size: int, commit: int) -> Iterator[tuple[int, byte
         for index in range(count):
             if first + index != skip:
                 yield first + index, run[index * page_size : (index + 1) * page_size]
+
+
+def _same_file(fd: int, path: str) -> bool:
+    """Whether a descriptor of the mount belongs to the backing file that has this name now (it may have been replaced
+    while it was being opened; the filesystem shows the backing file's size and times)."""
+    try:
+        mine, theirs = os.fstat(fd), os.stat(path)
+    except OSError:
+        return False
+    return mine.st_nlink > 0 and mine.st_size <= theirs.st_size
 
 
 def finish(then: Callable[[BaseException | None], None], work: Callable[[], object]) -> None:

@@ -7,6 +7,7 @@ in `apply`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -235,7 +236,7 @@ class Database:
     def close(self, *, clean: bool) -> None:
         """Release everything. `clean`: the log holds everything and no application can change the files any more."""
         with self.lock:
-            self.wal.forget_all()
+            self._close_now(self.wal.forget_all())
             if self.replica is not None:
                 self.replica.close(remove=False)
                 self.replica = None
@@ -258,9 +259,15 @@ class Database:
 
     def set_files(self, files: DatabaseFiles) -> None:
         """The live files are elsewhere now (mounted, unmounted)."""
-        self.wal.forget_all()
+        self._close_now(self.wal.forget_all())
         self.files = files
         self.wal = WalCapture(files)
+
+    @staticmethod
+    def _close_now(fds: list[int]) -> None:
+        for fd in fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def begin_empty(self) -> None:
         os.makedirs(self.files.folder, exist_ok=True)

@@ -4,7 +4,7 @@
 applications' locks, and in cached mode the current bytes of -shm. So each question has one right path:
 
     read database or WAL        backing file (writes pass through, or are written through)
-    read -shm                   `shm_view`: backing file with passthrough, the mount's otherwise
+    read -shm                   backing file with passthrough, the mount's otherwise (`reads_shm_directly`)
     locks, and writes while     `live`: the mount's files (keeps the kernel's sizes and caches right)
     applications may look on
 """
@@ -38,8 +38,9 @@ class DatabaseFiles:
         return os.path.join(self.mount_dir, self.name + SUFFIX_OF[kind])
 
     @property
-    def shm_view(self) -> str:
-        return self.backing(FileKind.SHM) if self.passthrough else self.live(FileKind.SHM)
+    def reads_shm_directly(self) -> bool:
+        """Whether the backing -shm has the current bytes (in cached mode only the mount's has)."""
+        return self.passthrough or self.mount_dir is None
 
     @property
     def database(self) -> str:

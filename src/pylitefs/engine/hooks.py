@@ -6,7 +6,6 @@ the request is answered from there; a FUSE thread only does short work on backin
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -16,7 +15,9 @@ from collections.abc import Callable
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.capture import finish
 from pylitefs.engine.database import Database
+from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.store import Store
+from pylitefs.engine.wal_capture import BARRIER_FRAMES
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader, is_sqlite
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, VIRTUAL_KINDS, FileKind, FileRef, Then
@@ -135,11 +136,7 @@ class EngineHooks:
         else:
             then(None)
             if database is not None and ref.kind in (FileKind.WAL, FileKind.SHM):
-                self._store.worker.post(self._created, database, ref.kind)
-
-    def _created(self, database: Database, kind: FileKind) -> None:
-        database.wal.created(kind)
-        self._store.capture.wake(database)
+                self._store.worker.post(self._store.capture.created, database, ref.kind)
 
     def wants_write_hook(self, ref: FileRef) -> bool:
         if ref.kind is FileKind.DATABASE:
@@ -183,13 +180,9 @@ class EngineHooks:
             pending = database.rollback.pending
         if self._store.is_primary:
             if pending:
-                self._store.worker.post(self._settle, database)
+                self._store.capture.settle_later(database, lambda error: None)
         elif database.app_handles == 0:
             self._apply.idle(database)
-
-    def _settle(self, database: Database) -> None:
-        with contextlib.suppress(OSError):
-            self._store.capture.settle_rollback(database)
 
     def flushed(self, ref: FileRef, then: Then) -> None:
         database = self._database(ref)
@@ -197,7 +190,7 @@ class EngineHooks:
             then(None)
         elif database is not None:
             if database.rollback.pending:
-                self._on_worker(lambda: self._store.capture.settle_rollback(database), then)
+                self._store.capture.settle_later(database, then)
             else:
                 then(None)
         elif ref.kind is FileKind.PLAIN and self._is_importable(ref):
@@ -206,7 +199,7 @@ class EngineHooks:
             then(None)
 
     def _is_importable(self, ref: FileRef) -> bool:
-        return self._store.is_plain_database(ref.name) and not _has_bytes(self._plain(ref.name + "-journal"))
+        return self._store.is_plain_database(ref.name) and not journal_in_use(self._plain(ref.name + "-journal"))
 
     # -- writes ----------------------------------------------------------------------------------------------
 
@@ -215,6 +208,8 @@ class EngineHooks:
         if database is None:
             if not self._store.is_primary and offset == 0 and is_sqlite(bytes(data[:HEADER_SIZE])):
                 raise read_only()
+            if offset == 0 and ref.name.endswith("-journal") and bytes(data[:28]) == _ZERO_HEADER:
+                self._import_base(ref.name)
         elif self._store.is_primary:
             if ref.kind is FileKind.DATABASE:
                 return self._write_database(database, fd, data, offset)
@@ -268,20 +263,27 @@ class EngineHooks:
             self._store.worker.post(self._before_checkpoint, database, then)
 
     def _before_checkpoint(self, database: Database, then: Then) -> None:
-        """A checkpoint begins with this fsync, after which frames may be overwritten: capture them first."""
-        wal = database.wal
-        wal.open_lock_fd()
-        if wal.backlog() > wal_backlog_to_wait_for() and not wal.checkpoint_restarts() and wal.hold_restart():
-            then(None)
-            self._store.capture.wake(database)
-            return
+        """A checkpoint begins with this fsync, after which frames may be overwritten: capture them first. A backlog that
+        would take long is protected by the barrier instead, unless the checkpoint wants the WAL to itself."""
+        wal, capture = database.wal, self._store.capture
+        capture.open_shm(database)
 
         def work() -> None:
-            self._store.capture.flush(database)
+            capture.flush(database)
             wal.mark_synced()
-            wal.let_restart()
+            capture.let_restart(database)
 
-        finish(then, work)
+        def protected(held: bool) -> None:
+            if held:
+                then(None)
+                capture.wake(database)
+            else:
+                finish(then, work)
+
+        if wal.backlog() > BARRIER_FRAMES and not wal.checkpoint_restarts():
+            capture.with_barrier(database, protected)
+        else:
+            finish(then, work)
 
     def after_fsync(self, ref: FileRef) -> None:
         if ref.kind is FileKind.WAL:
@@ -319,10 +321,15 @@ class EngineHooks:
     def _plain_commit(self, ref: FileRef, then: Then, *, leave_journal: bool) -> None:
         """The journal of a file that is no database yet goes away: it may have become one."""
         base = ref.name.removesuffix("-journal")
-        if base != ref.name and self._store.is_plain_database(base):
+        if base != ref.name and self._store.is_primary and self._store.is_plain_database(base):
             self._in_thread(lambda: self._store.import_plain(base, leave_journal=leave_journal), then)
         else:
             then(None)
+
+    def _import_base(self, journal: str) -> None:
+        """A plain file's journal was invalidated in place (PERSIST, EXCLUSIVE)."""
+        if self._store.is_primary:
+            self._store.import_plain(journal.removesuffix("-journal"))
 
     # -- names that go -----------------------------------------------------------------------------------------
 
@@ -352,7 +359,7 @@ class EngineHooks:
 
     def _remove_side(self, database: Database, kind: FileKind, then: Then) -> None:
         finish(then, lambda: self._store.capture.flush(database))
-        database.wal.removed(kind)
+        self._store.capture.removed(database, kind)
 
     def before_rename(self, old: FileRef, new: FileRef, then: Then) -> None:
         kinds = {old.kind, new.kind}
@@ -388,13 +395,6 @@ class EngineHooks:
     @staticmethod
     def _in_thread(work: Callable[[], object], then: Then) -> None:
         threading.Thread(target=finish, args=(then, work), name="commit", daemon=True).start()
-
-
-def wal_backlog_to_wait_for() -> int:
-    """Frames that a checkpoint waits for; more are protected by the barrier instead, so that nobody waits long."""
-    from pylitefs.engine.wal_capture import BARRIER_FRAMES
-
-    return BARRIER_FRAMES
 
 
 def _has_bytes(path: str) -> bool:

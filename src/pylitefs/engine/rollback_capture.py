@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from pylitefs.engine.files import DatabaseFiles
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import DatabaseHeader
-from pylitefs.formats.sqlite.journal import is_hot_header
 
 _NONCE = slice(12, 16)
 _HEADER_BYTES = 28
@@ -75,29 +74,19 @@ class RollbackCapture:
         self.dirty.clear()
         self.suspect = False
 
-    def journal_head(self) -> bytes:
-        """The first bytes of the journal; empty if there is no journal."""
-        try:
-            fd = os.open(self._files.journal, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return b""
-        try:
-            return os.pread(fd, _HEADER_BYTES, 0)
-        finally:
-            os.close(fd)
-
     def journal_in_use(self) -> bool:
         """Whether a journal stands there that could still roll the database back."""
-        head = self.journal_head()
-        return len(head) >= _HEADER_BYTES and any(head)
+        return journal_in_use(self._files.journal)
 
-    def journal_is_hot(self) -> bool:
-        return is_hot_header(self.journal_head())
+    def journal_is_finished(self) -> bool:
+        """Whether a journal stands there that was invalidated: its transaction is committed (or rolled back)."""
+        head = journal_head(self._files.journal)
+        return len(head) == _HEADER_BYTES and not any(head)
 
     def starts_transaction(self) -> bool:
         """Called before a write: whether the journal is another one than at the writes noted so far, which means that
         those were committed (PERSIST, or EXCLUSIVE locking, where the header's zeroing was not seen)."""
-        nonce = self.journal_head()[_NONCE]
+        nonce = journal_head(self._files.journal)[_NONCE]
         new = bool(self.dirty) and bool(nonce) and any(nonce) and nonce != self._nonce and any(self._nonce)
         if nonce:
             self._nonce = nonce
@@ -105,6 +94,24 @@ class RollbackCapture:
 
     def note(self, offset: int, size: int) -> None:
         self.dirty.add(offset, size)
+
+
+def journal_head(path: str) -> bytes:
+    """The first 28 bytes of a journal; empty if there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    try:
+        return os.pread(fd, _HEADER_BYTES, 0)
+    finally:
+        os.close(fd)
+
+
+def journal_in_use(path: str) -> bool:
+    """Whether a transaction of this journal may still be under way, or has to be rolled back."""
+    head = journal_head(path)
+    return len(head) >= _HEADER_BYTES and any(head)
 
 
 def database_size(head: bytes, file_size: int) -> tuple[int, int]:

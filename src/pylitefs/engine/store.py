@@ -27,6 +27,7 @@ from pylitefs.engine.capture import Capture
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, DatabaseFiles, publish_file, sync_folder
 from pylitefs.engine.inotify import DirectoryWatch
+from pylitefs.engine.opener import Opener
 from pylitefs.engine.recovery import Outcome, PreviousSums, record_difference, recover
 from pylitefs.engine.rollback_capture import is_complete_database
 from pylitefs.engine.services import StoreServices
@@ -62,7 +63,8 @@ class Store:
         self.events = events
         self.options = options
         self.worker = Worker()
-        self.capture = Capture(self.worker)
+        self.opener = Opener()
+        self.capture = Capture(self.worker, self.opener)
         self.apply = Apply(self.worker, options.file_mode)
         self._services = StoreServices(self.capture, self.apply, captures=options.is_primary)
         self._unsettled: dict[str, PreviousSums | None] = {}
@@ -224,6 +226,10 @@ class Store:
                 database = self._databases.get(name[:-4])
                 if database is not None and database.exists:
                     self.capture.wake(database)
+            else:
+                database = self._databases.get(name.removesuffix("-journal"))
+                if database is not None and database.rollback.pending:
+                    self.capture.wake_rollback(database)
 
     def unmounted(self) -> None:
         self._mount_dir, self.notifier, self.apply.notifier = None, None, None
@@ -356,7 +362,7 @@ class Store:
 
     def _clear_live(self, database: Database) -> None:
         self.capture.forget(database)
-        database.wal.forget_all()
+        self.capture.forget_files(database)
         database.rollback.clear()
         database.remove_live_files()
         sync_folder(database.files.folder)
@@ -385,7 +391,7 @@ class Store:
     def _replace_content(self, database: Database, path: str) -> None:
         """Another database file takes the place of this one; what was committed in its WAL is in the log already."""
         with database.lock:
-            database.wal.forget_all()
+            self.capture.forget_files(database)
             for kind in (FileKind.SHM, FileKind.WAL, FileKind.JOURNAL):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(database.files.backing(kind))
@@ -402,8 +408,8 @@ class Store:
         if target.exists:
             self.capture.flush(target)
         with source.lock, target.lock:
-            source.wal.forget_all()
-            target.wal.forget_all()
+            self.capture.forget_files(source)
+            self.capture.forget_files(target)
             target.remove_live_files()
             for kind in SUFFIX_OF:
                 with contextlib.suppress(FileNotFoundError):
@@ -461,12 +467,18 @@ class Store:
             database.log.retain(max(0.0, self.options.retention_s), self.options.max_log_size_bytes)
         self.worker.call_later(self.options.retention_interval_s, self._retain)
 
+    def start(self) -> None:
+        """Start the worker and its helper."""
+        self.worker.start()
+        self.opener.start()
+
     def close(self, *, clean: bool) -> None:
         """Stop the worker and release all databases. `clean`: nobody can write to them any more."""
         if clean and self.is_primary:
             with contextlib.suppress(Exception):
                 self.flush_all().result(timeout=60)
         self.worker.stop()
+        self.opener.stop()
         with self.lock:
             for database in self._databases.values():
                 ok = clean and database.failing is None and not database.rollback.pending

@@ -15,7 +15,6 @@ Whatever was missed all the same is noticed: SQLite's commit counter must have g
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,64 +65,62 @@ class Batch:
     gap: bool = False
 
 
-class ReadLock:
-    """Locks of a reader, held through the mount: SHARED on the database and one read slot of -shm.
+class Barrier:
+    """A reader's locks, held through the mount: SHARED on the database and one read slot of -shm whose mark is "not
+    used". Whoever holds a lock byte of -shm must hold SHARED too, or the last connection to close could delete the WAL."""
 
-    With `mark` it is a true reader, whose snapshot no checkpoint may pass; without, the barrier.
-    """
+    def __init__(self) -> None:
+        self._fds: list[int] = []
 
-    def __init__(self, files: DatabaseFiles) -> None:
-        self._files = files
-        self._database = -1
-        self._shm = -1
+    @property
+    def held(self) -> bool:
+        return bool(self._fds)
 
-    def acquire(self, view: WalView) -> bool:
-        """The barrier: a shared lock on a slot that is not in use. False if there is none, or no -shm."""
-        try:
-            self._database = os.open(self._files.live(FileKind.DATABASE), os.O_RDONLY | os.O_CLOEXEC)
-            self._shm = os.open(self._files.live(FileKind.SHM), os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            self.release()
+    def acquire(self, fds: list[int], view: WalView) -> bool:
+        """Take it with descriptors of the mount's (database, -shm). They stay the caller's if this is False: no slot is
+        free, or somebody locks the database exclusively."""
+        database, shm = fds
+        if not self._lock_shared(database):
             return False
-        if self._lock_shared() and self._lock_slot(view):
+        if self._lock_slot(shm, view):
+            self._fds = fds
             return True
-        self.release()
+        ofd_locks.unlock(database, SHARED_FIRST, SHARED_SIZE)
         return False
 
-    def _lock_shared(self) -> bool:
+    @staticmethod
+    def _lock_shared(database: int) -> bool:
         """SHARED as SQLite takes it: PENDING first, so that a waiting writer is not starved."""
-        if not ofd_locks.try_lock(self._database, PENDING, exclusive=False):
+        if not ofd_locks.try_lock(database, PENDING, exclusive=False):
             return False
         try:
-            return ofd_locks.try_lock(self._database, SHARED_FIRST, SHARED_SIZE, exclusive=False)
+            return ofd_locks.try_lock(database, SHARED_FIRST, SHARED_SIZE, exclusive=False)
         finally:
-            ofd_locks.unlock(self._database, PENDING)
+            ofd_locks.unlock(database, PENDING)
 
-    def _lock_slot(self, view: WalView) -> bool:
+    @staticmethod
+    def _lock_slot(shm: int, view: WalView) -> bool:
         info = view.checkpoint_info()
         if info is None:
             return False
         for slot in (4, 3, 2):
             if info.read_marks[slot] != READMARK_NOT_USED:
                 continue
-            if ofd_locks.try_lock(self._shm, read_lock(slot), exclusive=False):
+            if ofd_locks.try_lock(shm, read_lock(slot), exclusive=False):
                 after = view.checkpoint_info()
                 if after is not None and after.read_marks[slot] == READMARK_NOT_USED:
                     return True
-                ofd_locks.unlock(self._shm, read_lock(slot))
+                ofd_locks.unlock(shm, read_lock(slot))
         return False
 
-    def release(self) -> None:
-        """Closing an open file drops its OFD locks."""
-        for fd in (self._shm, self._database):
-            if fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-        self._shm = self._database = -1
-
-    @property
-    def held(self) -> bool:
-        return self._shm >= 0
+    def release(self) -> list[int]:
+        """Drop the locks at once; returns the descriptors, for the opener to close."""
+        fds, self._fds = self._fds, []
+        if fds:
+            with contextlib.suppress(OSError):
+                ofd_locks.unlock(fds[1], read_lock(1), 4)
+                ofd_locks.unlock(fds[0], SHARED_FIRST, SHARED_SIZE)
+        return fds
 
 
 class WalCapture:
@@ -133,50 +130,53 @@ class WalCapture:
         self.files = files
         self.view = WalView(files)
         self.cursor = FRESH
-        self.barrier = ReadLock(files)
-        self._lock_fd = -1
+        self.barrier = Barrier()
+        self.shm_fd = -1  # the mount's -shm: to ask for locks with; in cached mode also to read it
         self._synced: Cursor | None = None
 
     # -- what happened to the files --------------------------------------------------------------------------
 
-    def created(self, kind: FileKind) -> None:
-        """A new -wal or -shm. A new wal-index counts commits from zero."""
+    def created(self, kind: FileKind) -> list[int]:
+        """A new -wal or -shm. A new wal-index counts commits from zero. Returns descriptors to close."""
         self.view.forget(kind)
+        closable: list[int] = []
         if kind is FileKind.SHM:
-            self._close_lock_fd()
+            closable = self._forget_shm()
             self.cursor = Cursor(self.cursor.salts, self.cursor.frame, None if self.cursor.salts else 0)
         elif kind is FileKind.WAL:
             self.cursor = Cursor(None, 0, self.cursor.change)
+        return closable
 
-    def removed(self, kind: FileKind) -> None:
+    def removed(self, kind: FileKind) -> list[int]:
         self.view.forget(kind)
         if kind is FileKind.SHM:
-            self._close_lock_fd()
-            self.barrier.release()
+            return self._forget_shm()
         if kind is FileKind.WAL:
             self.cursor = FRESH
+        return []
 
-    def forget_all(self) -> None:
-        self.barrier.release()
-        self._close_lock_fd()
+    def forget_all(self) -> list[int]:
+        closable = self._forget_shm()
         self.view.close()
         self.cursor = FRESH
+        return closable
 
-    def open_lock_fd(self) -> None:
-        """A descriptor of the mount's -shm to ask for locks with (never in a FUSE thread: it opens a file of the mount)."""
-        if self._lock_fd < 0:
-            with contextlib.suppress(OSError):
-                self._lock_fd = os.open(self.files.live(FileKind.SHM), os.O_RDWR | os.O_CLOEXEC)
+    def use_shm(self, fd: int) -> None:
+        """A descriptor of the mount's -shm, opened by the opener."""
+        self.shm_fd = fd
+        self.view.use_shm(fd)
 
-    def _close_lock_fd(self) -> None:
-        fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+    def _forget_shm(self) -> list[int]:
+        closable = self.barrier.release()
+        if self.shm_fd >= 0:
+            closable.append(self.shm_fd)
+            self.shm_fd = -1
+            self.view.use_shm(-1)
+        return closable
 
     def checkpoint_running(self) -> bool:
         """Whether a process holds CKPT (True if that cannot be known). Any thread; asks the kernel only."""
-        fd = self._lock_fd
+        fd = self.shm_fd
         if fd < 0:
             return True
         try:
@@ -186,7 +186,7 @@ class WalCapture:
 
     def checkpoint_restarts(self) -> bool:
         """Whether the checkpoint that runs also wants the WAL to itself (FULL, RESTART, TRUNCATE hold WRITE too)."""
-        fd = self._lock_fd
+        fd = self.shm_fd
         if fd < 0:
             return True
         try:
@@ -317,19 +317,13 @@ class WalCapture:
 
     # -- the barrier -----------------------------------------------------------------------------------------
 
-    def hold_restart(self) -> bool:
-        """Keep the WAL from being restarted while a large backlog is worked off."""
-        if self.barrier.held:
-            return True
-        return self.barrier.acquire(self.view) and self._still_current()
-
-    def _still_current(self) -> bool:
-        """The lock protects this generation only if it was not restarted before the lock was there."""
+    def hold_restart(self, fds: list[int]) -> bool:
+        """Keep the WAL from being restarted while a large backlog is worked off; `fds` as for `Barrier.acquire`."""
+        if not self.barrier.acquire(fds, self.view):
+            return False
+        # The lock protects this generation only if it was not restarted before the lock was there.
         now = self.view.committed()
         return now is not None and (self.cursor.salts is None or now.salts == self.cursor.salts)
-
-    def let_restart(self) -> None:
-        self.barrier.release()
 
 
 def wait_stable(attempt: int) -> None:

@@ -71,6 +71,7 @@ class WalView:
     def __init__(self, files: DatabaseFiles) -> None:
         self._files = files
         self._fds: dict[FileKind, int] = {}
+        self._mount_shm = -1
         self._scanned = NOTHING  # how far frames were checked where there is no wal-index
         self._scanned_pgnos: NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
 
@@ -86,10 +87,16 @@ class WalView:
         if fd is not None:
             os.close(fd)
 
+    def use_shm(self, fd: int) -> None:
+        """A descriptor of the mount's -shm, or -1. Without passthrough only the mount shows its current bytes."""
+        self._mount_shm = fd
+
     def _fd(self, kind: FileKind) -> int | None:
+        if kind is FileKind.SHM and not self._files.reads_shm_directly:
+            return self._mount_shm if self._mount_shm >= 0 else None
         fd = self._fds.get(kind)
         if fd is None:
-            path = self._files.shm_view if kind is FileKind.SHM else self._files.backing(kind)
+            path = self._files.backing(kind)
             try:
                 fd = self._fds[kind] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:

@@ -92,6 +92,7 @@ PARALLEL_DIROPS: Final = 1 << 18
 MAX_PAGES: Final = 1 << 22
 NO_OPENDIR_SUPPORT: Final = 1 << 24
 EXPLICIT_INVAL_DATA: Final = 1 << 25
+HANDLE_KILLPRIV_V2: Final = 1 << 28
 INIT_EXT: Final = 1 << 30
 HAS_EXPIRE_ONLY: Final = 1 << 35
 PASSTHROUGH: Final = 1 << 37
@@ -112,7 +113,9 @@ FATTR_MTIME: Final = 1 << 5
 FATTR_FH: Final = 1 << 6
 FATTR_ATIME_NOW: Final = 1 << 7
 FATTR_MTIME_NOW: Final = 1 << 8
+FATTR_KILL_SUIDGID: Final = 1 << 11
 
+WRITE_KILL_SUIDGID: Final = 1 << 2
 FSYNC_FDATASYNC: Final = 1 << 0
 RENAME_NOREPLACE: Final = 1 << 0
 EXPIRE_ONLY: Final = 1 << 0

@@ -14,7 +14,6 @@ _NS = 1_000_000_000
 _attr_out = abi.ATTR_OUT.pack
 _entry_out = abi.ENTRY_OUT.pack
 _open_out = abi.OPEN_OUT.pack
-_header = abi.OUT_HEADER.pack
 _HEADER_SIZE = abi.OUT_HEADER.size
 
 
@@ -60,11 +59,6 @@ class StatfsLike(Protocol):
     def f_frsize(self) -> int: ...
     @property
     def f_namemax(self) -> int: ...
-
-
-def pack_header(unique: int, body_size: int, errno: int = 0) -> bytes:
-    """The head of the reply to request `unique`; an errno (positive) goes without a body."""
-    return _header(_HEADER_SIZE + body_size, -errno, unique)
 
 
 def pack_attr(ino: int, stat: StatLike, mode: int, nlink: int, valid_s: int) -> bytes:

@@ -160,13 +160,13 @@ def parse_read(data: Buffer) -> tuple[int, int, int]:
     return fh, offset, size
 
 
-def parse_write(data: Buffer, size: int) -> tuple[int, int, memoryview]:
-    """(fh, offset, data); the data is a view of the request's buffer."""
-    fh, offset, length, _, _, _, _ = _write(data, _BODY)
+def parse_write(data: Buffer, size: int) -> tuple[int, int, memoryview, bool]:
+    """(fh, offset, data, whether to clear set-uid and set-gid); the data is a view of the request's buffer."""
+    fh, offset, length, flags, _, _, _ = _write(data, _BODY)
     start = _BODY + abi.WRITE_IN.size
     if length != size - start:
         raise FormatError(f"a WRITE of {length} bytes that carries {size - start}")
-    return fh, offset, memoryview(data)[start:size]
+    return fh, offset, memoryview(data)[start:size], flags & abi.WRITE_KILL_SUIDGID != 0
 
 
 def parse_fsync(data: Buffer) -> tuple[int, bool]:
@@ -200,9 +200,3 @@ def parse_batch_forget(data: Buffer, size: int) -> list[tuple[int, int]]:
         raise TruncatedError(f"a BATCH_FORGET of {count} nodes in {size} bytes")
     end = start + count * abi.FORGET_ONE.size
     return [(nodeid, lookups) for nodeid, lookups in abi.FORGET_ONE.iter_unpack(bytes(data[start:end]))]
-
-
-def parse_interrupt(data: Buffer) -> int:
-    """The `unique` of the request that is no longer waited for."""
-    unique: int = abi.INTERRUPT_IN.unpack_from(data, _BODY)[0]
-    return unique

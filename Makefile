@@ -1,0 +1,37 @@
+# As root on a fresh Debian 12 (or its kin), `make demo` and `make test` do everything by themselves.
+#
+#   make setup   system packages (fuse3, python3-venv) if they are missing, and a virtual environment in .venv
+#   make demo    a primary and two replicas on this machine, live                  ARGS="-seconds 60 -keep"
+#   make test    all tests                                                         ARGS="-k wal"
+#   make bench   measure against native SQLite; results go to bench/results/
+#   make lint    ruff and mypy
+#   make clean   remove what the above made
+
+VENV := .venv
+STAMP := $(VENV)/.set-up
+PYTHON_IN := $(VENV)/bin/python
+
+.PHONY: setup demo test bench lint clean
+
+setup: $(STAMP)
+	@:
+
+$(STAMP): pyproject.toml .ci/setup
+	@sh .ci/setup $(VENV)
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(PYTHON_IN) -m pylitefs demo $(ARGS)
+
+test: $(STAMP)
+	@$(PYTHON_IN) -m pytest $(ARGS)
+
+bench: $(STAMP)
+	@$(PYTHON_IN) bench/run.py $(ARGS)
+
+lint: $(STAMP)
+	@$(PYTHON_IN) -m ruff check src tests bench
+	@$(PYTHON_IN) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

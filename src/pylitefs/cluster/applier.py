@@ -1,0 +1,407 @@
+"""The replica's hand-over from the loop to the worker: what arrived is queued for each database and applied there.
+
+The worker takes one message of each database in turn, so a large snapshot of one does not hold up the transactions of
+another. It works for SLICE_S at a time, so that the worker's other jobs get their turn. One wake-up of the loop reports
+all that was done in a slice. What cannot be written (disk full) stays first in its queue and is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from pylitefs.cluster.ports import IncomingFile, PageSums, Resync, Store
+from pylitefs.errors import DatabaseBusy, FormatError, LitefsError, PositionMismatch, Unavailable
+from pylitefs.events import Event
+from pylitefs.formats import stream
+from pylitefs.formats.ltx.decoder import Decoder
+from pylitefs.formats.ltx.format import Position
+from pylitefs.formats.stream import Ltx, LtxBegin, LtxData, LtxEnd, SetAside, SnapshotBegin, SnapshotEnd, SnapshotPages
+from pylitefs.formats.stream_fields import MAX_HISTORY, ResyncReason
+
+log = logging.getLogger("litefs.replication")
+
+SLICE_S = 0.010
+RETRY_MIN_S = 0.1
+RETRY_MAX_S = 5.0
+
+
+@dataclass(frozen=True)
+class PrepareResync:
+    """Not from the wire: describe the local copy for a RESYNC; what comes before the answer to it is void."""
+
+    name: str
+    reason: ResyncReason
+
+
+Item: TypeAlias = (
+    Ltx | LtxBegin | LtxData | LtxEnd | SnapshotBegin | SnapshotPages | SnapshotEnd | SetAside | PrepareResync
+)
+
+
+# --- what comes of a message ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The database is at `txid`, visible to readers."""
+
+    name: str
+    txid: int
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """What came cannot be applied; everything is void until a snapshot comes."""
+
+    name: str
+    reason: ResyncReason
+    text: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Ready to be sent: RESYNC and the page checksums."""
+
+    message: stream.Resync
+    checksums: PageSums
+
+
+@dataclass(frozen=True)
+class Violation:
+    """The primary has broken the protocol: the connection must end."""
+
+    name: str
+    text: str
+
+
+Outcome: TypeAlias = Applied | Unfit | Prepared | Violation
+
+
+class _Disorder(Exception):
+    """A message that cannot come at this point."""
+
+
+# --- one database ---------------------------------------------------------------------------------------------------
+
+
+class Sink:
+    """[W] Applies the messages about one database, in order."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.name = name
+        self._store = store
+        self._request = 0
+        self._void = False  # nothing counts until SNAPSHOT_BEGIN with `_request`
+        self._incoming: IncomingFile | None = None
+        self._left = 0  # bytes that the file in `_incoming` or `_decoder` still has to get
+        self._resync: Resync | None = None
+        self._page_size = 0
+        self._decoder: Decoder | None = None  # a large log entry within a snapshot
+
+    def take(self, item: Item) -> Outcome | None:
+        """What came of it; None if there is nothing to tell.
+
+        OSError, DatabaseBusy, Unavailable: nothing has happened, try again."""
+        try:
+            return self._take(item)
+        except _Disorder:
+            self.abort()
+            return Violation(self.name, f"{type(item).__name__} out of order")
+        except (DatabaseBusy, Unavailable, OSError):
+            raise
+        except PositionMismatch as error:
+            return self._unfit(ResyncReason.MISMATCH, error)
+        except FormatError as error:
+            bad = ResyncReason.BAD_SNAPSHOT if self._resync is not None else ResyncReason.BAD_TRANSACTION
+            return self._unfit(bad, error)
+        except LitefsError as error:
+            return self._unfit(ResyncReason.LOCAL, error)
+        except Exception as error:
+            log.exception("%s: cannot apply %s", self.name, type(item).__name__)
+            return self._unfit(ResyncReason.LOCAL, error)
+
+    def abort(self) -> None:
+        """Forget what is incomplete."""
+        incoming, self._incoming = self._incoming, None
+        resync, self._resync = self._resync, None
+        self._decoder = None
+        for part in (incoming, resync):
+            if part is not None:
+                with contextlib.suppress(OSError, LitefsError):
+                    part.abort()
+
+    def _unfit(self, reason: ResyncReason, error: Exception) -> Unfit:
+        self.abort()
+        self._void = True
+        return Unfit(self.name, reason, str(error))
+
+    def _take(self, item: Item) -> Outcome | None:
+        match item:
+            case PrepareResync(_, reason):
+                return self._prepare(reason)
+            case SetAside():
+                return self._set_aside()
+            case SnapshotBegin():
+                self._begin_snapshot(item)
+            case _ if self._void:
+                pass
+            case Ltx(_, data):
+                return self._whole_file(data)
+            case LtxBegin():
+                self._begin_file(item)
+            case LtxData(_, data):
+                self._more_of_file(data)
+            case LtxEnd(_, whole):
+                return self._end_file(whole)
+            case SnapshotPages():
+                self._take_pages(item)
+            case SnapshotEnd():
+                return self._end_snapshot(item)
+        return None
+
+    # --- transactions -----------------------------------------------------------------------------------------------
+
+    def _whole_file(self, data: bytes) -> Outcome | None:
+        if self._in_file:
+            raise _Disorder
+        if self._resync is not None:
+            self._resync.transaction(data)
+            return None
+        return Applied(self.name, self._store.get_or_create(self.name).apply(data).txid)
+
+    @property
+    def _in_file(self) -> bool:
+        return self._incoming is not None or self._decoder is not None
+
+    def _begin_file(self, item: LtxBegin) -> None:
+        if self._in_file:
+            raise _Disorder
+        if self._resync is not None:
+            self._decoder = Decoder()
+        else:
+            self._incoming = self._store.get_or_create(self.name).receive(item.min_txid, item.max_txid)
+        self._left = item.size
+
+    def _more_of_file(self, data: bytes) -> None:
+        if not self._in_file or len(data) > self._left:
+            raise _Disorder
+        if self._incoming is not None:
+            self._incoming.write(data)
+        elif self._decoder is not None and self._resync is not None:
+            self._resync.pages(self._decoder.feed(data))
+        self._left -= len(data)
+
+    def _end_file(self, whole: bool) -> Outcome | None:
+        if not self._in_file or (whole and self._left):
+            raise _Disorder
+        if not whole:
+            self.abort()
+            self._void = True  # the primary asks for our checksums next
+            return None
+        if self._incoming is not None:
+            incoming, self._incoming = self._incoming, None
+            return self._finish(incoming.finish)
+        assert self._decoder is not None
+        self._decoder.finish()
+        self._decoder = None
+        return None
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    def _prepare(self, reason: ResyncReason) -> Prepared:
+        database = self._store.get(self.name)
+        position, page_size, sums = Position(0, 0), 0, None
+        history: list[Position] = []
+        if database is not None and database.set_aside_reason is None:
+            position, page_size, sums = database.position, database.page_size, database.page_checksums()
+            history = database.log.positions(MAX_HISTORY - 1)
+        self.abort()
+        self._void = True
+        self._request += 1
+        if sums is None or not len(sums):
+            page_size, sums = 0, _NO_SUMS
+        message = stream.Resync(self.name, self._request, reason, page_size, len(sums), position, tuple(history))
+        return Prepared(message, sums)
+
+    def _begin_snapshot(self, item: SnapshotBegin) -> None:
+        if self._void and item.request != self._request:
+            return
+        self.abort()
+        keep = item.keep_branch_after if item.has_branch else None
+        self._resync = self._store.get_or_create(self.name).resync(item.page_size, keep)
+        self._page_size, self._void = item.page_size, False
+
+    def _take_pages(self, item: SnapshotPages) -> None:
+        if self._resync is None or self._in_file:
+            raise _Disorder
+        if item.page_size != self._page_size:
+            raise FormatError(f"pages of {item.page_size} bytes in a snapshot with pages of {self._page_size}")
+        self._resync.pages(item.pages())
+
+    def _end_snapshot(self, item: SnapshotEnd) -> Outcome:
+        if self._resync is None or self._in_file:
+            raise _Disorder
+        resync, self._resync = self._resync, None
+        try:
+            return self._finish(lambda: resync.finish(item.commit, item.position))
+        except FormatError as error:
+            return self._unfit(ResyncReason.BAD_SNAPSHOT, error)
+
+    def _finish(self, finish: Callable[[], Position]) -> Outcome:
+        """The end of something that came in pieces. It cannot be tried again: what is missing is fetched anew."""
+        try:
+            return Applied(self.name, finish().txid)
+        except OSError as error:
+            if _is_disk_full(error):
+                self._store.events.emit(Event("diskFull", self.name, {"error": str(error)}))
+            return self._unfit(ResyncReason.LOCAL, error)
+
+    def _set_aside(self) -> Applied:
+        self.abort()
+        self._store.set_aside(self.name, "the primary does not have this database")
+        self._void = False
+        return Applied(self.name, 0)
+
+
+_NO_SUMS: PageSums = np.zeros(0, dtype=np.uint64)
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Queue:
+    """What waits for one database. `sequence` numbers count up over all databases of a connection."""
+
+    sink: Sink
+    items: deque[tuple[int, Item, int]] = field(default_factory=deque)  # (sequence, item, size in bytes)
+    scheduled: bool = False  # in the ring, being worked on, or waiting to be tried again
+    failures: int = 0
+
+
+Report = Callable[[list[Outcome], list[int], int], None]
+"""Called on the loop: outcomes, the sequence numbers that are done, and the bytes that this has freed."""
+
+
+class Applier:
+    """The queues of one connection. `put` and `close` on the loop thread; the work is done on the store's worker."""
+
+    def __init__(self, store: Store, report: Report) -> None:
+        self._store = store
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()  # guards all below, and the queues; held for a few operations only
+        self._queues: dict[str, _Queue] = {}
+        self._ring: deque[_Queue] = deque()
+        self._busy = False  # a job is submitted or running
+        self._closed = False
+        self._sequence = 0
+
+    def put(self, item: Item, size: int) -> int:
+        """Queue an item; its sequence number."""
+        with self._lock:
+            queue = self._queues.get(item.name)
+            if queue is None:
+                queue = self._queues[item.name] = _Queue(Sink(self._store, item.name))
+            self._sequence += 1
+            queue.items.append((self._sequence, item, size))
+            if not queue.scheduled:
+                queue.scheduled = True
+                self._ring.append(queue)
+            submit, self._busy = not self._busy, True
+        if submit:
+            self._store.worker.submit(self._work)
+        return self._sequence
+
+    async def close(self) -> None:
+        """Drop what is queued, wait for what is being done, and forget what is incomplete."""
+        with self._lock:
+            self._closed = True
+            self._ring.clear()
+            queues = list(self._queues.values())
+            for queue in queues:
+                queue.items.clear()
+
+        def abort() -> None:
+            for queue in queues:
+                queue.sink.abort()
+
+        await asyncio.shield(asyncio.wrap_future(self._store.worker.submit(abort)))
+
+    # --- on the worker ----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        until = time.monotonic() + SLICE_S
+        outcomes: list[Outcome] = []
+        done: list[int] = []
+        freed = 0
+        while True:
+            with self._lock:
+                if not self._ring:
+                    self._busy = False
+                    again = False
+                    break
+                again = time.monotonic() >= until
+                if again:
+                    break
+                queue = self._ring.popleft()
+                sequence, item, size = queue.items[0]
+            try:
+                outcome = queue.sink.take(item)
+            except (OSError, DatabaseBusy, Unavailable) as error:
+                self._failed(queue, error)
+                continue
+            self._succeeded(queue)
+            with self._lock:
+                if queue.items:  # else it was closed meanwhile
+                    queue.items.popleft()
+                queue.scheduled = bool(queue.items)
+                if queue.items:
+                    self._ring.append(queue)
+            done.append(sequence)
+            freed += size
+            if outcome is not None:
+                outcomes.append(outcome)
+        if done and not self._closed:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(self._report, outcomes, done, freed)
+        if again:
+            self._store.worker.submit(self._work)
+
+    def _failed(self, queue: _Queue, error: Exception) -> None:
+        delay_s = min(RETRY_MAX_S, RETRY_MIN_S * 2**queue.failures)
+        queue.failures = min(queue.failures + 1, 16)
+        if queue.failures == 1:
+            log.warning("%s: cannot be applied now, will be tried again: %s", queue.sink.name, error)
+            if _is_disk_full(error):
+                self._store.events.emit(Event("diskFull", queue.sink.name, {"error": str(error)}))
+        self._store.worker.call_later(delay_s, self._resume, queue)
+
+    def _resume(self, queue: _Queue) -> None:
+        with self._lock:
+            if self._closed or not queue.items:
+                return
+            self._ring.append(queue)
+            submit, self._busy = not self._busy, True
+        if submit:
+            self._work()
+
+    def _succeeded(self, queue: _Queue) -> None:
+        if queue.failures:
+            queue.failures = 0
+            self._store.events.emit(Event("diskFreed", queue.sink.name))
+
+
+def _is_disk_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,0 +1,582 @@
+"""What the primary sends to one replica about one database: the steps of `decisions`, one after the other, in one task.
+
+The task runs only while there is something to send. A transaction that follows what was sent before goes out with one
+read of the log and no decision. Not more than WINDOW entries are under way: the replica's acknowledgements open the
+window again, and what has gathered meanwhile is merged. So a replica that is behind gets few large entries, and one
+that keeps up gets each at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from pylitefs.cluster.decisions import (
+    NOTHING,
+    AdoptTxid,
+    AskChecksums,
+    AskTail,
+    CaughtUp,
+    SendLog,
+    SetAside,
+    Snapshot,
+    View,
+    branch_point,
+    decide,
+)
+from pylitefs.cluster.ports import Database, Log, LogEntry, PageSums, SnapshotReader, Store
+from pylitefs.cluster.recovery_wait import RecoveryWait
+from pylitefs.cluster.roles import Refused
+from pylitefs.cluster.transfer import COMPACT_MIN, BadLogEntry, Blocking, Ends, merge, send_entry, small_run
+from pylitefs.errors import DatabaseError, FormatError, LitefsError
+from pylitefs.events import Event
+from pylitefs.formats import stream
+from pylitefs.formats.ltx.format import Position
+from pylitefs.formats.stream import (
+    Checksums,
+    GiveBack,
+    Ltx,
+    LtxBegin,
+    LtxData,
+    LtxEnd,
+    Message,
+    Progress,
+    Resync,
+    TailEnd,
+)
+from pylitefs.formats.stream_fields import ErrorCode, ResyncReason
+
+log = logging.getLogger("litefs.replication")
+
+WINDOW = 64
+"""Log entries of one database that are sent before the first of them is acknowledged."""
+
+RETRY_S = 10.0
+"""How long a database that this node cannot read is left alone."""
+
+ATTEMPTS = 3
+"""How often something that the next transaction may spoil is tried before the connection is given up."""
+
+
+class Outlet(Protocol):
+    """The session a feed belongs to."""
+
+    store: Store
+    recovery: RecoveryWait | None
+    snapshot_slots: asyncio.Semaphore
+    snapshot_timeout_s: float
+
+    @property
+    def blocking(self) -> Blocking: ...
+    async def send(self, message: Message) -> None: ...
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> bool: ...
+    def examined(self, name: str) -> None:
+        """The first decision about this database is made, and it is not to ask for transactions."""
+
+    def caught_up(self, name: str) -> None: ...
+    @property
+    def replica_id(self) -> int: ...
+
+
+class _Superseded(Exception):
+    """A RESYNC has come in: what was being sent is not wanted any more."""
+
+
+class _NotFollowing(Exception):
+    """The log entry does not follow what was sent, or has left the log: decide anew."""
+
+
+@dataclass
+class _Incoming:
+    """A RESYNC and the checksums that came with it. No more are kept than this node's database has pages."""
+
+    resync: Resync
+    limit: int
+    received: int = 0
+    kept: list[PageSums] = field(default_factory=list)
+
+    def add(self, message: Checksums) -> None:
+        """Refused unless it continues the ones before."""
+        sums = message.array
+        expected = (self.resync.request, self.received + 1)
+        if (message.request, message.first_pgno) != expected or self.received + len(sums) > self.resync.commit:
+            raise Refused(ErrorCode.PROTOCOL, "page checksums out of order")
+        if self.received < self.limit:
+            self.kept.append(sums[: self.limit - self.received])
+        self.received += len(sums)
+
+    @property
+    def complete(self) -> bool:
+        return self.received == self.resync.commit
+
+    def known(self, page_size: int) -> PageSums | None:
+        """The receiver's page checksums; None if its pages are of another size."""
+        if self.resync.page_size != page_size or not self.kept:
+            return None
+        return np.concatenate(self.kept)
+
+
+class Feed:
+    """`sent` is where the replica is once it has applied everything sent so far; `progress` is what it acknowledged."""
+
+    def __init__(self, outlet: Outlet, name: str, position: Position) -> None:
+        self.name = name
+        self.sent = position
+        self.progress = Progress(name, position.txid, position.txid, position.txid)
+        self.state = "connecting"
+        self._outlet = outlet
+        self._live = False  # what was sent last came from the log, and the log goes on from there
+        self._running = False
+        self._behind_since_ms = _now_ms()
+        self._in_flight: deque[tuple[int, int]] = deque()  # (last TXID, commit time in ms) of entries not yet applied
+        self._changed = asyncio.Event()
+        self._incoming: _Incoming | None = None
+        self._tail: asyncio.Queue[Message] | None = None
+        self._tail_refused = False
+        self._attempts = 0
+        self._retry_at_s = 0.0
+
+    # --- what the session tells -------------------------------------------------------------------------------------
+
+    def poke(self) -> None:
+        """Something may have changed: see to it. Loop thread."""
+        self._changed.set()
+        if not self._running and time.monotonic() >= self._retry_at_s:
+            self._running = self._outlet.start(self._run())
+
+    def acknowledged(self, progress: Progress) -> None:
+        self.progress = progress
+        while self._in_flight and self._in_flight[0][0] <= progress.applied:
+            self._in_flight.popleft()
+        self._changed.set()
+
+    def resync(self, message: Resync) -> None:
+        database = self._outlet.store.get(self.name)
+        self._incoming = _Incoming(message, database.commit if database is not None else 0)
+        self.poke()
+
+    def checksums(self, message: Checksums) -> None:
+        if self._incoming is None:
+            raise Refused(ErrorCode.PROTOCOL, "page checksums that belong to nothing")
+        self._incoming.add(message)
+        if self._incoming.complete:
+            self.poke()
+
+    async def tail(self, message: Ltx | LtxBegin | LtxData | LtxEnd | TailEnd) -> None:
+        """Part of what the replica gives back. Waits while there is more of it than can be taken in."""
+        if self._tail is None:
+            raise Refused(ErrorCode.PROTOCOL, "transactions that nobody has asked for")
+        await self._tail.put(message)
+
+    def lag_ms(self, head_txid: int, now_ms: int) -> int:
+        """How long the oldest transaction that the replica has not applied has been committed."""
+        if self.progress.applied >= head_txid and self.state == "live":
+            return 0
+        since = self._in_flight[0][1] if self._in_flight else self._behind_since_ms
+        return max(0, now_ms - since)
+
+    # --- the task ---------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        self._behind_since_ms = _now_ms()
+        try:
+            while await self._step():
+                pass
+        except DatabaseError as error:  # of this node; the other databases go on
+            log.error("%s cannot be sent to replica %016X: %s", self.name, self._outlet.replica_id, error)
+            self._live, self.state, self._attempts = False, "failed", 0
+            self._outlet.examined(self.name)
+            self._retry_at_s = time.monotonic() + RETRY_S
+            asyncio.get_running_loop().call_later(RETRY_S, self.poke)
+        finally:
+            self._running = False
+
+    async def _step(self) -> bool:
+        """One thing that is to be done; False when there is nothing, and no await since that was found."""
+        self._changed.clear()
+        try:
+            if self._incoming is not None:
+                return await self._answer_resync()
+            database = self._outlet.store.get(self.name)
+            if self._live and database is not None:
+                if await self._stream(database.log):
+                    self._attempts = 0
+                self._live = database.log.head == self.sent
+                if self._live and self._incoming is None:
+                    self._settled()
+                    return False
+            return await self._decide(database)
+        except _Superseded:
+            self._live = False
+        except BadLogEntry as error:
+            self._live = False
+            log.error("the log of %s is damaged: %s", self.name, error)
+            self._emit("corruptLog", path=str(error).split(":")[0])
+            await self._ask_checksums(ResyncReason.BAD_LOG)
+        return True
+
+    async def _decide(self, database: Database | None) -> bool:
+        if self._incoming is not None:
+            return True
+        outlet = self._outlet
+        if database is not None and database.set_aside_reason is not None:
+            outlet.examined(self.name)  # nothing is known about it: the replica keeps what it has
+            self._settled()
+            self._live, self.state = False, "set aside"
+            return False
+        view = self._view(database)
+        known = database is not None and view.head.txid > 0
+        recovering = outlet.recovery is not None and outlet.recovery.concerns(self.name, known)
+        decision = decide(self.sent, view, recovering and not self._tail_refused)
+        if not isinstance(decision, AskTail):
+            outlet.examined(self.name)
+        match decision:
+            case CaughtUp():
+                self._settled()
+                return False
+            case SendLog():
+                self._try_again("the log changes faster than it can be sent")
+                self._live = True
+            case Snapshot():
+                self._try_again("the database changes faster than a snapshot can be sent")
+                await self._snapshot(0, None, None)
+            case AskChecksums(reason):
+                self._try_again("the replica's copy cannot be brought in line")
+                await self._ask_checksums(reason)
+            case AskTail(after):
+                self._try_again("the replica's transactions cannot be taken over")
+                await self._ask_tail(after)
+            case AdoptTxid(position):
+                await self._adopt(position)
+            case SetAside():
+                await outlet.send(stream.SetAside(self.name))
+                self._moved_to(NOTHING)
+        return True
+
+    def _view(self, database: Database | None) -> View:
+        if database is None:
+            return View(NOTHING, 0, False)
+        entries = database.log
+        return View(
+            entries.head,
+            entries.first_txid,
+            entries.reaches(self.sent),
+            database.position.checksum,
+            entries.size_bytes,
+            database.size_bytes,
+        )
+
+    def _settled(self) -> None:
+        self._live, self.state, self._attempts = True, "live", 0
+        self._outlet.caught_up(self.name)
+
+    def _try_again(self, problem: str) -> None:
+        self._attempts += 1
+        if self._attempts > ATTEMPTS * 4:
+            raise DatabaseError(problem)
+
+    def _moved_to(self, position: Position) -> None:
+        """The replica is somewhere else, not by a log entry."""
+        self.sent = position
+        self.progress = Progress(self.name, 0, 0, 0)  # until it says otherwise
+        self._in_flight.clear()
+
+    def _check(self) -> None:
+        if self._incoming is not None:
+            raise _Superseded
+
+    def _emit(self, kind: str, **data: object) -> None:
+        self._outlet.store.events.emit(Event(kind, self.name, data))
+
+    # --- the log ----------------------------------------------------------------------------------------------------
+
+    async def _stream(self, entries: Log) -> bool:
+        """Send what the log has after `sent`, up to its head or where it does not continue. True if anything went."""
+        progressed = False
+        with contextlib.suppress(_NotFollowing):
+            while (entry := entries.after(self.sent.txid)) is not None:
+                self._check()
+                if len(self._in_flight) >= WINDOW:
+                    self.state = "catch-up"
+                    await self._changed.wait()
+                    self._changed.clear()
+                    continue
+                if entries.head.txid - self.sent.txid < COMPACT_MIN or not await self._send_merged(entries, entry):
+                    await self._send_one(entries, entry)
+                progressed = True
+        return progressed
+
+    async def _send_one(self, entries: Log, entry: LogEntry) -> None:
+        def check(ends: Ends) -> None:
+            self._check()
+            if ends.before != self.sent:
+                raise _NotFollowing
+
+        try:
+            ends = await send_entry(self._outlet.send, self._outlet.blocking, self.name, entry, check)
+        except FileNotFoundError:
+            still = entries.after(self.sent.txid)
+            if still is not None and still.path == entry.path:
+                raise BadLogEntry(f"{entry.path}: the file is missing") from None
+            raise _NotFollowing from None
+        except OSError as error:
+            raise BadLogEntry(f"{entry.path}: {error.strerror or error}") from None
+        self._was_sent(ends)
+
+    async def _send_merged(self, entries: Log, first: LogEntry) -> bool:
+        run = small_run(entries, first)
+        if len(run) < COMPACT_MIN:
+            return False
+        self.state = "catch-up"
+        merged = await self._outlet.blocking(merge, run, self.sent)
+        self._check()
+        if merged is None:
+            return False
+        data, ends = merged
+        await self._outlet.send(Ltx(self.name, data))
+        self._was_sent(ends)
+        return True
+
+    def _was_sent(self, ends: Ends) -> None:
+        self.sent = ends.after
+        if self.progress.applied < ends.after.txid:
+            self._in_flight.append((ends.after.txid, ends.header.timestamp_ms))
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    async def _ask_checksums(self, reason: ResyncReason) -> None:
+        self._live, self.state = False, "resync"
+        if self._incoming is None:
+            await self._outlet.send(stream.SendChecksums(self.name, reason))
+        while self._incoming is None:
+            await self._changed.wait()
+            self._changed.clear()
+
+    async def _answer_resync(self) -> bool:
+        self._live, self.state = False, "resync"
+        incoming = self._incoming
+        assert incoming is not None
+        while not incoming.complete:
+            await self._changed.wait()
+            self._changed.clear()
+            if incoming is not self._incoming:
+                return True
+        self._try_again("the replica's copy cannot be brought in line")
+        self._incoming = None
+        resync = incoming.resync
+        log.info("replica %016X fetches pages of %s: %s", self._outlet.replica_id, self.name, resync.reason.name)
+        try:
+            await self._snapshot(resync.request, incoming, resync)
+        except DatabaseError:
+            self._incoming = self._incoming or incoming  # it is answered later
+            raise
+        return True
+
+    async def _snapshot(self, request: int, incoming: _Incoming | None, resync: Resync | None) -> None:
+        """Send the database as it is now, or what of it differs from the replica's copy."""
+        database = self._outlet.store.get(self.name)
+        if database is None or database.log.head.txid == 0:
+            await self._outlet.send(stream.SetAside(self.name))
+            self._moved_to(NOTHING)
+            return
+        branch = None
+        if resync is not None:
+            branch = await self._outlet.blocking(_branch, resync, database.log)
+        timeout_s = self._outlet.snapshot_timeout_s or None
+        async with self._outlet.snapshot_slots:
+            self.state = "snapshot"
+            try:
+                async with asyncio.timeout(timeout_s):
+                    for _ in range(ATTEMPTS):
+                        known = incoming.known(database.page_size) if incoming is not None else None
+                        if await self._send_snapshot(database, request, known, branch):
+                            return
+            except TimeoutError:
+                raise Refused(
+                    ErrorCode.TOO_SLOW, f'the snapshot of "{self.name}" took longer than http.snapshot-timeout'
+                ) from None
+        raise DatabaseError("it changes faster than a snapshot of it can be sent")
+
+    async def _send_snapshot(
+        self, database: Database, request: int, known: PageSums | None, branch: int | None
+    ) -> bool:
+        """False if it has to be begun anew, because the page size has changed or the log was cut."""
+        outlet = self._outlet
+        reader = await outlet.blocking(database.snapshot, known)
+        try:
+            begin = stream.SnapshotBegin(
+                self.name, request, reader.page_size, reader.start, branch is not None, branch or 0
+            )
+            self._check()
+            await outlet.send(begin)
+            size_bytes = 0
+            while (messages := await self._next_pages(database, reader)) is not None:
+                for message in messages:
+                    self._check()
+                    await outlet.send(message)
+                    size_bytes += len(message.packed)
+            await asyncio.wrap_future(database.flush())
+            position, commit = await asyncio.wrap_future(
+                outlet.store.worker.submit(lambda: (database.position, database.commit))
+            )
+            if not await self._send_between(database.log, reader.page_size, reader.start, position):
+                return False
+            await outlet.send(stream.SnapshotEnd(self.name, position, commit))
+        except _NotFollowing:
+            return False
+        finally:
+            await asyncio.shield(asyncio.ensure_future(outlet.blocking(reader.close)))
+        self._moved_to(position)
+        self._in_flight.append((position.txid, self._behind_since_ms))
+        self._live = True
+        self._emit("snapshotSent", node_id=outlet.replica_id, bytes=size_bytes)
+        return True
+
+    async def _next_pages(self, database: Database, reader: SnapshotReader) -> list[stream.SnapshotPages] | None:
+        try:
+            return await self._outlet.blocking(_next_pages, self.name, reader)
+        except DatabaseError:
+            if database.page_size != reader.page_size:
+                raise _NotFollowing from None
+            raise
+
+    async def _send_between(self, entries: Log, page_size: int, start: Position, end: Position) -> bool:
+        """The log from `start` to `end`, as part of a snapshot. False if it is not there."""
+        at = start
+
+        def check(ends: Ends) -> None:
+            self._check()
+            if ends.before != at or (ends.header.page_size != page_size and page_size):
+                raise _NotFollowing
+
+        while at != end:
+            entry = entries.after(at.txid)
+            if entry is None or entry.max_txid > end.txid:
+                return False
+            try:
+                ends = await send_entry(self._outlet.send, self._outlet.blocking, self.name, entry, check)
+            except (_NotFollowing, OSError):
+                return False
+            at = ends.after
+        return True
+
+    # --- what this node has lost ------------------------------------------------------------------------------------
+
+    async def _adopt(self, position: Position) -> None:
+        store = self._outlet.store
+        try:
+            await asyncio.wrap_future(store.worker.submit(store.adopt_txid, self.name, position))
+        except (LitefsError, OSError) as error:
+            log.warning("%s: the replica's TXID cannot be adopted: %s", self.name, error)
+        database = store.get(self.name)
+        if database is None or database.log.head.txid < position.txid:
+            self._tail_refused = True
+
+    async def _ask_tail(self, after: Position) -> None:
+        """Take over what the replica has after `after`; whatever comes of it, the next step decides anew."""
+        recovery = self._outlet.recovery
+        assert recovery is not None
+        self.state = "give-back"
+        self._tail = asyncio.Queue(maxsize=16)
+        try:
+            with recovery.receiving():
+                await self._outlet.send(GiveBack(self.name, after))
+                problem = await _TailReceiver(self._outlet, self.name, self._tail, recovery).run()
+        finally:
+            self._tail = None
+        database = self._outlet.store.get(self.name)
+        head = database.log.head if database is not None else NOTHING
+        if problem is not None:
+            log.warning("%s: the replica cannot give back what it has after %s: %s", self.name, after, problem)
+        if head == after:
+            self._tail_refused = True
+
+
+class _TailReceiver:
+    """Takes in the transactions that one replica gives back for one database."""
+
+    def __init__(self, outlet: Outlet, name: str, queue: asyncio.Queue[Message], recovery: RecoveryWait) -> None:
+        self._outlet, self._name, self._queue, self._recovery = outlet, name, queue, recovery
+        self._problem: str | None = None
+        self._file: BinaryIO | None = None
+        self._left = 0
+
+    async def run(self) -> str | None:
+        """Until the replica has sent its last; what went wrong, or None. After a problem the rest is thrown away."""
+        try:
+            while not isinstance(message := await self._queue.get(), TailEnd):
+                if self._problem is None:
+                    await self._take(message)
+            return self._problem if message.given else self._problem or "its log does not reach back"
+        finally:
+            self._forget_file()
+
+    async def _take(self, message: Message) -> None:
+        try:
+            match message:
+                case Ltx(_, data):
+                    await self._give_back(data)
+                case LtxBegin(_, _, _, size):
+                    self._forget_file()
+                    self._left = size
+                    self._file = await self._outlet.blocking(_temporary, self._outlet.store.data_dir)
+                case LtxData(_, data) if self._file is not None and len(data) <= self._left:
+                    self._left -= len(data)
+                    await self._outlet.blocking(self._file.write, data)
+                case LtxEnd(_, whole) if self._file is not None:
+                    if not whole or self._left:
+                        raise FormatError("a transaction came in part only")
+                    await self._outlet.blocking(self._file.flush)
+                    await self._give_back(self._file.name)
+                    self._forget_file()
+                case _:
+                    raise Refused(ErrorCode.PROTOCOL, f"{type(message).__name__} out of order")
+        except (LitefsError, OSError) as error:
+            if isinstance(error, Refused):
+                raise
+            self._problem = str(error)
+
+    async def _give_back(self, data: bytes | str) -> None:
+        await self._recovery.give_back(self._outlet.store, self._name, data)
+
+    def _forget_file(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._file.name)
+            self._file = None
+
+
+def _temporary(folder: str) -> BinaryIO:
+    """A file for one transaction; what a crash leaves of it begins with "give-back-" and ends with ".tmp"."""
+    handle, path = tempfile.mkstemp(prefix="give-back-", suffix=".tmp", dir=folder)
+    os.close(handle)
+    return open(path, "wb")
+
+
+def _branch(resync: Resync, entries: Log) -> int | None:
+    return branch_point(resync.position, resync.history, entries.first_txid, entries.reaches)
+
+
+def _next_pages(name: str, reader: SnapshotReader) -> list[stream.SnapshotPages] | None:
+    """The next pages, packed. Blocking."""
+    chunk = reader.next_chunk()
+    if chunk is None:
+        return None
+    step = max(1, stream.MAX_PAGES_SIZE // reader.page_size) if reader.page_size else 1
+    return [stream.SnapshotPages.of(name, reader.page_size, chunk[at : at + step]) for at in range(0, len(chunk), step)]
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,209 @@
+"""What replication asks of the engine, and of the wire.
+
+[W] marks what runs on the store's worker thread, and nowhere else; everything else here is safe from any thread. What
+raises OSError (disk full) has changed nothing and may be called again with the same arguments, except `finish`, which
+ends a file or a resync in any case. `engine.store.Store` and `engine.database.Database` are the implementers; tests
+have a small one of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pylitefs.errors import Unavailable
+from pylitefs.events import EventBus
+from pylitefs.formats.ltx.format import Position
+
+T = TypeVar("T")
+PageSums = npt.NDArray[np.uint64]
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+class Worker(Protocol):
+    def submit(self, call: Callable[..., T], /, *args: object) -> Future[T]:
+        """Run `call` on the worker, after everything submitted before."""
+
+    def call_later(self, delay_s: float, call: Callable[..., object], /, *args: object) -> object:
+        """[W] Run `call` on the worker once `delay_s` seconds have passed."""
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+class LogEntry(Protocol):
+    """One LTX file of a log: transactions min_txid..max_txid."""
+
+    @property
+    def min_txid(self) -> int: ...
+    @property
+    def max_txid(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+
+
+class Log(Protocol):
+    """A database's log. An entry may vanish (retention) between any two calls: its file is then FileNotFoundError."""
+
+    @property
+    def head(self) -> Position: ...
+    @property
+    def first_txid(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def entries(self) -> Sequence[LogEntry]: ...
+    def after(self, txid: int) -> LogEntry | None:
+        """The entry that begins with txid + 1."""
+
+    def reaches(self, position: Position) -> bool:
+        """Whether a receiver at `position` can be brought to the head from this log alone. May read a header."""
+
+    def positions(self, limit: int) -> list[Position]:
+        """The newest `limit` positions the log passed through, newest first. Reads that many headers."""
+
+    def pin(self, txid: int) -> Closable:
+        """Keep retention from removing entries after `txid` until it is closed."""
+
+
+class SnapshotReader(Protocol):
+    """Reads a database while it is being written: pages as of any moment from `start` on. Blocking. DatabaseError
+    if a page is damaged, or if the page size has changed."""
+
+    @property
+    def start(self) -> Position: ...
+    @property
+    def page_size(self) -> int: ...
+    def next_chunk(self) -> list[tuple[int, bytes]] | None:
+        """About 1 MB of (pgno, page); None at the end. The log after `start` stays until `close`."""
+
+    def close(self) -> None: ...
+
+
+class IncomingFile(Protocol):
+    """[W] A large LTX file that arrives in pieces."""
+
+    def write(self, data: bytes, /) -> object: ...
+    def finish(self) -> Position:
+        """Verify, append to the log, apply. FormatError and PositionMismatch change nothing."""
+
+    def abort(self) -> None: ...
+
+
+class Resync(Protocol):
+    """[W] The primary's state, being assembled beside the local copy; nothing local changes before `finish`."""
+
+    def pages(self, pages: list[tuple[int, bytes]], /) -> object: ...
+    def transaction(self, data: bytes, /) -> object: ...
+    def finish(self, commit: int, position: Position, /) -> Position:
+        """FormatError if the result does not have the checksum of `position`; everything is then as before."""
+
+    def abort(self) -> None: ...
+
+
+class Database(Protocol):
+    @property
+    def position(self) -> Position: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def commit(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def set_aside_reason(self) -> str | None:
+        """Why the database cannot be used on this node; None if all is well."""
+
+    @property
+    def log(self) -> Log: ...
+    def flush(self) -> Future[Position]:
+        """Barrier: the position that covers every commit that had returned before the call."""
+
+    def page_checksums(self) -> PageSums:
+        """Of all `commit` pages, index pgno - 1."""
+
+    def snapshot(self, known: PageSums | None, /) -> SnapshotReader:
+        """Blocking; neither on the worker nor on the loop. `known`: only pages that differ from these are read out."""
+
+    def apply(self, data: bytes, /) -> Position:
+        """[W] One LTX file: verify, append to the log, apply. FormatError and PositionMismatch change nothing."""
+
+    def receive(self, min_txid: int, max_txid: int, /) -> IncomingFile:
+        """[W]"""
+
+    def resync(self, page_size: int, keep_branch_after: int | None, /) -> Resync:
+        """[W] `keep_branch_after`: what the log holds beyond this TXID goes to lost/; None: nothing needs keeping."""
+
+    def durable(self) -> int:
+        """[W] Make everything that was applied durable; returns its TXID."""
+
+
+class Store(Protocol):
+    @property
+    def data_dir(self) -> str: ...
+    @property
+    def cluster_id(self) -> str | None: ...
+    @property
+    def events(self) -> EventBus: ...
+    @property
+    def worker(self) -> Worker: ...
+    @property
+    def is_primary(self) -> bool: ...
+    def adopt_cluster_id(self, cluster_id: str, /) -> None:
+        """Keep the id durably. ClusterMismatch if another one is set."""
+
+    def set_primary_info(self, hostname: str | None, /) -> None: ...
+    def set_lag_ms(self, lag_ms: int | None, /) -> None: ...
+    def all_names(self) -> list[str]:
+        """Every database that has a position, deleted ones too."""
+
+    def get(self, name: str, /) -> Database | None: ...
+    def get_or_create(self, name: str, /) -> Database: ...
+    def give_back(self, name: str, data: bytes | str, /) -> Position:
+        """[W] On a primary that takes no writes yet: append a transaction (an LTX file, or the path of one) that it had
+        lost. FormatError and PositionMismatch change nothing."""
+
+    def adopt_txid(self, name: str, position: Position, /) -> Position:
+        """[W] On a primary that takes no writes yet: go on from a higher TXID with the content that is here.
+        PositionMismatch if that has another checksum."""
+
+    def set_aside(self, name: str, reason: str, /) -> None:
+        """[W] On a replica: keep a database that the primary never had in lost/."""
+
+
+# --- the wire --------------------------------------------------------------------------------------------------------
+
+
+class LinkClosed(Unavailable):
+    """The connection has ended. `clean`: the other side closed it in good order."""
+
+    def __init__(self, reason: str, clean: bool = False) -> None:
+        super().__init__(reason)
+        self.clean = clean
+
+
+class Link(Protocol):
+    """A connection that carries whole messages, in order, each at most once.
+
+    After the connection is gone every call raises LinkClosed. A message over the limit raises ProtocolError and closes.
+    """
+
+    @property
+    def peer(self) -> str:
+        """HOST:PORT of the other side."""
+
+    async def send(self, data: bytes) -> None:
+        """Waits while the other side does not read (back-pressure). One caller at a time."""
+
+    async def receive(self) -> bytes: ...
+
+    async def close(self) -> None:
+        """Send what was accepted, then close; does not take longer than a second. Never raises."""

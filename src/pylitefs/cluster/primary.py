@@ -1,0 +1,397 @@
+"""The primary's end of replication: a session for each replica that is connected, and the register of them all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
+from pylitefs.cluster.feed import Feed
+from pylitefs.cluster.ports import Link, LinkClosed, Store
+from pylitefs.cluster.recovery_wait import RecoveryOutcome, RecoveryWait
+from pylitefs.cluster.roles import NodeIdentity, Refused, admit
+from pylitefs.errors import LitefsError
+from pylitefs.events import Event
+from pylitefs.formats.ltx.format import Position
+from pylitefs.formats.stream import (
+    PROTOCOL_VERSION,
+    Ack,
+    Checksums,
+    Databases,
+    Heartbeat,
+    Hello,
+    Ltx,
+    LtxBegin,
+    LtxData,
+    LtxEnd,
+    Message,
+    Ready,
+    Resync,
+    Sender,
+    TailEnd,
+    Welcome,
+    batches,
+)
+from pylitefs.formats.stream_fields import ErrorCode, is_database_name
+from pylitefs.status import ReplicaInfo, ReplicaProgress
+
+__all__ = ["RecoveryOutcome", "RecoveryWait", "ReplicaSession", "Replicas"]
+
+log = logging.getLogger("litefs.replication")
+
+MAX_REPLICAS = 64
+MAX_DATABASES = 100_000  # that a replica may say it has
+SNAPSHOTS_AT_ONCE = 2  # for one replica; others of its databases wait for a slot
+THREADS = 4
+
+T = TypeVar("T")
+
+
+class Replicas:
+    """The replicas of this node. Everything runs on one asyncio loop, `infos` and `progress` from any thread.
+
+    Use it as an async context manager; leaving it closes every session in good order, so that the replicas come back at
+    once when there is a primary again. `epoch` is the lease's; `recovery` is given when the node may have lost
+    transactions.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        node: NodeIdentity,
+        *,
+        epoch: int = 1,
+        recovery: RecoveryWait | None = None,
+        timings: Timings | None = None,
+        snapshot_timeout_s: float = 0.0,
+    ) -> None:
+        self.store = store
+        self.node = node
+        self.epoch = epoch
+        self.recovery = recovery
+        self.timings = timings or Timings()
+        self.snapshot_timeout_s = snapshot_timeout_s
+        self.sessions: dict[int, ReplicaSession] = {}
+        self._serving: set[asyncio.Task[None]] = set()
+        self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="replication")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._moved: deque[str] = deque()  # names of databases with a new transaction; filled from any thread
+        self._wake_pending = False
+        self._closing = False
+
+    async def __aenter__(self) -> Replicas:
+        self._loop = asyncio.get_running_loop()
+        self._unsubscribe = self.store.events.subscribe(self._on_event)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._closing = True
+        self._unsubscribe()
+        serving = list(self._serving)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def serve(self, link: Link) -> None:
+        """Run one replica's session to its end. Only cancellation comes out."""
+        task = asyncio.ensure_future(ReplicaSession(self, link).run())
+        self._serving.add(task)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            if not self._closing:
+                raise
+        finally:
+            self._serving.discard(task)
+
+    async def blocking(self, call: Callable[..., T], /, *args: Any) -> T:
+        """Run a call that blocks in a thread of its own."""
+        assert self._loop is not None
+        return await self._loop.run_in_executor(self._executor, call, *args)
+
+    # --- what others ask --------------------------------------------------------------------------------------------
+
+    def infos(self) -> list[ReplicaInfo]:
+        """The replicas that are connected now, for status and metrics (a `status.Replicas`)."""
+        now_ms = int(time.time() * 1000)
+        return [session.info(now_ms) for session in list(self.sessions.values())]
+
+    def progress(self, name: str) -> dict[int, ReplicaProgress]:
+        """How far each connected replica is with one database, by node id; those that do not copy it are left out."""
+        return {
+            node_id: ReplicaProgress(feed.progress.received, feed.progress.applied, feed.progress.durable)
+            for node_id, session in list(self.sessions.items())
+            if (feed := session.feeds.get(name)) is not None
+        }
+
+    # --- sessions ---------------------------------------------------------------------------------------------------
+
+    def add(self, session: ReplicaSession) -> None:
+        """Refused if there are too many. A session of the same node that is still there is half-open: it is closed."""
+        old = self.sessions.get(session.replica_id)
+        if old is not None:
+            old.stop(Refused(ErrorCode.REPLACED, "the same node has connected again"))
+        elif len(self.sessions) >= MAX_REPLICAS:
+            raise Refused(ErrorCode.BUSY, f"the primary has {MAX_REPLICAS} replicas already")
+        self.sessions[session.replica_id] = session
+        if self.recovery is not None:
+            self.recovery.connected(session)
+        self._emit("replicaConnected", session)
+
+    def remove(self, session: ReplicaSession, reason: str) -> None:
+        if self.sessions.get(session.replica_id) is session:
+            del self.sessions[session.replica_id]
+        if self.recovery is not None:
+            self.recovery.disconnected(session)
+        self._emit("replicaLost", session, reason=reason)
+
+    def _emit(self, kind: str, session: ReplicaSession, **data: object) -> None:
+        who = {"node_id": f"{session.replica_id:016X}", "hostname": session.hostname, "address": session.address}
+        self.store.events.emit(Event(kind, None, {**who, **data}))
+
+    def _on_event(self, event: Event) -> None:
+        """In the emitting thread: a new transaction wakes the loop, once for however many come before it looks."""
+        if event.type != "tx" or event.database is None or self._loop is None:
+            return
+        self._moved.append(event.database)
+        if not self._wake_pending:
+            self._wake_pending = True
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._wake_pending = False  # before looking: an append after this schedules another wake
+        names = set()
+        while self._moved:
+            names.add(self._moved.popleft())
+        for session in list(self.sessions.values()):
+            for name in names:
+                session.poke(name)
+
+
+class ReplicaSession:
+    """One replica, from its HELLO to the end of the connection. An `Outlet` for its feeds."""
+
+    def __init__(self, replicas: Replicas, link: Link) -> None:
+        self.replica_id = 0
+        self.hostname = ""
+        self.connected_ms = int(time.time() * 1000)
+        self.feeds: dict[str, Feed] = {}
+        self.store = replicas.store
+        self.recovery = replicas.recovery
+        self.snapshot_timeout_s = replicas.snapshot_timeout_s
+        self.snapshot_slots = asyncio.Semaphore(SNAPSHOTS_AT_ONCE)
+        self._replicas = replicas
+        self._timings = replicas.timings
+        self._channel = Channel(link, Sender.REPLICA)
+        self._tasks = TaskSet()
+        self._wanted: frozenset[str] = frozenset()  # empty: all
+        self._unexamined: set[str] = set()
+        self._behind: set[str] = set()  # of the first pass
+        self._ready = False
+        self._announced: dict[str, int] = {}  # TXIDs of the heartbeats so far
+        self._moved: set[str] = set()
+
+    @property
+    def address(self) -> str:
+        return self._channel.address
+
+    async def run(self) -> None:
+        """To the end; every error ends here, and is told to the replica, the log and the events."""
+        error: BaseException | None = None
+        known = False
+        try:
+            positions = await self._handshake()
+            self._replicas.add(self)
+            known = True
+            self._begin(positions)
+            await self._tasks.wait()
+        except asyncio.CancelledError as cancelled:
+            error = cancelled
+        except Exception as failure:
+            error = failure
+        reason = _reason(error)
+        if isinstance(error, Exception) and not isinstance(error, LitefsError):
+            log.error("replica %s: %s", self.address, reason, exc_info=error)
+        else:
+            log.info("replica %s: %s", self.address, reason)
+        if known:  # before anything that waits, and could be cancelled
+            self._replicas.remove(self, reason)
+        await self._tasks.close()
+        await self._channel.close(error, self._timings.close_s)
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+
+    def stop(self, error: Refused) -> None:
+        self._tasks.fail(error)
+
+    def info(self, now_ms: int) -> ReplicaInfo:
+        feeds = list(self.feeds.items())
+        lags = [feed.lag_ms(self._head_txid(name), now_ms) for name, feed in feeds]
+        states = {feed.state for _, feed in feeds} - {"live"}
+        return ReplicaInfo(
+            node_id=f"{self.replica_id:016X}",
+            address=self.address,
+            state=min(states, default="live" if self._ready else "connecting"),
+            lag_ms=max(lags, default=0),
+            hostname=self.hostname,
+            databases={
+                name: ReplicaProgress(feed.progress.received, feed.progress.applied, feed.progress.durable)
+                for name, feed in feeds
+            },
+        )
+
+    # --- for the feeds ----------------------------------------------------------------------------------------------
+
+    async def send(self, message: Message) -> None:
+        await self._channel.send(message)
+
+    async def blocking(self, call: Callable[..., T], /, *args: Any) -> T:
+        return await self._replicas.blocking(call, *args)
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> bool:
+        return self._tasks.start(coroutine)
+
+    def poke(self, name: str) -> None:
+        """This database has changed."""
+        if self._wanted and name not in self._wanted:
+            return
+        feed = self.feeds.get(name)
+        if feed is None:
+            if not is_database_name(name):
+                return
+            feed = self.feeds[name] = Feed(self, name, Position(0, 0))
+        self._moved.add(name)
+        feed.poke()
+
+    def examined(self, name: str) -> None:
+        self._unexamined.discard(name)
+        if not self._unexamined and self.recovery is not None:
+            self.recovery.examined(self)
+
+    def caught_up(self, name: str) -> None:
+        self._behind.discard(name)
+        if not self._behind and not self._ready:
+            self._ready = True
+            self._tasks.start(self._channel.send(Ready()))
+
+    # --- the session ------------------------------------------------------------------------------------------------
+
+    async def _handshake(self) -> dict[str, Position]:
+        """The replica's positions. Refused."""
+        timings = self._timings
+        try:
+            async with asyncio.timeout(timings.handshake_s):
+                hello = await self._channel.expect(Hello, timings.handshake_s)
+                positions: dict[str, Position] = {}
+                last = hello.protocol != PROTOCOL_VERSION
+                while not last:
+                    part = await self._channel.expect(Databases, timings.handshake_s)
+                    positions.update(part.positions)
+                    last = part.last
+                    if len(positions) > MAX_DATABASES or not (part.positions or last):
+                        raise Refused(ErrorCode.PROTOCOL, "too many databases, or an empty list of them")
+                self.replica_id, self.hostname = hello.node_id, hello.hostname
+                self._admit(hello, positions)
+                self._wanted = frozenset(hello.databases_wanted)
+                node = self._replicas.node
+                await self._channel.send(
+                    Welcome(
+                        PROTOCOL_VERSION,
+                        self.store.cluster_id or "",
+                        node.node_id,
+                        node.hostname,
+                        self._replicas.epoch,
+                    )
+                )
+        except TimeoutError:
+            raise Refused(ErrorCode.TOO_SLOW, f"no handshake within {timings.handshake_s:g} s") from None
+        return positions
+
+    def _admit(self, hello: Hello, positions: dict[str, Position]) -> None:
+        cluster_id = self.store.cluster_id
+        if not self.store.is_primary or not cluster_id:
+            raise Refused(ErrorCode.NOT_PRIMARY, "this node is not the primary: correct lease.advertise-url")
+        has_data = any(position.txid for position in positions.values())
+        admit(hello, has_data, self._replicas.node, cluster_id, self._replicas.epoch)
+
+    def _begin(self, positions: dict[str, Position]) -> None:
+        """Start to serve: a feed for every database that either side has."""
+        for name in {*self.store.all_names(), *positions}:
+            if is_database_name(name) and (not self._wanted or name in self._wanted):
+                self.feeds[name] = Feed(self, name, positions.get(name, Position(0, 0)))
+        self._unexamined = set(self.feeds)
+        self._behind = set(self.feeds)
+        self._moved = set(self.feeds)
+        self._tasks.start(self._receive())
+        self._tasks.start(self._heartbeat())
+        if not self.feeds:
+            self.examined("")
+            self.caught_up("")
+        for feed in list(self.feeds.values()):
+            feed.poke()
+
+    async def _heartbeat(self) -> None:
+        while True:
+            moved, self._moved = self._moved, set()
+            changed = {name: txid for name in moved if (txid := self._head_txid(name)) != self._announced.get(name, 0)}
+            self._announced |= changed
+            for part in batches(sorted(changed.items())):
+                await self._channel.send(Heartbeat(int(time.time() * 1000), part))
+            await asyncio.sleep(self._timings.heartbeat_s)
+
+    def _head_txid(self, name: str) -> int:
+        database = self.store.get(name)
+        return database.log.head.txid if database is not None else 0
+
+    async def _receive(self) -> None:
+        deadline_s = self._timings.deadline_s
+        while True:
+            message, _ = await self._channel.receive(deadline_s)
+            await self._handle(message)
+
+    async def _handle(self, message: Message) -> None:
+        match message:
+            case Ack(entries):
+                for progress in entries:
+                    if (feed := self.feeds.get(progress.name)) is not None:
+                        feed.acknowledged(progress)
+            case Heartbeat():
+                pass  # that it came is what counts
+            case Resync(name):
+                self._feed(name).resync(message)
+            case Checksums(name):
+                self._feed(name).checksums(message)
+            case Ltx(name) | LtxBegin(name) | LtxData(name) | LtxEnd(name) | TailEnd(name):
+                await self._feed(name).tail(message)
+            case _:
+                raise unexpected(message)
+
+    def _feed(self, name: str) -> Feed:
+        feed = self.feeds.get(name)
+        if feed is None:
+            raise Refused(ErrorCode.PROTOCOL, f'the database "{name[:80]}" is not part of this session')
+        return feed
+
+
+def _reason(error: BaseException | None) -> str:
+    if isinstance(error, asyncio.CancelledError):
+        return "this node is shutting down"
+    if isinstance(error, (LinkClosed, Refused)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+Serve = Callable[[Link], Awaitable[None]]
+"""What the HTTP server does with a replica's connection: `Replicas.serve`."""

@@ -1,0 +1,462 @@
+"""The replica's end of replication: it connects to the primary, follows it, and connects again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pylitefs.cluster.applier import Applied, Applier, Item, Outcome, Prepared, PrepareResync, Unfit, Violation
+from pylitefs.cluster.backoff import Backoff
+from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
+from pylitefs.cluster.ports import Link, LinkClosed, Store
+from pylitefs.cluster.roles import LASTING, NodeIdentity, Refused, accept
+from pylitefs.cluster.transfer import send_entry
+from pylitefs.errors import FormatError, LitefsError
+from pylitefs.formats.ltx.format import Header, Position
+from pylitefs.formats.stream import (
+    PROTOCOL_VERSION,
+    Ack,
+    Databases,
+    GiveBack,
+    Heartbeat,
+    Hello,
+    Ltx,
+    LtxBegin,
+    LtxData,
+    LtxEnd,
+    Message,
+    Progress,
+    Ready,
+    SendChecksums,
+    Sender,
+    SetAside,
+    SnapshotBegin,
+    SnapshotEnd,
+    SnapshotPages,
+    TailEnd,
+    Welcome,
+    batches,
+    checksum_messages,
+)
+from pylitefs.formats.stream_fields import ErrorCode, is_database_name
+
+log = logging.getLogger("litefs.replication")
+
+IN_FLIGHT_BYTES = 8 << 20
+"""What may have arrived and wait to be applied; beyond it the connection is not read."""
+
+COMPLAIN_EVERY_S = 60.0
+CALM_S = 60.0
+"""A database that needed no resync for so long gets the next one at once."""
+
+RESYNC_MAX_DELAY_S = 30.0
+
+T = TypeVar("T")
+Connect = Callable[[], Awaitable[Link]]
+"""Opens a connection to the primary. LinkClosed or ProtocolError when it cannot."""
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """What a replica knows about its primary, for status. Times are in ms since 1970."""
+
+    connected: bool
+    ready: bool  # every database was brought to the primary's position at least once
+    since_ms: int  # of being connected, or not
+    problem: str = ""  # why it is not connected
+    epoch: int = 0
+
+
+class Replica:
+    """Follows one primary until it is cancelled. `databases`: copy only these; empty: all.
+
+    `ready` is set once everything that the primary had has been applied, and stays so.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        node: NodeIdentity,
+        connect: Connect,
+        *,
+        databases: Sequence[str] = (),
+        hostname: str = "",
+        reconnect_delay_s: float = 1.0,
+        timings: Timings | None = None,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self.ready = asyncio.Event()
+        self.store = store
+        self.node = node
+        self.databases = tuple(databases)
+        self.hostname = hostname  # what `.primary` shows; empty: what the primary says
+        self.timings = timings or Timings()
+        self.epoch = 0
+        self.as_of_ms: int | None = None  # the primary's clock when everything we have was still all there was
+        self.primary_txids: dict[str, int] = {}
+        self._connect = connect
+        self._backoff = backoff or Backoff(reconnect_delay_s)
+        self._session: ReplicaLink | None = None
+        self._since_ms = _now_ms()
+        self._problem = "connecting"
+        self._complained: tuple[str, float] = ("", 0.0)
+
+    @property
+    def state(self) -> ReplicaState:
+        connected = self._session is not None and self._session.welcomed
+        return ReplicaState(
+            connected, self.ready.is_set(), self._since_ms, "" if connected else self._problem, self.epoch
+        )
+
+    def lag_txids(self) -> int:
+        """How many transactions, as of the last heartbeat, are still to be applied here."""
+        behind = 0
+        for name, txid in list(self.primary_txids.items()):
+            database = self.store.get(name)
+            behind += max(0, txid - (database.position.txid if database is not None else 0))
+        return behind
+
+    async def run(self) -> None:
+        """Connect, follow, connect again: until cancelled."""
+        clock = asyncio.create_task(self._show_lag())
+        try:
+            while True:
+                await asyncio.sleep(await self._attempt())
+        finally:
+            clock.cancel()
+            await asyncio.gather(clock, return_exceptions=True)
+
+    async def _attempt(self) -> float:
+        """One connection, to its end; the pause before the next, in seconds."""
+        session: ReplicaLink | None = None
+        try:
+            async with asyncio.timeout(self.timings.handshake_s):
+                link = await self._connect()
+            session = self._session = ReplicaLink(self, link)
+            error: Exception = await session.run()
+        except TimeoutError:
+            error = LinkClosed(f"the primary did not answer within {self.timings.handshake_s:g} s")
+        except (LitefsError, OSError) as failure:
+            error = failure
+        finally:
+            self._session = None
+        return self._after(error, session is not None and session.welcomed)
+
+    def _after(self, error: Exception, welcomed: bool) -> float:
+        self._problem = str(error) or type(error).__name__
+        if welcomed:
+            self._since_ms = _now_ms()
+        self._complain("lost the primary" if welcomed else "cannot follow the primary")
+        if isinstance(error, Refused) and error.code in LASTING:
+            return self._backoff.after_refusal()
+        if welcomed:
+            return self._backoff.after_session(isinstance(error, LinkClosed) and error.clean)
+        return self._backoff.after_failure()
+
+    def _complain(self, what: str) -> None:
+        """One line, and the same one at most once a minute."""
+        line, now = f"{what}: {self._problem}", time.monotonic()
+        if line != self._complained[0] or now - self._complained[1] >= COMPLAIN_EVERY_S:
+            self._complained = (line, now)
+            log.warning("%s", line)
+
+    def welcomed(self, welcome: Welcome) -> None:
+        self.epoch = max(self.epoch, welcome.epoch)
+        self._since_ms = _now_ms()
+        self._complained = ("", 0.0)
+        self.store.set_primary_info(self.hostname or welcome.hostname or None)
+        log.info("following the primary %s (%016X)", self.hostname or welcome.hostname, welcome.node_id)
+
+    def show_lag(self) -> None:
+        if self.as_of_ms is not None:
+            self.store.set_lag_ms(max(0, _now_ms() - self.as_of_ms))
+
+    async def _show_lag(self) -> None:
+        """Lag grows while nothing comes, too."""
+        while True:
+            self.show_lag()
+            await asyncio.sleep(self.timings.heartbeat_s)
+
+
+class ReplicaLink:
+    """One connection to the primary."""
+
+    def __init__(self, replica: Replica, link: Link) -> None:
+        self.welcomed = False
+        self._caught_up = False  # READY has come, and everything before it is applied
+        self._replica = replica
+        self._store = replica.store
+        self._timings = replica.timings
+        self._channel = Channel(link, Sender.PRIMARY)
+        self._tasks = TaskSet()
+        self._applier = Applier(replica.store, self._report)
+        self._in_flight = 0
+        self._room = asyncio.Event()
+        self._open: dict[int, None] = {}  # sequence numbers that are not done, in order
+        self._marks: deque[tuple[int, Callable[[], None]]] = deque()  # (sequence, what to do when all up to it is done)
+        self._resyncs: dict[str, tuple[int, float]] = {}  # name: (how many lately, when the last one)
+        self._acks = Acks(self._store, self._channel, self._timings)
+
+    async def run(self) -> Exception:
+        """To the end; the error that it always ends with. Only cancellation comes out."""
+        error: Exception = LinkClosed("the connection has ended")
+        told: BaseException | None = None
+        try:
+            await self._handshake()
+            for task in (self._receive(), self._heartbeat(), self._acks.run(), self._acks.make_durable()):
+                self._tasks.start(task)
+            await self._tasks.wait()
+        except asyncio.CancelledError as cancelled:
+            told = cancelled
+            raise
+        except Exception as failure:
+            error = told = failure
+            if not isinstance(failure, (LitefsError, OSError)):
+                log.exception("replication failed")
+        finally:
+            await self._tasks.close()
+            await self._applier.close()
+            await self._channel.close(told, self._timings.close_s)
+        return error
+
+    # --- handshake --------------------------------------------------------------------------------------------------
+
+    async def _handshake(self) -> None:
+        replica, store = self._replica, self._store
+        names = [name for name in store.all_names() if is_database_name(name)]
+        positions = {name: database.position for name in names if (database := store.get(name)) is not None}
+        has_data = any(position.txid for position in positions.values())
+        wanted = replica.databases
+        told = sorted((name, at) for name, at in positions.items() if at.txid and (not wanted or name in wanted))
+        hello = Hello(
+            PROTOCOL_VERSION,
+            store.cluster_id or "",
+            replica.node.node_id,
+            replica.node.hostname,
+            replica.epoch,
+            wanted,
+        )
+        try:
+            async with asyncio.timeout(self._timings.handshake_s):
+                await self._channel.send(hello)
+                parts = batches(told)
+                for index, part in enumerate(parts):
+                    await self._channel.send(Databases(index == len(parts) - 1, part))
+                welcome = await self._channel.expect(Welcome, self._timings.handshake_s)
+        except TimeoutError:
+            raise Refused(ErrorCode.TOO_SLOW, f"no handshake within {self._timings.handshake_s:g} s") from None
+        accept(welcome, has_data, replica.node, store.cluster_id, replica.epoch)
+        if store.cluster_id is None:
+            await asyncio.to_thread(store.adopt_cluster_id, welcome.cluster_id)
+        self._acks.begin(dict(told))
+        self.welcomed = True
+        replica.welcomed(welcome)
+
+    # --- what comes -------------------------------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        deadline_s = self._timings.deadline_s
+        while True:
+            while self._in_flight > IN_FLIGHT_BYTES:
+                self._room.clear()
+                await self._room.wait()
+            message, size = await self._channel.receive(deadline_s)
+            self._handle(message, size)
+
+    def _handle(self, message: Message, size: int) -> None:
+        match message:
+            case Ltx(name, data):
+                sequence = self._put(message, size)
+                with contextlib.suppress(FormatError):  # the worker will find it, and knows what to do
+                    header = Header.unpack(data)
+                    self._acks.received(name, header.max_txid)
+                    self._mark(sequence, lambda: self._as_of(header.timestamp_ms))
+            case Heartbeat(timestamp_ms, positions):
+                self._replica.primary_txids.update(positions)
+                self._mark(self._last, lambda: self._as_of(timestamp_ms))
+            case LtxBegin() | LtxData() | LtxEnd() | SnapshotBegin() | SnapshotPages() | SnapshotEnd() | SetAside():
+                self._put(message, size)
+            case SendChecksums(name, reason):
+                self._put(PrepareResync(name, reason), 0)
+            case GiveBack(name, after):
+                self._tasks.start(self._give_back(name, after))
+            case Ready():
+                self._mark(self._last, self._is_ready)
+            case _:
+                raise unexpected(message)
+
+    def _put(self, item: Item, size: int) -> int:
+        wanted = self._replica.databases
+        if wanted and item.name not in wanted:
+            raise Refused(ErrorCode.PROTOCOL, f'the database "{item.name}" was not asked for')
+        self._in_flight += size
+        sequence = self._applier.put(item, size)
+        self._open[sequence] = None
+        return sequence
+
+    # --- what comes of it -------------------------------------------------------------------------------------------
+
+    @property
+    def _last(self) -> int:
+        return next(reversed(self._open), 0)
+
+    def _mark(self, sequence: int, call: Callable[[], None]) -> None:
+        """Call once everything that was received up to `sequence` is done."""
+        self._marks.append((sequence, call))
+        self._pass_marks()
+
+    def _pass_marks(self) -> None:
+        first_open = next(iter(self._open), None)
+        while self._marks and (first_open is None or self._marks[0][0] < first_open):
+            self._marks.popleft()[1]()
+
+    def _as_of(self, timestamp_ms: int) -> None:
+        if self._caught_up:
+            self._replica.as_of_ms = timestamp_ms
+
+    def _is_ready(self) -> None:
+        self._caught_up = True
+        self._replica.ready.set()
+        self._replica.as_of_ms = _now_ms()
+        self._replica.show_lag()
+
+    def _report(self, outcomes: list[Outcome], done: list[int], freed: int) -> None:
+        """From the applier, on the loop."""
+        self._in_flight -= freed
+        self._room.set()
+        for sequence in done:
+            self._open.pop(sequence, None)
+        for outcome in outcomes:
+            match outcome:
+                case Applied(name, txid):
+                    self._acks.applied(name, txid)
+                case Unfit(name, reason, text):
+                    self._tasks.start(self._ask_again(name, reason, text))
+                case Prepared():
+                    self._tasks.start(self._send_resync(outcome))
+                case Violation(name, text):
+                    self._tasks.fail(Refused(ErrorCode.PROTOCOL, f'database "{name}": {text}'))
+        self._pass_marks()
+        self._replica.show_lag()
+        self._acks.hurry()
+
+    async def _ask_again(self, name: str, reason: Any, text: str) -> None:
+        """A database does not fit: ask for what differs, at once the first time, then after a growing pause."""
+        now = time.monotonic()
+        count, last = self._resyncs.get(name, (0, 0.0))
+        count = count + 1 if now - last < CALM_S + RESYNC_MAX_DELAY_S else 1
+        self._resyncs[name] = (count, now)
+        delay_s = 0.0 if count == 1 else min(RESYNC_MAX_DELAY_S, 2.0 ** (count - 2))
+        log.warning("%s: %s; fetching the pages that differ in %g s", name, text, delay_s)
+        await asyncio.sleep(delay_s)
+        self._put(PrepareResync(name, reason), 0)
+
+    async def _send_resync(self, prepared: Prepared) -> None:
+        message, sums = prepared.message, prepared.checksums
+        await self._channel.send(message)
+        for part in checksum_messages(message.name, message.request, sums):
+            await self._channel.send(part)
+
+    async def _give_back(self, name: str, after: Position) -> None:
+        """Send what the log has after `after`, which the primary has lost."""
+        database = self._store.get(name)
+        given = False
+        if database is not None and await asyncio.to_thread(database.log.reaches, after):
+            log.info("%s: giving back what the primary has lost after %s", name, after)
+            given, at = True, after.txid
+            while given and (entry := database.log.after(at)) is not None:
+                try:
+                    await send_entry(self._channel.send, _blocking, name, entry)
+                except (FormatError, OSError) as error:
+                    log.warning("%s: cannot give back: %s", name, error)
+                    given = False
+                at = entry.max_txid
+        await self._channel.send(TailEnd(name, given))
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await self._channel.send(Heartbeat(_now_ms()))
+            await asyncio.sleep(self._timings.heartbeat_s)
+
+
+class Acks:
+    """What the primary is told of this replica's progress: at once, then at most every `ack_s`."""
+
+    def __init__(self, store: Store, channel: Channel, timings: Timings) -> None:
+        self._store, self._channel, self._timings = store, channel, timings
+        self._received: dict[str, int] = {}
+        self._applied: dict[str, int] = {}
+        self._durable: dict[str, int] = {}
+        self._changed: set[str] = set()
+        self._undurable: set[str] = set()
+        self._wake = asyncio.Event()
+
+    def begin(self, positions: dict[str, Position]) -> None:
+        """What the replica has from before the connection: applied, and to be made durable soon."""
+        for name, position in positions.items():
+            self._received[name] = self._applied[name] = position.txid
+        self._undurable.update(positions)
+
+    def received(self, name: str, txid: int) -> None:
+        self._received[name] = txid
+
+    def applied(self, name: str, txid: int) -> None:
+        rewound = txid < self._applied.get(name, 0)
+        self._received[name] = txid if rewound else max(txid, self._received.get(name, 0))
+        self._applied[name] = txid
+        self._durable[name] = min(txid, self._durable.get(name, 0))
+        self._changed.add(name)
+        self._undurable.add(name)
+
+    def hurry(self) -> None:
+        """Send what is new as soon as the pace allows."""
+        if self._changed:
+            self._wake.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            changed, self._changed = self._changed, set()
+            entries = [
+                Progress(name, self._received.get(name, 0), self._applied.get(name, 0), self._durable.get(name, 0))
+                for name in sorted(changed)
+            ]
+            if entries:
+                for part in batches(entries):
+                    await self._channel.send(Ack(part))
+                await asyncio.sleep(self._timings.ack_s)
+
+    async def make_durable(self) -> None:
+        """One database after the other, so that their transactions get in between."""
+        while True:
+            await asyncio.sleep(self._timings.durable_s)
+            names, self._undurable = self._undurable, set()
+            for name in sorted(names):
+                database = self._store.get(name)
+                if database is None:
+                    continue
+                try:
+                    txid = await asyncio.wrap_future(self._store.worker.submit(database.durable))
+                except (OSError, LitefsError) as error:
+                    log.warning("%s: cannot be made durable now: %s", name, error)
+                    self._undurable.add(name)
+                    continue
+                self._durable[name] = min(txid, self._applied.get(name, txid))
+                self._changed.add(name)
+            if self._changed:
+                self._wake.set()
+
+
+async def _blocking(call: Callable[..., T], /, *args: Any) -> T:
+    return await asyncio.to_thread(call, *args)
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,137 @@
+"""Which node is which."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from pylitefs.errors import ProtocolError
+from pylitefs.formats.stream import PROTOCOL_VERSION as VERSION
+from pylitefs.formats.stream import Error, Hello, Welcome
+from pylitefs.formats.stream_fields import ErrorCode
+
+
+class Role(enum.Enum):
+    PRIMARY = "primary"  # takes writes
+    REPLICA = "replica"  # follows a primary
+
+
+@dataclass(frozen=True)
+class NodeIdentity:
+    """What a node says about itself in the handshake. `node_id` is 64 bits, never 0; it may be new at every start."""
+
+    node_id: int
+    hostname: str = ""
+
+
+@dataclass(frozen=True)
+class PrimaryInfo:
+    """Where the primary is. `url` is its base, such as http://10.0.0.1:20202."""
+
+    hostname: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Grant:
+    """This node is the primary. Every acquisition has a higher `epoch`; `ttl_s` None means that it does not expire."""
+
+    epoch: int
+    ttl_s: float | None = None
+
+
+class Lease(Protocol):
+    """Who decides which node is the primary. At no time do two nodes hold a grant that has not expired."""
+
+    async def acquire(self) -> Grant | PrimaryInfo:
+        """Become the primary, or learn who is. Unavailable when neither is possible now."""
+
+    async def release(self) -> None:
+        """Give the role up, if it is held."""
+
+
+class Refused(ProtocolError):
+    """One side will not talk to the other. `code` says why, to the other side too."""
+
+    def __init__(self, code: ErrorCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+    @property
+    def message(self) -> Error:
+        return Error(self.code, str(self).encode("utf-8", "replace")[:900].decode("utf-8", "ignore"))
+
+
+LASTING = frozenset(
+    {
+        ErrorCode.VERSION,
+        ErrorCode.CLUSTER_MISMATCH,
+        ErrorCode.FOREIGN,
+        ErrorCode.SELF,
+        ErrorCode.STALE_EPOCH,
+        ErrorCode.NOT_PRIMARY,
+        ErrorCode.REPLACED,
+        ErrorCode.BUSY,
+    }
+)
+"""Refusals that trying again soon does not change."""
+
+
+def admit(hello: Hello, has_data: bool, node: NodeIdentity, cluster_id: str, epoch: int) -> None:
+    """The primary's rule: raise Refused unless this replica may follow.
+
+    `has_data`: the replica has databases of its own.
+    """
+    if hello.protocol != VERSION:
+        raise Refused(ErrorCode.VERSION, _version_text("the primary", VERSION, "the replica", hello.protocol))
+    if hello.node_id == node.node_id:
+        raise Refused(ErrorCode.SELF, "the node has connected to itself: lease.advertise-url must be the primary's URL")
+    if hello.cluster_id and hello.cluster_id != cluster_id:
+        raise Refused(ErrorCode.CLUSTER_MISMATCH, _cluster_text(cluster_id, hello.cluster_id))
+    if not hello.cluster_id and has_data:
+        raise Refused(ErrorCode.FOREIGN, _foreign_text(cluster_id))
+    if hello.epoch > epoch:
+        raise Refused(ErrorCode.STALE_EPOCH, _epoch_text(epoch, hello.epoch))
+
+
+def accept(welcome: Welcome, has_data: bool, node: NodeIdentity, cluster_id: str | None, epoch: int) -> None:
+    """The replica's rule: raise Refused unless it may follow this primary.
+
+    `epoch` is the highest one the replica has seen.
+    """
+    if welcome.protocol != VERSION:
+        raise Refused(ErrorCode.VERSION, _version_text("the replica", VERSION, "the primary", welcome.protocol))
+    if welcome.node_id == node.node_id:
+        raise Refused(ErrorCode.SELF, "the node has connected to itself: lease.advertise-url must be the primary's URL")
+    if not welcome.cluster_id:
+        raise Refused(ErrorCode.PROTOCOL, "the primary has no cluster id")
+    if cluster_id and cluster_id != welcome.cluster_id:
+        raise Refused(ErrorCode.CLUSTER_MISMATCH, _cluster_text(welcome.cluster_id, cluster_id))
+    if not cluster_id and has_data:
+        raise Refused(ErrorCode.FOREIGN, _foreign_text(welcome.cluster_id))
+    if welcome.epoch < epoch:
+        raise Refused(ErrorCode.STALE_EPOCH, _epoch_text(welcome.epoch, epoch))
+
+
+def _version_text(this: str, ours: int, other: str, theirs: int) -> str:
+    older = this if ours < theirs else other
+    return f"{this} speaks replication protocol {ours}, {other} {theirs}: upgrade {older}"
+
+
+def _cluster_text(primary: str, replica: str) -> str:
+    return (
+        f'the primary belongs to cluster "{primary}", this replica to "{replica}": correct lease.advertise-url, '
+        "or give the replica an empty data directory"
+    )
+
+
+def _foreign_text(primary: str) -> str:
+    return (
+        f'the replica has databases of its own and no cluster id, the primary belongs to cluster "{primary}": '
+        "import them on the primary and give the replica an empty data directory"
+    )
+
+
+def _epoch_text(primary: int, seen: int) -> str:
+    return f"the primary is of epoch {primary}, but epoch {seen} has begun: it must step down"

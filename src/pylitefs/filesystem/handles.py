@@ -1,0 +1,166 @@
+"""Open handles, and the descriptor and io mode that all handles of a node share.
+
+One backing descriptor serves every handle of a node (reads and writes are positioned, and the kernel has checked each
+handle's access mode): opened with the first handle, closed with the last. With it goes the io mode, because the
+kernel refuses to mix passthrough and cached opens of one inode.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Callable
+from typing import Protocol
+
+from pylitefs.filesystem.tree import IoMode, Node
+from pylitefs.formats.fuse import abi
+from pylitefs.ports import FileHooks, FileKind
+
+OpenBacking = Callable[[bool], int]
+"""Opens the backing file of a node, for reading and writing if True, and returns the descriptor."""
+
+_SETID = stat.S_ISUID | stat.S_ISGID  # a passed-through write would not clear them
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_ALWAYS_HOOKED = frozenset({FileKind.DATABASE, FileKind.JOURNAL, FileKind.WAL})
+_READ_ONLY_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY})
+
+
+class BackingFiles(Protocol):
+    """The part of the device that passthrough needs."""
+
+    def backing_open(self, fd: int) -> int: ...
+
+    def backing_close(self, backing_id: int) -> None: ...
+
+
+class Handle:
+    """An open file of one process. `content` is what a virtual file said when this handle first read it."""
+
+    __slots__ = ("by_daemon", "content", "node", "writable")
+
+    def __init__(self, node: Node, writable: bool, by_daemon: bool) -> None:
+        self.node = node
+        self.writable = writable
+        self.by_daemon = by_daemon
+        self.content: bytes | None = None
+
+
+class Handles:
+    """All open handles by number. `passthrough` turns False for good when the kernel refuses a backing file."""
+
+    def __init__(
+        self, hooks: FileHooks, device: BackingFiles, log: Callable[[str], None], *, passthrough: bool
+    ) -> None:
+        self._hooks = hooks
+        self._device = device
+        self._log = log
+        self._numbers = itertools.count(1)
+        self.passthrough = passthrough
+        self.open: dict[int, Handle] = {}
+
+    def open_virtual(self, node: Node) -> int:
+        fh = next(self._numbers)
+        self.open[fh] = Handle(node, False, False)
+        return fh
+
+    def open_node(self, node: Node, open_fd: OpenBacking, writable: bool, by_daemon: bool) -> tuple[int, int, int]:
+        """A new handle: (fh, FOPEN flags, backing id). `open_fd` is called for the first handle, and for the first
+        writable one if the file could only be opened for reading before."""
+        with node.gate:
+            if node.handle_count == 0:
+                self._enter(node, open_fd, writable)
+            elif writable and not node.writable:
+                self._make_writable(node, open_fd(True))
+            node.handle_count += 1
+            if node.mode is IoMode.PASSTHROUGH:
+                flags = abi.FOPEN_PASSTHROUGH | abi.FOPEN_NOFLUSH
+            else:
+                flags = 0 if node.drop_cache else abi.FOPEN_KEEP_CACHE
+                if not (node.hooked and writable):
+                    flags |= abi.FOPEN_NOFLUSH
+                node.drop_cache = False
+            try:
+                self._hooks.opened(node.ref, writable, node.hooked, by_daemon)
+            except BaseException:
+                self._drop(node)
+                raise
+            fh = next(self._numbers)
+            self.open[fh] = Handle(node, writable, by_daemon)
+            return fh, flags, node.backing_id
+
+    def _enter(self, node: Node, open_fd: Callable[[bool], int], writable: bool) -> None:
+        """Open the backing file of an idle node and choose its io mode."""
+        wanted = self._hooks.wants_write_hook(node.ref)
+        try:
+            fd, node.writable = open_fd(True), True
+        except OSError as error:
+            if writable or error.errno not in _READ_ONLY_ERRORS:
+                raise
+            fd, node.writable = open_fd(False), False
+        backing_id = 0
+        if self.passthrough and not wanted and not os.fstat(fd).st_mode & _SETID:
+            backing_id = self._backing_open(fd)
+        with node.lock:
+            node.fd = fd
+        node.backing_id = backing_id
+        node.mode = IoMode.PASSTHROUGH if backing_id else IoMode.CACHED
+        node.hooked = wanted or (not backing_id and node.ref.kind in _ALWAYS_HOOKED)
+        node.drop_cache = node.drop_cache or backing_id != 0
+
+    def _backing_open(self, fd: int) -> int:
+        """A backing id, or 0 if this file must be cached. Refusal for good (privileges, a stacked filesystem, an old
+        kernel) ends passthrough for the whole mount."""
+        try:
+            return self._device.backing_open(fd)
+        except OSError as error:
+            if error.errno not in _SCARCE and self.passthrough:
+                self.passthrough = False
+                self._log(f"passthrough is off, files are cached from now on: {error.strerror}")
+            return 0
+
+    @staticmethod
+    def _make_writable(node: Node, fd: int) -> None:
+        with node.lock:
+            node.spare_fds.append(node.fd)
+            node.fd = fd
+            node.writable = True
+
+    def release(self, fh: int) -> None:
+        handle = self.open.pop(fh)
+        node = handle.node
+        if node.virtual:
+            return
+        with node.gate:
+            hooked = node.hooked
+            last = self._drop(node)
+            self._hooks.released(node.ref, handle.writable, hooked, last, handle.by_daemon)
+
+    def _drop(self, node: Node) -> bool:
+        """One handle less; True if it was the last."""
+        node.handle_count -= 1
+        if node.handle_count == 0:
+            self._leave(node)
+        return node.handle_count == 0
+
+    def _leave(self, node: Node) -> None:
+        with node.lock:
+            fds = [node.fd, *node.spare_fds]
+            node.fd = -1
+            node.spare_fds = []
+        if node.backing_id:
+            try:
+                self._device.backing_close(node.backing_id)
+            except OSError:
+                pass  # the mount is gone, and the id with it
+        node.backing_id = 0
+        node.mode = IoMode.IDLE
+        node.hooked = False
+        for fd in fds:
+            os.close(fd)
+
+    def release_all(self) -> None:
+        """After the mount is gone: what the kernel did not release any more."""
+        for fh in list(self.open):
+            self.release(fh)

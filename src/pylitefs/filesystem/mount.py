@@ -1,0 +1,264 @@
+"""Putting the mount into the namespace and taking it out again.
+
+As root: mount(2). Otherwise the setuid helper fusermount3, which mounts for us and sends the descriptor of /dev/fuse
+over a socket (SCM_RIGHTS). A mount whose daemon was killed answers ENOTCONN; `prepare` takes such a mount away if it
+is ours (source "litefs" in /proc/self/mountinfo) and refuses to touch anything else.
+
+Errors are `MountError`, one line each.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pylitefs.errors import MountError
+
+FSNAME = "litefs"
+DEVICE = "/dev/fuse"
+HELPER = "fusermount3"
+PROBE_TIMEOUT_S = 2.0
+HELPER_TIMEOUT_S = 20.0
+BUSY_RETRIES = 10
+BUSY_PAUSE_S = 0.05
+MS_NOSUID, MS_NODEV = 2, 4
+MNT_DETACH = 2
+_STACKED_MAX = 32  # mounts of killed daemons on top of each other
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+
+
+@dataclass(frozen=True)
+class MountEntry:
+    """A line of /proc/self/mountinfo. `device` is st_dev as "major:minor"."""
+
+    device: str
+    path: str
+    fs_type: str
+    source: str
+
+    @property
+    def ours(self) -> bool:
+        return self.fs_type.split(".")[0] == "fuse" and self.source == FSNAME
+
+
+def parse_mountinfo(text: str) -> list[MountEntry]:
+    """The mounts of /proc/<pid>/mountinfo, oldest first (proc(5)); lines that are not understood are left out."""
+    entries = []
+    for line in text.splitlines():
+        fields = line.split(" ")
+        if "-" not in fields[6:] or len(fields) < 10:
+            continue
+        tail = fields[fields.index("-", 6) + 1 :]
+        if len(tail) >= 2:
+            entries.append(MountEntry(fields[2], _unescape(fields[4]), tail[0], _unescape(tail[1])))
+    return entries
+
+
+def _unescape(field: str) -> str:
+    """Spaces, tabs, newlines and backslashes stand in mountinfo as three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def _mounts() -> list[MountEntry]:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return parse_mountinfo(file.read())
+
+
+def mount_at(path: str) -> MountEntry | None:
+    """The mount that one sees at `path` (a real path), if a filesystem is mounted right there."""
+    found = [entry for entry in _mounts() if entry.path == path]
+    return found[-1] if found else None
+
+
+def fs_type_of(path: str) -> str:
+    """Type of the filesystem a path lies on, "" if it cannot be told."""
+    real = os.path.realpath(path)
+    best = MountEntry("", "", "", "")
+    for entry in _mounts():
+        inside = real == entry.path or real.startswith(entry.path.rstrip("/") + "/")
+        if inside and len(entry.path) >= len(best.path):
+            best = entry
+    return best.fs_type
+
+
+def prepare(mount_dir: str, log: Callable[[str], None]) -> str:
+    """Make `mount_dir` ready to be mounted on: made if missing, stale mounts of ours taken away.
+
+    Returns its real path. MountError if it is no directory, not empty, or in use by a live daemon.
+    """
+    parent, name = os.path.split(os.path.abspath(mount_dir))
+    path = os.path.join(os.path.realpath(parent), name)
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+    for _ in range(_STACKED_MAX):
+        entry = mount_at(path)
+        if entry is None or not _clean(path, entry, log):
+            break
+    try:
+        os.makedirs(path, exist_ok=True)
+    except FileExistsError:
+        raise MountError(f"mount point {mount_dir} is not a directory: choose another fuse.dir") from None
+    except OSError as error:
+        raise MountError(f"mount point {mount_dir} cannot be created: {error.strerror}") from error
+    try:
+        with os.scandir(path) as children:
+            empty = next(children, None) is None
+    except OSError as error:
+        raise MountError(f"mount point {mount_dir} cannot be read: {error.strerror}") from error
+    if not empty:
+        raise MountError(f"mount point {mount_dir} is not empty: move its files away or choose another fuse.dir")
+    return path
+
+
+def _clean(path: str, entry: MountEntry, log: Callable[[str], None]) -> bool:
+    """Take away the mount at `path` if its daemon is dead. True if it was, and there may be another below."""
+    if not entry.fs_type.startswith("fuse"):
+        return False
+    alive = _alive(path)
+    if not entry.ours:
+        if alive:
+            return False
+        raise MountError(f'mount point {path} is a dead mount of "{entry.source}": unmount it with: umount -l {path}')
+    if alive:
+        raise MountError(f"mount point {path} is in use by a running litefs: stop it or choose another fuse.dir")
+    if not detach(path):
+        raise MountError(f"the mount of a killed litefs at {path} cannot be removed: run umount -l {path}")
+    log(f"removed the mount of a killed litefs at {path}")
+    return True
+
+
+def _alive(path: str) -> bool:
+    """Whether somebody answers for the mount at `path`; a daemon that hangs counts as alive.
+
+    statvfs is the question that the kernel never answers from its caches.
+    """
+    dead = threading.Event()
+
+    def ask() -> None:
+        try:
+            os.statvfs(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV):
+                dead.set()
+
+    probe = threading.Thread(target=ask, name="fuse-probe", daemon=True)
+    probe.start()
+    probe.join(PROBE_TIMEOUT_S)
+    return not dead.is_set()
+
+
+def mount(path: str, *, allow_other: bool, max_read: int) -> int:
+    """Mount at `path` (from `prepare`). The descriptor of /dev/fuse, on which the kernel's INIT waits."""
+    options = ["default_permissions", f"max_read={max_read}"] + ["allow_other"] * allow_other
+    if os.geteuid() == 0:
+        return _mount_directly(path, options)
+    if shutil.which(HELPER) is None:
+        raise MountError(f"only root may mount without {HELPER}: run litefs as root or install the package fuse3")
+    return mount_by_helper(path, options)
+
+
+def _open_device() -> int:
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise MountError(f"{DEVICE} is missing: load the kernel module fuse (modprobe fuse), "
+                         f"or give the container --device {DEVICE}") from None
+    except OSError as error:
+        raise MountError(f"{DEVICE} cannot be opened: {error.strerror}") from error
+
+
+def _mount_directly(path: str, options: list[str]) -> int:
+    fd = _open_device()
+    data = ",".join([f"fd={fd}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}", *options])
+    if _libc.mount(FSNAME.encode(), os.fsencode(path), b"fuse", MS_NOSUID | MS_NODEV, data.encode()) == 0:
+        return fd
+    code = ctypes.get_errno()
+    os.close(fd)
+    if code == errno.EPERM:
+        raise MountError(f"mounting at {path} is not permitted: in a container give it --cap-add SYS_ADMIN")
+    raise MountError(f"mounting at {path} failed: {os.strerror(code)}")
+
+
+def mount_by_helper(path: str, options: list[str]) -> int:
+    """Mount through fusermount3 (mount.fuse3(8)): it finds one end of a socket in _FUSE_COMMFD and sends the
+    descriptor of /dev/fuse through it."""
+    if not os.path.exists(DEVICE):
+        os.close(_open_device())
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        command = [HELPER, "-o", ",".join([f"fsname={FSNAME}", *options]), "--", path]
+        try:
+            done = subprocess.run(
+                command, env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}, pass_fds=[theirs.fileno()],
+                capture_output=True, timeout=HELPER_TIMEOUT_S, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise MountError(f"{HELPER} failed: {error}") from error
+        if done.returncode != 0:
+            said = " ".join(done.stderr.decode(errors="replace").split()) or f"exit status {done.returncode}"
+            raise MountError(f"mounting at {path} failed: {said}")
+        ours.settimeout(HELPER_TIMEOUT_S)
+        return _receive_fd(ours)
+
+
+def _receive_fd(channel: socket.socket) -> int:
+    fds = array.array("i")
+    try:
+        _, control, _, _ = channel.recvmsg(1, socket.CMSG_LEN(fds.itemsize))
+    except OSError as error:
+        raise MountError(f"{HELPER} sent no descriptor: {error}") from error
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS and len(data) >= fds.itemsize:
+            fds.frombytes(data[: fds.itemsize])
+            os.set_inheritable(fds[0], False)
+            return fds[0]
+    raise MountError(f"{HELPER} sent no descriptor")
+
+
+def _umount(path: str, *, lazy: bool) -> int:
+    """0 or an errno."""
+    if os.geteuid() == 0:
+        result = _libc.umount2(os.fsencode(path), MNT_DETACH if lazy else 0)
+        return ctypes.get_errno() if result else 0
+    try:
+        done = subprocess.run(
+            [HELPER, "-u", *(["-z"] if lazy else []), "--", path],
+            capture_output=True, timeout=HELPER_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return errno.EIO
+    return errno.EBUSY if done.returncode else 0
+
+
+def detach(path: str) -> bool:
+    """Take the mount at `path` out of the namespace at once, even if files on it are open."""
+    return _umount(path, lazy=True) == 0
+
+
+def unmount(path: str, device: str) -> bool:
+    """Unmount our mount at `path` if it is still there (`device`: its MountEntry.device), waiting a moment for files
+    to be closed. False if it is busy: then `detach`."""
+    for attempt in range(BUSY_RETRIES):
+        entry = mount_at(path)
+        if entry is None or entry.device != device:
+            return True
+        if _umount(path, lazy=False) == 0:
+            return True
+        if attempt < BUSY_RETRIES - 1:
+            time.sleep(BUSY_PAUSE_S)
+    return False
+
+

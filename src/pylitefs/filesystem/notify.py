@@ -1,0 +1,108 @@
+"""Telling the kernel what to forget: the implementation of `ports.Notifier`.
+
+The kernel may make a notification wait until a request of ours is answered (an entry's parent is locked while UNLINK
+or CREATE runs), so one sent from a handler would wait for itself. Hence a queue and a thread of its own. A message
+that is still waiting in the queue is not queued again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from pylitefs.filesystem.tree import Tree
+from pylitefs.formats.fuse import abi, replies
+
+
+class NotifyTarget(Protocol):
+    def notify(self, message: bytes) -> bool: ...
+
+
+class KernelNotifier:
+    """One per mount. `start` it once the mount is there, `stop` it when the mount is gone."""
+
+    def __init__(self, tree: Tree, device: NotifyTarget, log: Callable[[str], None], *, expire_only: bool) -> None:
+        self._tree = tree
+        self._device = device
+        self._log = log
+        self._expire_only = expire_only
+        self._queue: dict[bytes, None] = {}  # in the order of arrival
+        self._changed = threading.Condition()
+        self._queued = 0  # messages put in so far
+        self._sent = 0  # of those, how many the kernel has heard or need not hear
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="fuse-notify", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        with self._changed:
+            self._stopping = True
+            self._queue.clear()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until the kernel has heard everything said so far; False if that takes longer than `timeout_s`.
+        Never from a FUSE thread."""
+        with self._changed:
+            target = self._queued
+            return self._changed.wait_for(lambda: self._stopping or self._sent >= target, timeout_s)
+
+    def invalidate_file(self, name: str) -> None:
+        node = self._tree.names.get(name)
+        if node is not None:
+            self._put(replies.notify_inval_inode(node.ino, 0, 0))
+
+    def invalidate_entry(self, name: str) -> None:
+        with self._tree.lock:
+            self._tree.changes += 1
+        self._put(replies.notify_inval_entry(abi.ROOT_ID, name, self._expire_only), self._listing())
+
+    def forget_file(self, name: str) -> None:
+        node = self._tree.vanish(name)
+        if node is None:
+            self.invalidate_entry(name)
+        else:
+            self._put(replies.notify_delete(abi.ROOT_ID, node.ino, name), self._listing())
+
+    def renamed_backing(self, name: str) -> None:
+        node = self._tree.unresolve(name)
+        if node is not None:
+            self._put(replies.notify_inval_inode(node.ino, -1, 0))
+
+    @staticmethod
+    def _listing() -> bytes:
+        """The kernel keeps the root's listing until the root itself changes."""
+        return replies.notify_inval_inode(abi.ROOT_ID, 0, 0)
+
+    def _put(self, *messages: bytes) -> None:
+        with self._changed:
+            if self._stopping:
+                return
+            for message in messages:
+                self._queue.pop(message, None)
+                self._queue[message] = None
+                self._queued += 1
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or bool(self._queue))
+                if self._stopping:
+                    return
+                messages = list(self._queue)
+                self._queue.clear()
+                target = self._queued
+            for message in messages:
+                try:
+                    self._device.notify(message)
+                except OSError as error:
+                    self._log(f"a notification to the kernel failed: {error.strerror}")
+            with self._changed:
+                self._sent = target
+                self._changed.notify_all()

@@ -1,0 +1,299 @@
+"""One mount: mounts, answers the kernel on several threads, unmounts.
+
+`Dispatcher` turns requests into replies and knows nothing of mounts or threads; `Session` runs it.
+
+Threads: readers take requests from /dev/fuse, each into its own buffer. When the last idle one takes a request another
+is started, up to `THREADS_MAX`, so that requests waiting for the disk never stop others. The notifier has a thread of
+its own. A handler never waits for another request: what must wait is finished by whoever calls its `then`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from pylitefs.errors import FormatError
+from pylitefs.filesystem import mount
+from pylitefs.filesystem.answers import Answers, ReplySink
+from pylitefs.filesystem.device import BUFFER_SIZE, MAX_WRITE, RETRIED, Device
+from pylitefs.filesystem.files import FileRequests, Handler
+from pylitefs.filesystem.handles import BackingFiles, Handles
+from pylitefs.filesystem.names import NameRequests
+from pylitefs.filesystem.notify import KernelNotifier, NotifyTarget
+from pylitefs.filesystem.tree import RootStat, Tree
+from pylitefs.filesystem.volume import Request, Volume
+from pylitefs.formats.fuse import abi
+from pylitefs.formats.fuse.requests import parse_header
+from pylitefs.ports import FileHooks, Notifier
+
+THREADS_MAX = 16
+STOP_TIMEOUT_S = 5.0
+
+_REFUSED: dict[int, int] = {
+    abi.MKDIR: errno.EPERM,
+    abi.RMDIR: errno.EPERM,
+    abi.SYMLINK: errno.EPERM,
+    abi.LINK: errno.EPERM,
+    abi.READLINK: errno.EINVAL,
+    abi.READDIRPLUS: errno.ENOTSUP,
+}
+"""Requests with a fixed answer. Every other one without a handler gets ENOSYS, after which the kernel does without it
+or no longer asks (locks, extended attributes, OPENDIR, ACCESS, POLL, INTERRUPT, STATX)."""
+
+
+class Channel(ReplySink, BackingFiles, NotifyTarget, Protocol):
+    """What of the device the handlers use."""
+
+
+class Dispatcher:
+    """The handlers of one mount, by opcode."""
+
+    def __init__(
+        self,
+        hooks: FileHooks,
+        channel: Channel,
+        data_dir: str,
+        log: Callable[[str], None],
+        *,
+        passthrough: bool,
+        expire_only: bool,
+        uid: int,
+        gid: int,
+        debug: bool = False,
+    ) -> None:
+        self.answers = Answers(channel, log)
+        self.handles = Handles(hooks, channel, log, passthrough=passthrough)
+        self.tree = Tree(hooks.resolve)
+        self.notifier = KernelNotifier(self.tree, channel, log, expire_only=expire_only)
+        volume = Volume(hooks, self.answers, self.handles, self.tree, RootStat(uid, gid), data_dir)
+        files = FileRequests(volume)
+        names = NameRequests(volume, files, self.notifier)
+        self._channel = channel
+        self._log = log
+        self._table: dict[int, Handler] = {**files.table, **names.table, abi.DESTROY: lambda rq: b""}
+        if debug:
+            self._table = {opcode: self._logged(handler) for opcode, handler in self._table.items()}
+
+    def _logged(self, handler: Handler) -> Handler:
+        def run(rq: Request) -> bytes | None:
+            body = handler(rq)
+            outcome = "later" if body is None else f"{len(body)} bytes"
+            self._log(f"fuse: {abi.opcode_name(rq.opcode)} node {rq.nodeid} pid {rq.pid}: {outcome}")
+            return body
+
+        return run
+
+    def dispatch(self, rq: Request, size: int) -> None:
+        """Handle the request in the first `size` bytes of `rq.data` and answer it, now or later."""
+        rq.size = size
+        try:
+            rq.opcode, rq.unique, rq.nodeid, rq.uid, rq.gid, rq.pid = parse_header(rq.data, size)
+        except FormatError as error:
+            self.answers.report(0, error)
+            return
+        handler = self._table.get(rq.opcode)
+        if handler is None:
+            self._refuse(rq)
+            return
+        try:
+            body = handler(rq)
+            if body is not None:
+                self._channel.reply(rq.unique, body)
+        except BaseException as error:
+            code = self.answers.errno_of(rq.opcode, error)
+            if abi.OPCODES[rq.opcode].replies:
+                self._channel.fail(rq.unique, code)
+
+    def _refuse(self, rq: Request) -> None:
+        row = abi.OPCODES.get(rq.opcode)
+        if row is None or row.replies:
+            self._channel.fail(rq.unique, _REFUSED.get(rq.opcode, errno.ENOSYS))
+
+
+class Session:
+    """A mounted directory. `start` returns when it can be used; `stop` may be called at any time and more than once,
+    but not by the engine's hooks or `on_gone`.
+
+    `hooks` is the engine. `passthrough` asks for it; whether it is used tells the property of that name. `uid` and
+    `gid` own the root directory and the virtual files. `log` gets one line per event. `on_gone` is called, on a
+    thread of the session, if somebody else unmounts the directory.
+    """
+
+    def __init__(
+        self,
+        mount_dir: str,
+        data_dir: str,
+        hooks: FileHooks,
+        *,
+        passthrough: bool = True,
+        allow_other: bool = False,
+        uid: int | None = None,
+        gid: int | None = None,
+        threads: int = 3,
+        debug: bool = False,
+        log: Callable[[str], None] = lambda line: None,
+        on_gone: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._mount_dir = mount_dir
+        self._data_dir = os.path.realpath(data_dir)
+        self._hooks = hooks
+        self._want_passthrough = passthrough
+        self._allow_other = allow_other
+        self._uid = os.geteuid() if uid is None else uid
+        self._gid = os.getegid() if gid is None else gid
+        self._thread_count = threads
+        self._debug = debug
+        self._log = log
+        self._on_gone = on_gone
+        self._lock = threading.Lock()  # starting and stopping
+        self._unmounting = False  # by us
+        self._stopping = False  # readers end after the request they have
+        self._idle: deque[None] = deque()
+        self._threads: list[threading.Thread] = []
+        self._threads_lock = threading.Lock()
+        self._path = ""
+        self._mount_device = ""
+        self._device: Device | None = None
+        self._dispatcher: Dispatcher | None = None
+
+    @property
+    def passthrough(self) -> bool:
+        """Whether newly opened files are passed through to their backing files."""
+        return self._dispatcher is not None and self._dispatcher.handles.passthrough
+
+    @property
+    def notifier(self) -> Notifier:
+        return self._running().notifier
+
+    def drain_notifications(self, timeout_s: float) -> bool:
+        """Wait until the kernel has heard all that `notifier` was told so far."""
+        return self._running().notifier.drain(timeout_s)
+
+    def _running(self) -> Dispatcher:
+        if self._dispatcher is None:
+            raise RuntimeError("the session is not started")
+        return self._dispatcher
+
+    # -- starting
+
+    def start(self) -> None:
+        """Mount. MountError, with nothing left behind, if that is not possible."""
+        with self._lock:
+            if self._device is not None or self._stopping:
+                raise RuntimeError("a session is started once")
+            self._path = mount.prepare(self._mount_dir, self._log)
+            device = Device(mount.mount(self._path, allow_other=self._allow_other, max_read=MAX_WRITE))
+            try:
+                entry = mount.mount_at(self._path)
+                self._mount_device = entry.device if entry else ""
+                depth = 2 if mount.fs_type_of(self._data_dir) == "overlay" else 1
+                agreed = device.negotiate(passthrough=self._want_passthrough, max_stack_depth=depth)
+            except BaseException:
+                mount.detach(self._path)
+                device.close()
+                raise
+            if self._want_passthrough and not agreed.passthrough:
+                self._log("passthrough is off: it needs Linux 6.9 or newer")
+            self._device = device
+            self._dispatcher = Dispatcher(
+                self._hooks, device, self._data_dir, self._log, passthrough=agreed.passthrough,
+                expire_only=agreed.expire_only, uid=self._uid, gid=self._gid, debug=self._debug,
+            )  # fmt: skip
+            self._dispatcher.notifier.start()
+            for _ in range(self._thread_count):
+                self._add_thread()
+
+    def _add_thread(self) -> None:
+        with self._threads_lock:
+            if self._stopping or len(self._threads) >= THREADS_MAX:
+                return
+            thread = threading.Thread(target=self._serve, name=f"fuse-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+        thread.start()
+
+    def _serve(self) -> None:
+        device, dispatch, idle = self._device, self._running().dispatch, self._idle
+        assert device is not None
+        fd, readv = device.fd, os.readv
+        buffer = bytearray(BUFFER_SIZE)
+        buffers, rq = [buffer], Request(buffer)
+        while not self._stopping:
+            idle.append(None)
+            try:
+                size = readv(fd, buffers)
+            except OSError as error:
+                if error.errno in RETRIED:
+                    continue
+                if error.errno != errno.ENODEV:
+                    self._log(f"reading {mount.DEVICE} failed: {error.strerror}")
+                self._lost()
+                return
+            finally:
+                idle.pop()
+            if not idle:
+                self._add_thread()
+            dispatch(rq, size)
+
+    def _lost(self) -> None:
+        """The mount is gone. If nobody here asked for that, tell so, once."""
+        with self._threads_lock:
+            if self._unmounting or self._stopping:
+                return
+            self._stopping = True
+        self._log(f"{self._path} was unmounted by someone else")
+        self._on_gone()
+
+    # -- stopping
+
+    def stop(self) -> None:
+        """Unmount, wait for the threads, release what applications left open."""
+        if threading.current_thread() in self._threads:
+            raise RuntimeError("a FUSE thread cannot stop its own session")
+        with self._lock:
+            device, dispatcher = self._device, self._dispatcher
+            if device is None or dispatcher is None:
+                self._stopping = True
+                return
+            self._device = None
+            self._unmounting = True
+            if not mount.unmount(self._path, self._mount_device):
+                self._log(f"{self._path} has open files: they end with the mount")
+                self._end_busy_mount()
+            self._stopping = True
+            self._join()
+            device.close()
+            dispatcher.notifier.stop(STOP_TIMEOUT_S)
+            dispatcher.handles.release_all()
+
+    def _end_busy_mount(self) -> None:
+        """Take a mount with open files out of the namespace. Its connection lives on and would keep our threads
+        reading, so each is sent a request to wake up on (nothing else interrupts the read of /dev/fuse)."""
+        try:
+            root = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            root = -1
+        mount.detach(self._path)
+        self._stopping = True
+        if root < 0:
+            return
+        for _ in list(self._threads):
+            waker = threading.Thread(target=_ask, args=(root,), name="fuse-wake", daemon=True)
+            waker.start()
+            waker.join(STOP_TIMEOUT_S / THREADS_MAX)
+        os.close(root)
+
+    def _join(self) -> None:
+        for thread in list(self._threads):
+            thread.join(STOP_TIMEOUT_S)
+
+
+def _ask(root: int) -> None:
+    try:
+        os.statvfs(root)
+    except OSError:
+        pass
+

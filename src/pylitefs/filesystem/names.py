@@ -191,11 +191,13 @@ class NameRequests:
         def act() -> None:
             fresh = self._hooks.resolve(ref.name)
             path = backing_path(fresh)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode & 0o777)
             try:
-                if os.geteuid() == 0:
+                now = os.fstat(fd)
+                if (now.st_uid, now.st_gid) != (uid, gid) and os.geteuid() == 0:
                     os.fchown(fd, uid, gid)
-                os.fchmod(fd, mode & 0o7777)
+                if stat.S_IMODE(now.st_mode) != mode & 0o7777:  # our own umask took part
+                    os.fchmod(fd, mode & 0o7777)
             except OSError:
                 os.unlink(path)
                 raise

@@ -1,0 +1,376 @@
+"""The composition root: builds the parts of one node in order, runs them, and takes them down in reverse.
+
+    listen ▸ recover ▸ serve HTTP ▸ wait for what replicas give back ▸ mount ▸ follow the primary ▸ ready ▸ exec
+Signals are heeded from the start; what was built until then is taken down in good order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from pylitefs import __version__
+from pylitefs.cluster.primary import Replicas
+from pylitefs.cluster.recovery_wait import RecoveryWait
+from pylitefs.cluster.replica import Replica
+from pylitefs.cluster.roles import Grant, NodeIdentity, PrimaryInfo
+from pylitefs.config import Config
+from pylitefs.engine.hooks import EngineHooks
+from pylitefs.engine.store import Store, StoreOptions
+from pylitefs.errors import DatabaseError, LitefsError, MountError, ReadOnlyReplica, UsageError
+from pylitefs.events import Event, EventBus
+from pylitefs.filesystem.session import Session
+from pylitefs.http.replication import PATH as REPLICATION_PATH
+from pylitefs.http.replication import client_session, connector, handler
+from pylitefs.http.server import HttpServer, Route, build_app, listen
+from pylitefs.lease.static import StaticLease
+from pylitefs.observability import systemd
+from pylitefs.status import NodeInfo, ReplicaInfo
+from pylitefs.supervise import Supervisor
+
+log = logging.getLogger("litefs")
+T = TypeVar("T")
+
+SWITCH_INTERVAL_S = 0.0001
+"""How long a thread may keep the interpreter while others wait: a FUSE request must not wait 5 ms for a capture."""
+
+FILES_WANTED = 1 << 20
+_IMPORT_TIMEOUT_S = 30.0
+
+
+class Stopped(Exception):
+    """A signal came while the node was starting."""
+
+
+class Daemon:
+    """One node. `run` returns the exit status of the process."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._events = EventBus()
+        self._stop = asyncio.Event()
+        self._signum = signal.SIGTERM
+        self._stack = contextlib.AsyncExitStack()
+        self._supervisor: Supervisor | None = None
+        self._mounted = False
+        self._store: Store
+        self._session: Session | None = None
+        self._replica: Replica | None = None
+        self._replicas: Replicas | None = None
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._signalled, signum)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        _raise_file_limit()
+        try:
+            async with self._stack:
+                await self._start()
+                return await self._serve()
+        except Stopped:
+            return 0
+
+    def _signalled(self, signum: signal.Signals) -> None:
+        log.info("stopping", extra={"signal": signum.name})
+        self._signum = signum
+        self._stop.set()
+
+    # -- start -------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        config = self._config
+        http_socket = listen(config.http.host, config.http.port)
+        self._stack.callback(http_socket.close)
+        lease = StaticLease(config.lease)
+        grant = await lease.acquire()
+        self._lock_data_dir()
+        await self._build_store(is_primary=isinstance(grant, Grant))
+        identity = NodeIdentity(secrets.randbits(63) + 1, socket.gethostname())
+        recovery = self._recovery()
+        if isinstance(grant, Grant):
+            self._store.ensure_cluster_id()
+            self._replicas = Replicas(
+                self._store, identity, epoch=grant.epoch, recovery=recovery,
+                snapshot_timeout_s=config.http.snapshot_timeout_s,
+            )  # fmt: skip
+        await self._serve_http(http_socket, identity, grant)
+        if self._replicas is not None:
+            await self._stack.enter_async_context(self._replicas)
+        if recovery is not None:
+            log.info("unclean start: asking replicas for transactions", extra={"seconds": config.lease.recovery_wait_s})
+            await self._unless_stopped(recovery.wait())
+        if self._store.is_primary:
+            await self._unless_stopped(_blocking(self._store.worker.submit(self._store.settle).result))
+        await self._mount()
+        if isinstance(grant, PrimaryInfo):
+            await self._follow(grant, identity)
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T:
+        """Wait for `work`, or leave at once when a signal has come."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Stopped
+            return task.result()
+        finally:
+            for waiting in (task, stop):
+                waiting.cancel()
+            await asyncio.gather(task, stop, return_exceptions=True)
+
+    def _lock_data_dir(self) -> None:
+        """One daemon per data directory; the lock goes with the process."""
+        path = self._config.data.dir
+        try:
+            os.makedirs(path, exist_ok=True)
+            fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LitefsError(f"cannot use the data directory {path}: {error.strerror}") from None
+        self._stack.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LitefsError(f"the data directory {path} is in use by another litefs: stop that one first") from None
+
+    async def _build_store(self, *, is_primary: bool) -> None:
+        config = self._config
+        self._store = Store(
+            config.data.dir,
+            self._events,
+            StoreOptions(
+                is_primary=is_primary,
+                file_mode=config.fuse.mode,
+                uid=config.fuse.uid,
+                gid=config.fuse.gid,
+                retention_s=config.data.retention_s,
+                retention_interval_s=config.data.retention_monitor_interval_s,
+                max_log_size_bytes=config.data.max_log_size_bytes,
+            ),
+        )
+        self._stack.callback(self._events.subscribe(_log_event))
+        await self._unless_stopped(_blocking(self._store.load))
+        self._store.start()
+        self._stack.push_async_callback(_blocking, self._close_store)
+
+    def _close_store(self) -> None:
+        self._store.unmounted()
+        self._store.close(clean=True)
+
+    def _recovery(self) -> RecoveryWait | None:
+        wait_s = self._config.lease.recovery_wait_s
+        if not (self._store.is_primary and self._store.started_unclean and wait_s > 0):
+            return None
+        return RecoveryWait(self._store.all_names(), wait_s)
+
+    async def _serve_http(self, http_socket: socket.socket, identity: NodeIdentity, grant: Grant | PrimaryInfo) -> None:
+        info = NodeInfo(
+            node_id=f"{identity.node_id:016X}",
+            version=__version__,
+            mount_dir=self._config.fuse.dir,
+            candidate=self._config.lease.candidate,
+            started_s=time.time(),
+            hostname=identity.hostname,
+            primary_url=grant.url if isinstance(grant, PrimaryInfo) else "",
+            passthrough=None,
+            unhealthy=self._unhealthy,
+        )
+        routes = []
+        if self._replicas is not None:
+            routes.append(Route("GET", REPLICATION_PATH, handler(self._replicas.serve)))
+        app = build_app(self._store, self._infos, self._config.http, info, self._import, routes)
+        server = HttpServer(app)
+        self._stack.push_async_callback(server.close)
+        await server.start(http_socket)
+
+    def _infos(self) -> list[ReplicaInfo]:
+        return self._replicas.infos() if self._replicas is not None else []
+
+    async def _mount(self) -> None:
+        fuse = self._config.fuse
+        loop = asyncio.get_running_loop()
+        hooks = EngineHooks(self._store, self._store.apply)
+
+        def gone() -> None:
+            loop.call_soon_threadsafe(self._unmounted_by_others)
+
+        session = self._session = Session(
+            fuse.dir,
+            self._config.data.dir,
+            hooks,
+            passthrough=fuse.passthrough == "auto",
+            allow_other=os.geteuid() == 0 if fuse.allow_other is None else fuse.allow_other,
+            uid=fuse.uid,
+            gid=fuse.gid,
+            debug=fuse.debug,
+            log=logging.getLogger("litefs.fuse").info,
+            on_gone=gone,
+        )
+        await _blocking(session.start)
+        self._stack.push_async_callback(_blocking, self._unmount)
+        self._mounted = True
+        await _blocking(self._store.mounted, os.path.realpath(fuse.dir), session.passthrough, session.notifier)
+        self._store.start_upkeep()
+        log.info("mounted", extra={"dir": fuse.dir, "passthrough": session.passthrough})
+
+    def _unmount(self) -> None:
+        assert self._session is not None
+        self._mounted = False
+        if not self._store.is_primary:
+            with contextlib.suppress(Exception):
+                self._store.worker.submit(self._store.rest_all).result(timeout=30)
+        self._session.stop()
+
+    def _unmounted_by_others(self) -> None:
+        log.error("the mount was removed by someone else: stopping")
+        self._mounted = False
+        self._stop.set()
+
+    async def _follow(self, primary: PrimaryInfo, identity: NodeIdentity) -> None:
+        http = await self._stack.enter_async_context(client_session())
+        self._replica = Replica(
+            self._store,
+            identity,
+            connector(http, primary.url),
+            databases=self._config.lease.databases,
+            hostname=primary.hostname,
+            reconnect_delay_s=self._config.lease.reconnect_delay_s,
+        )
+        task = asyncio.create_task(self._replica.run())
+        self._stack.push_async_callback(_cancel, task)
+
+    # -- run ---------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> int:
+        if self._replica is not None and not self._config.skip_sync:
+            log.info("waiting to connect to the cluster and catch up")
+            await self._unless_stopped(self._replica.ready.wait())
+        log.info("ready", extra={"role": "primary" if self._store.is_primary else "replica"})
+        systemd.notify("READY=1")
+        supervisor = self._supervisor = Supervisor(self._config.exec, self._config.lease.candidate)
+        status = await self._run_commands(supervisor)
+        systemd.notify("STOPPING=1")
+        return status
+
+    async def _run_commands(self, supervisor: Supervisor) -> int:
+        stop = asyncio.create_task(self._stop.wait())
+        commands = asyncio.create_task(self._commands(supervisor))
+        try:
+            await asyncio.wait({stop, commands}, return_when=asyncio.FIRST_COMPLETED)
+            if not commands.done():
+                await supervisor.stop(self._signum)
+                return 0
+            status = commands.result()
+            if status is None:
+                await stop
+                return 0
+            return status
+        finally:
+            await _cancel(stop)
+            await _cancel(commands)
+
+    @staticmethod
+    async def _commands(supervisor: Supervisor) -> int | None:
+        await supervisor.run_all()
+        return await supervisor.wait() if supervisor.has_background else None
+
+    def _unhealthy(self) -> str | None:
+        if not self._mounted:
+            return "not mounted (starting or stopping)"
+        if self._replica is not None and not self._replica.state.connected:
+            return f"not connected to the primary: {self._replica.state.problem}"
+        return None
+
+    # -- import ------------------------------------------------------------------------------------------------
+
+    def _import(self, name: str, path: str) -> None:
+        """Put a validated database file in place of `name`, through the mount, as an application would. Blocking."""
+        if not self._store.is_primary:
+            raise ReadOnlyReplica
+        target = os.path.join(os.path.realpath(self._config.fuse.dir), name)
+        database = self._store.get(name)
+        if database is not None and database.exists:
+            _copy_into(path, target)
+            return
+        temporary = os.path.join(os.path.dirname(target), f".{name[:200]}.import")
+        try:
+            shutil.copyfile(path, temporary)
+            os.rename(temporary, target)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _copy_into(path: str, target: str) -> None:
+    """Replace a database's content by SQLite's own backup, so that open connections see it as one transaction."""
+    source = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
+    try:
+        sink = sqlite3.connect(target, timeout=_IMPORT_TIMEOUT_S)
+        try:
+            source.backup(sink)
+        finally:
+            sink.close()
+    except sqlite3.Error as error:
+        raise DatabaseError(
+            f"import failed, nothing was changed: {error} (a database in WAL mode cannot change its page size; "
+            "one that is being written cannot be replaced)"
+        ) from None
+    finally:
+        source.close()
+
+
+async def _blocking(call: Callable[..., T], *args: object) -> T:
+    return await asyncio.get_running_loop().run_in_executor(None, call, *args)
+
+
+async def _cancel(task: asyncio.Task[T]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _raise_file_limit() -> None:
+    """Each open file of an application needs one here too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(FILES_WANTED, hard) if hard != resource.RLIM_INFINITY else FILES_WANTED
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+_QUIET = frozenset({"tx", "init", "primaryChange"})
+_LOUD = frozenset({"setAside", "lost", "corruptLog", "diskFull", "busyAfterCrash"})
+
+
+def _log_event(event: Event) -> None:
+    if event.type not in _QUIET:
+        level = logging.WARNING if event.type in _LOUD else logging.INFO
+        extra = {"database": event.database, **event.data} if event.database else dict(event.data)
+        log.log(level, event.type, extra={key: value for key, value in extra.items() if key not in _RESERVED})
+
+
+_RESERVED = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
+
+
+def run(config: Config) -> int:
+    """Run a node until it is stopped; the exit status. Raises LitefsError."""
+    try:
+        return asyncio.run(Daemon(config).run())
+    except sqlite3.Error as error:  # a library's error that nobody translated is still one line for the user
+        raise DatabaseError(str(error)) from None
+
+
+__all__ = ["Daemon", "MountError", "UsageError", "run"]

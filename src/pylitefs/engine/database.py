@@ -62,6 +62,7 @@ class Database:
         self.commit = 0
         self.timestamp_ms = 0
         self.set_aside_reason: str | None = None  # why it is not replicated, None if all is well
+        self.is_busy = False  # a process of an earlier mount still has its files open: nobody may touch them
         self.app_handles = 0  # open handles of the database file, not counting the daemon's own
         self.raw_writers = 0  # of these, writable ones whose writes pass us by
         self.log = LtxLog(files.ltx)

@@ -112,6 +112,8 @@ class EngineHooks:
         database = self._database(ref)
         if database is None or by_daemon or ref.kind in VIRTUAL_KINDS:
             then(None)
+        elif database.is_busy:
+            then(_busy(database))
         elif database.set_aside_reason is not None and (flags & _WRITES or ref.kind is not FileKind.DATABASE):
             then(read_only())
         elif self._store.is_primary:
@@ -129,6 +131,8 @@ class EngineHooks:
             then(None)
         elif ref.kind in VIRTUAL_KINDS:
             then(PermissionError(errno.EPERM, ref.name))
+        elif database is not None and database.is_busy:
+            then(_busy(database))
         elif not self._store.is_primary and (database is not None or ref.name.endswith(("-journal", "-wal"))):
             then(PermissionError(errno.EACCES, ref.name))  # SQLite reports it as "attempt to write a readonly database"
         elif database is not None and database.set_aside_reason is not None:
@@ -193,7 +197,7 @@ class EngineHooks:
                 self._store.capture.settle_later(database, then)
             else:
                 then(None)
-        elif ref.kind is FileKind.PLAIN and self._is_importable(ref):
+        elif ref.kind is FileKind.PLAIN and not ref.name.startswith(".") and self._is_importable(ref):
             self._in_thread(lambda: self._store.import_plain(ref.name), then)
         else:
             then(None)
@@ -344,6 +348,8 @@ class EngineHooks:
                 then(None)
         elif database is None:
             then(None)
+        elif database.is_busy:
+            then(_busy(database))
         elif not self._store.is_primary:
             then(None if self._apply.is_own_change(database) else read_only())
         elif ref.kind is FileKind.JOURNAL:
@@ -395,6 +401,10 @@ class EngineHooks:
     @staticmethod
     def _in_thread(work: Callable[[], object], then: Then) -> None:
         threading.Thread(target=finish, args=(then, work), name="commit", daemon=True).start()
+
+
+def _busy(database: Database) -> OSError:
+    return OSError(errno.EBUSY, f"{database.name} is still open in a process of an earlier mount")
 
 
 def _has_bytes(path: str) -> bool:

@@ -18,10 +18,10 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from pylitefs.engine import ofd_locks
 from pylitefs.engine.apply import Apply, give_back
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.database import Database
@@ -29,19 +29,23 @@ from pylitefs.engine.files import SUFFIX_OF, DatabaseFiles, publish_file, sync_f
 from pylitefs.engine.inotify import DirectoryWatch
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.recovery import Outcome, PreviousSums, record_difference, recover
-from pylitefs.engine.rollback_capture import is_complete_database
+from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.services import StoreServices
 from pylitefs.engine.transaction import Change
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError, PositionMismatch
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.format import Position
+from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef, Notifier
 
 log = logging.getLogger("litefs.store")
 
 _CLUSTER_ID = re.compile(r"LFSC[0-9A-F]{16}")
 _DEFAULT_PAGE_SIZE = 4096
+_BUSY_RETRY_S = 0.5
+_PLAIN_SETTLE_S = 0.2
+_HIDDEN_SETTLE_S = 5.0  # rsync and others write `.NAME.XXXXXX` first, and rename it
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Store:
         self._mount_dir: str | None = None
         self._passthrough = True
         self._watch: DirectoryWatch | None = None
+        self._settling: set[str] = set()
         self._databases: dict[str, Database] = {}
 
     # -- start -----------------------------------------------------------------------------------------------
@@ -139,13 +144,30 @@ class Store:
             database.emit("corruptLog", path=path)
         if found.outcome is Outcome.BUSY:
             database.page_size, database.commit = _DEFAULT_PAGE_SIZE, 1  # it exists, and may not be created anew
+            if not database.is_busy:
+                database.is_busy = True
+                database.emit("busyAfterCrash", reason="held open through a mount whose litefs died: restart " + holders(database.name))
             return False
+        database.is_busy = False
         if found.outcome not in (Outcome.CLEAN, Outcome.EMPTY):
             self.started_unclean = True
             database.emit("recovered", outcome=found.outcome.value, txid=database.position.txid)
         if found.outcome is Outcome.DIFFERS and self.is_primary:
             self._unsettled[database.name] = found.previous
         return True
+
+    def _retry_busy(self) -> None:
+        """Databases that an old process held: recover them once it has let go. On the worker."""
+        waiting = [database for database in self._databases.values() if database.is_busy]
+        for database in waiting:
+            if self._load_one(database):
+                self.settle()
+                if self.notifier is not None:
+                    for suffix in SUFFIX_OF.values():
+                        self.notifier.invalidate_entry(database.name + suffix)
+                database.emit("recovered", outcome="released", txid=database.position.txid)
+        if any(database.is_busy for database in waiting):
+            self.worker.call_later(_BUSY_RETRY_S, self._retry_busy)
 
     def settle(self) -> None:
         """Primary: nobody gives anything back any more; what the files hold is recorded as it is."""
@@ -227,9 +249,33 @@ class Store:
                 if database is not None and database.exists:
                     self.capture.wake(database)
             else:
-                database = self._databases.get(name.removesuffix("-journal"))
+                base = name.removesuffix("-journal")
+                database = self._databases.get(base)
                 if database is not None and database.rollback.pending:
                     self.capture.wake_rollback(database)
+                elif (database is None or not database.exists) and self.is_plain_database(base):
+                    self._wake_plain(base)
+
+    def _wake_plain(self, name: str) -> None:
+        """A plain file that holds a database is being written, and no journal tells of its commits."""
+        if name not in self._settling:
+            self._settling.add(name)
+            delay_s = _HIDDEN_SETTLE_S if name.startswith(".") else _PLAIN_SETTLE_S
+            self.worker.call_later(delay_s, self._open_plain, name)
+
+    def _open_plain(self, name: str) -> None:
+        self._settling.discard(name)
+
+        def opened(fds: list[int] | None) -> None:
+            if fds is not None:
+                if not ofd_locks.any_locked(fds[0], PENDING, SHARED_SIZE + 2) and not journal_in_use(
+                    self._plain(name + "-journal")
+                ):
+                    self.worker.post(self.import_plain, name)
+                self.opener.close(fds)
+
+        if self._mount_dir is not None and self.is_plain_database(name):
+            self.opener.open([os.path.join(self._mount_dir, name)], os.O_RDONLY, opened)
 
     def unmounted(self) -> None:
         self._mount_dir, self.notifier, self.apply.notifier = None, None, None
@@ -457,10 +503,11 @@ class Store:
 
     # -- upkeep ------------------------------------------------------------------------------------------------
 
-    def start_upkeep(self, also: Callable[[], object] | None = None) -> None:
-        """Begin the retention loop (worker)."""
+    def start_upkeep(self) -> None:
+        """Begin what is done now and then: retention, and waiting for files that old processes hold."""
         if self.options.retention_interval_s > 0:
-            self.worker.call_later(self.options.retention_interval_s, self._retain)
+            self.worker.post(self.worker.call_later, self.options.retention_interval_s, self._retain)
+        self.worker.post(self._retry_busy)
 
     def _retain(self) -> None:
         for database in list(self._databases.values()):
@@ -492,3 +539,17 @@ class Store:
                 ok = clean and database.failing is None and not database.rollback.pending
                 with contextlib.suppress(OSError):
                     database.close(clean=ok)
+
+
+def holders(name: str) -> str:
+    """Processes that have a file of this name open, for a person: "PID (COMMAND), …"."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            links = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+            if any(os.path.basename(link).startswith(name) for link in links):
+                with open(f"/proc/{pid}/comm") as file:
+                    found.append(f"{pid} ({file.read().strip()})")
+    return ", ".join(found) or "the programs that use it"

@@ -26,7 +26,7 @@ from pylitefs.engine.capture import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
-from pylitefs.engine.recovery import apply_entries
+from pylitefs.engine.recovery import WalEnd, apply_entries
 from pylitefs.engine.replica_wal import ReplicaWal
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import DatabaseBusy, FormatError, PositionMismatch
@@ -387,9 +387,10 @@ class Building:
             os.unlink(self.path)
 
 
-def give_back(database: Database, path: str) -> Position:
+def give_back(database: Database, path: str, wal_end: WalEnd | None) -> Position:
     """Primary, before it takes writes: a transaction it had lost comes back from a replica (LTX file at `path`, which is
-    taken over). The state here may be any point within it. PositionMismatch, FormatError change nothing."""
+    taken over). It must begin exactly where the database stands, or the database's WAL must have ended within it: a
+    database that is ahead of the replica is never taken back. PositionMismatch, FormatError change nothing."""
     pgnos, sums = array("I"), array("Q")
     reader = Reader(file_chunks(path))
     for pgno, page in reader:
@@ -398,11 +399,12 @@ def give_back(database: Database, path: str) -> Position:
     header, trailer = reader.header, reader.trailer
     if trailer is None:
         raise FormatError("LTX file has no trailer")
-    numbers = np.array(pgnos, dtype=np.uint32)
-    values = np.array(sums, dtype=np.uint64)
+    position = database.position
+    follows = header.pre_apply_checksum == position.checksum or (wal_end is not None and wal_end.is_within(header))
+    numbers, values = np.array(pgnos, dtype=np.uint32), np.array(sums, dtype=np.uint64)
     fits = predict(database, header, numbers, values) == trailer.post_apply_checksum
-    if not fits or header.page_size != database.page_size or header.max_txid <= database.log.head.txid:
-        raise PositionMismatch(f"{database.name}: {header.max_txid:016x} cannot be given back to {database.position}")
+    if not (follows and fits) or header.page_size != database.page_size or header.max_txid <= database.log.head.txid:
+        raise PositionMismatch(f"{database.name}: {header.max_txid:016x} cannot be given back to {position}")
     database.unclean()
     entry = database.log.publish(path, header, trailer.post_apply_checksum)
     apply_entries(database, [entry])

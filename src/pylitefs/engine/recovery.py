@@ -4,8 +4,8 @@
                 ready without reading the database
     2 otherwise roll back a hot journal, copy the WAL's committed frames into the database, compute all page checksums
       equals the head of the log                    ready
-      equals it after some of the log's newest
-      entries are applied once more                 redo them (the log was ahead of the database)
+      equals an earlier position of the log, or
+      the WAL ends within an entry of it            redo from there (the log was ahead of the database)
       anything else, primary                        a difference, to be recorded as a new transaction
       anything else, replica                        unknown position: the primary is asked for what differs
 A database that cannot be read is set aside with its reason; the others go on.
@@ -37,8 +37,9 @@ from pylitefs.engine.wal_view import WalView
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksum, page_checksums
 from pylitefs.formats.ltx.decoder import Reader
-from pylitefs.formats.ltx.format import Header, Position
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position
 from pylitefs.formats.sqlite.journal import is_hot_header, read_super_journal_name, records
+from pylitefs.formats.sqlite.wal import frame_offset
 from pylitefs.formats.sqlite.wal_index import latest_frames
 from pylitefs.ports import FileKind
 
@@ -65,6 +66,26 @@ class PreviousSums:
     values: NDArray[np.uint64]
 
 
+@dataclass(frozen=True)
+class WalEnd:
+    """Where the WAL's committed frames ended when the node was started: the offset after the last one, in bytes.
+
+    An LTX entry says which part of which WAL it came from. Only this tells a database that is behind the log from one
+    that is ahead of it: their checksums cannot.
+    """
+
+    salts: tuple[int, int]
+    offset: int
+
+    def is_within(self, header: Header) -> bool:
+        """Whether the database has a part, not all, of what this entry holds."""
+        return (
+            header.wal_size > 0
+            and self.salts == (header.wal_salt1, header.wal_salt2)
+            and header.wal_offset <= self.offset < header.wal_offset + header.wal_size
+        )
+
+
 @dataclass
 class Recovered:
     """`dropped`: torn log entries that were removed. `previous`: see `record_difference`."""
@@ -72,6 +93,7 @@ class Recovered:
     outcome: Outcome
     dropped: list[str]
     previous: PreviousSums | None = None
+    wal_end: WalEnd | None = None
 
 
 def is_held_elsewhere(path: str) -> bool:
@@ -96,10 +118,11 @@ def is_held_elsewhere(path: str) -> bool:
         os.close(fd)
 
 
-def recover(database: Database, *, super_journal_dirs: list[str]) -> Recovered:
+def recover(database: Database, *, super_journal_dirs: list[str], same_boot: bool = False) -> Recovered:
     """Bring one database to a known state; see the table above. Raises FormatError, OSError if it cannot be read.
 
     `super_journal_dirs`: where a super-journal named in a rollback journal may lie (base name is looked up there).
+    `same_boot`: the machine has not been restarted since the files were last written, so no write was lost.
     """
     files = database.files
     if any(is_held_elsewhere(files.backing(kind)) for kind in (FileKind.DATABASE, FileKind.WAL, FileKind.SHM)):
@@ -113,7 +136,7 @@ def recover(database: Database, *, super_journal_dirs: list[str]) -> Recovered:
                 database.log.restart_at(state.position)
             normalise(files, super_journal_dirs)
             return Recovered(Outcome.CLEAN if state.commit else Outcome.EMPTY, [])
-    return _recover_unclean(database, state, super_journal_dirs)
+    return _recover_unclean(database, state, super_journal_dirs, same_boot)
 
 
 def _is_untouched(files: DatabaseFiles, state: CleanState) -> bool:
@@ -125,12 +148,14 @@ def _is_untouched(files: DatabaseFiles, state: CleanState) -> bool:
     )
 
 
-def _recover_unclean(database: Database, state: CleanState | None, super_journal_dirs: list[str]) -> Recovered:
+def _recover_unclean(
+    database: Database, state: CleanState | None, super_journal_dirs: list[str], same_boot: bool
+) -> Recovered:
     files = database.files
     dropped = database.log.open(verify=True)
     if state is not None and database.log.head.txid < state.position.txid:
         database.log.restart_at(state.position)  # a position without log entries: from a snapshot
-    normalise(files, super_journal_dirs)
+    wal_end = normalise(files, super_journal_dirs)
     database.position = head = database.log.head
     head_header = _head_header(database)
     try:
@@ -145,10 +170,10 @@ def _recover_unclean(database: Database, state: CleanState | None, super_journal
     database.page_size, database.commit = page_size, commit
     if head.txid and checksum == head.checksum:
         return Recovered(Outcome.VERIFIED, dropped)
-    if head.txid and _redo(database):
+    if head.txid and _redo(database, checksum, wal_end, same_boot):
         return Recovered(Outcome.REDONE, dropped)
     database.position = Position(head.txid, checksum)
-    return Recovered(Outcome.DIFFERS, dropped, previous)
+    return Recovered(Outcome.DIFFERS, dropped, previous, wal_end)
 
 
 def _previous_sums(database: Database, header: Header | None) -> PreviousSums | None:
@@ -179,7 +204,7 @@ def _recover_missing(database: Database, head: Position, header: Header | None) 
     assert header is not None or database.log.count == 0
     if header is not None:
         database.page_size = header.page_size
-        if _redo(database):
+        if _redo(database, CHECKSUM_FLAG, None, False):
             return Outcome.REDONE
     os.unlink(database.files.database)
     return Outcome.DIFFERS
@@ -208,12 +233,13 @@ def load_checksums(database: Database) -> tuple[int, int]:
 # -- journal and WAL -----------------------------------------------------------------------------------------
 
 
-def normalise(files: DatabaseFiles, super_journal_dirs: list[str]) -> None:
-    """Leave the database file alone holding the committed state: hot journal rolled back, WAL copied in and both gone."""
+def normalise(files: DatabaseFiles, super_journal_dirs: list[str]) -> WalEnd | None:
+    """Leave the database file alone, with the committed state: hot journal rolled back, WAL copied in, both gone."""
     roll_back(files, super_journal_dirs)
-    checkpoint_wal(files)
+    wal_end = checkpoint_wal(files)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(files.shm)
+    return wal_end
 
 
 def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
@@ -262,18 +288,19 @@ def _play_back(files: DatabaseFiles, read: object, size: int) -> bool:
     return True
 
 
-def checkpoint_wal(files: DatabaseFiles) -> int:
-    """Copy the committed frames of a WAL that nobody uses into the database, and remove it. Returns their number."""
+def checkpoint_wal(files: DatabaseFiles) -> WalEnd | None:
+    """Copy the committed frames of a WAL that nobody uses into the database, and remove it. Returns where they ended."""
     if not os.path.exists(files.wal):
-        return 0
+        return None
     with contextlib.suppress(FileNotFoundError):
         os.unlink(files.shm)  # without an index the frames themselves are the truth
     view = WalView(files)
-    frames = 0
+    end = None
     try:
         now = view.committed()
+        if now is not None and now.page_size:
+            end = WalEnd(now.salts, frame_offset(now.mx_frame + 1, now.page_size))
         if now is not None and now.mx_frame and os.path.exists(files.database):
-            frames = now.mx_frame
             with open(files.wal, "rb") as wal:
                 os.fsync(wal.fileno())
             fd = os.open(files.database, os.O_RDWR | os.O_CLOEXEC)
@@ -290,44 +317,58 @@ def checkpoint_wal(files: DatabaseFiles) -> int:
         view.close()
     os.unlink(files.wal)
     sync_folder(files.folder)
-    return frames
+    return end
 
 
 # -- redo ----------------------------------------------------------------------------------------------------
 
 
-def _redo(database: Database) -> bool:
-    """Apply the newest log entries again, as few as lead to the head's checksum; False if none do.
-
-    The checksum is predicted from the entries' pages before anything is written.
-    """
-    entries = _redo_entries(database)
-    if not entries:
-        return False
-    apply_entries(database, entries)
-    return True
+def _redo(database: Database, checksum: int, wal_end: WalEnd | None, same_boot: bool) -> bool:
+    """Apply the newest log entries again if the database (its checksum, where its WAL ended) is provably behind the log;
+    False if it is not. What results is predicted before anything is written."""
+    entries = _redo_entries(database, checksum, wal_end, same_boot)
+    if entries:
+        apply_entries(database, entries)
+    return bool(entries)
 
 
-def _redo_entries(database: Database) -> list[LogEntry]:
-    head = database.log.head
+def _redo_entries(
+    database: Database, checksum: int, wal_end: WalEnd | None, same_boot: bool
+) -> list[LogEntry]:
     newest: dict[int, int] = {}
     chosen: list[LogEntry] = []
-    commit = None
+    last: Header | None = None
     for entry in reversed(database.log.entries()[-_REDO_ENTRIES:]):
         reader = Reader(entry.chunks())
-        if commit is None:
-            commit = reader.header.commit
-            if reader.header.page_size != database.page_size and not reader.header.is_snapshot:
-                return []
+        last = last or reader.header
+        if reader.header.page_size != database.page_size and not reader.header.is_snapshot:
+            return []
         for pgno, page in reader:
             newest.setdefault(pgno, page_checksum(pgno, page))
         chosen.append(entry)
-        if _predicted(database, newest, commit) == head.checksum:
-            return chosen[::-1]
+        if _is_behind(database, reader.header, checksum, wal_end, same_boot):
+            reaches = _predicted(database, newest, last.commit) == database.log.head.checksum
+            return chosen[::-1] if reaches else []
     return []
 
 
+def _is_behind(database: Database, header: Header, checksum: int, wal_end: WalEnd | None, same_boot: bool) -> bool:
+    """Whether the database stands right before this entry, or within it, and not somewhere after the log's head.
+
+    Equal checksums alone do not prove it in WAL mode: a row that is changed back gives the same pages. There the WAL's end
+    decides, and that a killed process (`same_boot`) takes nothing of what it wrote with it: only a power cut does.
+    """
+    if header.is_snapshot and not database.commit:
+        return True
+    if header.wal_size and wal_end is not None and wal_end.salts == (header.wal_salt1, header.wal_salt2):
+        return wal_end.offset < header.wal_offset + header.wal_size and (
+            wal_end.is_within(header) or header.pre_apply_checksum == checksum
+        )
+    return header.pre_apply_checksum == checksum and not (header.wal_size and same_boot)
+
+
 def _predicted(database: Database, newest: dict[int, int], commit: int) -> int:
+    """The database checksum after these pages were written and the database has `commit` pages."""
     values = np.zeros(commit, dtype=np.uint64)
     known = min(commit, len(database.table.values))
     values[:known] = database.table.values[:known]

@@ -28,7 +28,7 @@ from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, DatabaseFiles, publish_file, sync_folder
 from pylitefs.engine.inotify import DirectoryWatch
 from pylitefs.engine.opener import Opener
-from pylitefs.engine.recovery import Outcome, PreviousSums, record_difference, recover
+from pylitefs.engine.recovery import Outcome, Recovered, record_difference, recover
 from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.services import StoreServices
 from pylitefs.engine.transaction import Change
@@ -71,8 +71,9 @@ class Store:
         self.capture = Capture(self.worker, self.opener)
         self.apply = Apply(self.worker, options.file_mode)
         self._services = StoreServices(self.capture, self.apply, captures=options.is_primary)
-        self._unsettled: dict[str, PreviousSums | None] = {}
+        self._unsettled: dict[str, Recovered] = {}
         self.started_unclean = False
+        self._same_boot = False
         self.lock = threading.RLock()
         self.is_primary = options.is_primary
         self.primary_hostname: str | None = None
@@ -106,8 +107,19 @@ class Store:
                     f"{self.data_dir}/clusterid does not hold a cluster id (LFSC and 16 hex digits): remove it to join anew"
                 )
             self.cluster_id = text
+        self._note_boot()
         self._finish_promotions()
         return sorted(item.name for item in os.scandir(self.databases_dir) if item.is_dir())
+
+    def _note_boot(self) -> None:
+        """Find out whether the machine was restarted since this node last ran (then unsynced writes may be lost)."""
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        path = os.path.join(self.data_dir, "boot")
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
+            self._same_boot = file.read(64).strip() == boot
+        if not self._same_boot:
+            publish_file(path, f"{boot}\n".encode())
 
     def _finish_promotions(self) -> None:
         """Plain files that are databases: their import was cut off by a crash. Side files go with their database."""
@@ -133,7 +145,7 @@ class Store:
         """True unless an old process still holds its files."""
         database.set_aside_reason = None
         try:
-            found = recover(database, super_journal_dirs=[self.plain_dir])
+            found = recover(database, super_journal_dirs=[self.plain_dir], same_boot=self._same_boot)
         except (FormatError, OSError) as error:
             database.set_aside_reason = str(error)
             database.page_size, database.commit = database.page_size or _DEFAULT_PAGE_SIZE, max(1, database.commit)
@@ -153,7 +165,7 @@ class Store:
             self.started_unclean = True
             database.emit("recovered", outcome=found.outcome.value, txid=database.position.txid)
         if found.outcome is Outcome.DIFFERS and self.is_primary:
-            self._unsettled[database.name] = found.previous
+            self._unsettled[database.name] = found
         return True
 
     def _retry_busy(self) -> None:
@@ -171,10 +183,10 @@ class Store:
 
     def settle(self) -> None:
         """Primary: nobody gives anything back any more; what the files hold is recorded as it is."""
-        for name, previous in self._unsettled.items():
+        for name, found in self._unsettled.items():
             database = self.find(name)
             try:
-                record_difference(database, previous)
+                record_difference(database, found.previous)
             except (FormatError, OSError) as error:
                 database.set_aside_reason = str(error)
                 database.emit("setAside", reason=str(error))
@@ -190,7 +202,8 @@ class Store:
         else:
             shutil.copyfile(data, path)
         try:
-            position = give_back(database, path)
+            found = self._unsettled.get(name)
+            position = give_back(database, path, found.wal_end if found is not None else None)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -203,7 +216,7 @@ class Store:
         if database.position.checksum != position.checksum or database.log.head.txid >= position.txid:
             raise PositionMismatch(f"{name}: {position} is not the state here, {database.position}")
         if name in self._unsettled:
-            record_difference(database, self._unsettled.pop(name), position.txid)
+            record_difference(database, self._unsettled.pop(name).previous, position.txid)
         return database.position
 
     def ensure_cluster_id(self) -> str:

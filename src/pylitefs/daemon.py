@@ -157,6 +157,8 @@ class Daemon:
                 file_mode=config.fuse.mode,
                 uid=config.fuse.uid,
                 gid=config.fuse.gid,
+                compress=config.data.compress,
+                strict_verify=config.strict_verify,
                 retention_s=config.data.retention_s,
                 retention_interval_s=config.data.retention_monitor_interval_s,
                 max_log_size_bytes=config.data.max_log_size_bytes,

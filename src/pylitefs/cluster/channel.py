@@ -7,8 +7,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pylitefs.cluster.ports import Link as Link
-from pylitefs.cluster.ports import LinkClosed
+from pylitefs.cluster.ports import Link, LinkClosed
 from pylitefs.cluster.roles import Refused
 from pylitefs.errors import FormatError, ProtocolError
 from pylitefs.formats.stream import Error, Message, Sender, pack, unpack
@@ -134,6 +133,8 @@ class TaskSet:
         self._closed = True
         if not self._failure.done():
             self._failure.cancel()
+        elif not self._failure.cancelled():
+            self._failure.exception()  # seen: asyncio need not report it
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -439,7 +439,7 @@ class Feed:
         self._moved_to(position)
         self._in_flight.append((position.txid, self._behind_since_ms))
         self._live = True
-        self._emit("snapshotSent", node_id=outlet.replica_id, bytes=size_bytes)
+        self._emit("snapshotSent", node_id=f"{outlet.replica_id:016X}", bytes=size_bytes)
         return True
 
     async def _next_pages(self, database: Database, reader: SnapshotReader) -> list[stream.SnapshotPages] | None:

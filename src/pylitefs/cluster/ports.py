@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -177,6 +177,13 @@ class Store(Protocol):
 
     def set_aside(self, name: str, reason: str, /) -> None:
         """[W] On a replica: keep a database that the primary never had in lost/."""
+
+
+if TYPE_CHECKING:
+    from pylitefs.engine.store import Store as EngineStore
+
+    def _implements(store: EngineStore) -> Store:
+        return store
 
 
 # --- the wire --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ __all__ = ["RecoveryOutcome", "RecoveryWait", "ReplicaSession", "Replicas"]
 log = logging.getLogger("litefs.replication")
 
 MAX_REPLICAS = 64
+MAX_CONNECTIONS = 2 * MAX_REPLICAS  # those included that have not said who they are
 MAX_DATABASES = 100_000  # that a replica may say it has
 SNAPSHOTS_AT_ONCE = 2  # for one replica; others of its databases wait for a slot
 THREADS = 4
@@ -102,6 +103,10 @@ class Replicas:
 
     async def serve(self, link: Link) -> None:
         """Run one replica's session to its end. Only cancellation comes out."""
+        if len(self._serving) >= MAX_CONNECTIONS:
+            busy = Refused(ErrorCode.BUSY, f"the primary has {MAX_CONNECTIONS} connections already")
+            await Channel(link, Sender.REPLICA).close(busy, self.timings.close_s)
+            return
         task = asyncio.ensure_future(ReplicaSession(self, link).run())
         self._serving.add(task)
         try:
@@ -391,7 +396,3 @@ def _reason(error: BaseException | None) -> str:
     if isinstance(error, (LinkClosed, Refused)):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-Serve = Callable[[Link], Awaitable[None]]
-"""What the HTTP server does with a replica's connection: `Replicas.serve`."""

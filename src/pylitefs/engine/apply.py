@@ -26,6 +26,7 @@ from pylitefs.engine.capture import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
+from pylitefs.engine.opener import Opener
 from pylitefs.engine.recovery import WalEnd, apply_entries
 from pylitefs.engine.replica_wal import ReplicaWal
 from pylitefs.engine.worker import Worker
@@ -41,13 +42,15 @@ _CHECKPOINT_FRAMES = 4000
 _SETTLE_S = 0.5  # checkpoint after this long without a transaction
 _REST_S = 15.0  # let go of a database that nobody uses after this long
 _REPLACE_TRIES_S = 5.0
+_GIVE_WAY_PAGES = 256
 
 
 class Apply:
     """Apply of all databases. On the worker, unless a method says otherwise."""
 
-    def __init__(self, worker: Worker, file_mode: int) -> None:
+    def __init__(self, worker: Worker, opener: Opener, file_mode: int) -> None:
         self._worker = worker
+        self._opener = opener
         self._file_mode = file_mode
         self.notifier: Notifier | None = None
         self._own: set[str] = set()
@@ -72,7 +75,7 @@ class Apply:
             with self._lock:
                 self._opening[database.name] -= 1
 
-        self._worker.post(finish, done, work)
+        self._worker.post(finish, done, work, database=database.name)
 
     def activate(self, database: Database) -> ReplicaWal:
         if database.replica is None:
@@ -86,7 +89,7 @@ class Apply:
 
     def idle(self, database: Database) -> None:
         """The last application closed it. Any thread."""
-        self._worker.post(self._later, database)
+        self._worker.post(self._later, database, database=database.name)
 
     def _later(self, database: Database) -> None:
         if not database.upkeep_scheduled:
@@ -179,6 +182,7 @@ class Apply:
             raise
         database.accept(header, entry, pgnos, sums, started_s)
         database.applied_s = time.monotonic()
+        self._opener.do(database.log.make_spare)
         if header.commit == 0:
             database.emit("drop", txid=header.max_txid)
         return database.position
@@ -193,10 +197,17 @@ class Apply:
                 self._change_page_size(database, header, entry)
             else:
                 replica = self.activate(database)
-                replica.append(pages, header.commit)
+                replica.append(self._giving_way(database, pages), header.commit)
                 if replica.mx_frame - replica.backfill >= _CHECKPOINT_FRAMES:
                     replica.checkpoint()
                 self._later(database)
+
+    def _giving_way(self, database: Database, pages: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """Between stretches of a large transaction other databases get their turn."""
+        for number, page in enumerate(pages, 1):
+            yield page
+            if number % _GIVE_WAY_PAGES == 0:
+                self._worker.give_way(database.name)
 
     def _drop_files(self, database: Database) -> None:
         if database.replica is not None:

@@ -38,6 +38,7 @@ _SETTLE_S = 0.05
 _RETRY_S = 1.0  # after an error of the disk
 _LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
 _READ_PAGES = 64
+_GIVE_WAY_PAGES = 256
 
 
 class _Schedule:
@@ -138,7 +139,7 @@ class Capture:
         self._opening.add(database.name)
 
         def opened(fds: list[int] | None) -> None:
-            self._worker.post(self._shm_opened, database, wal, fds)
+            self._worker.post(self._shm_opened, database, wal, fds, database=database.name)
 
         self._opener.open([database.files.live(FileKind.SHM)], os.O_RDWR, opened)
 
@@ -157,7 +158,7 @@ class Capture:
         wal = database.wal
 
         def opened(fds: list[int] | None) -> None:
-            self._worker.post(acquire, fds)
+            self._worker.post(acquire, fds, database=database.name)
 
         def acquire(fds: list[int] | None) -> None:
             if fds is None or wal.barrier.held or database.wal is not wal:
@@ -217,14 +218,14 @@ class Capture:
         if database.rollback.pending:
             self.settle_later(database, work)
         else:
-            self._worker.post(work, None)
+            self._worker.post(work, None, database=database.name)
         return result
 
     def settle_later(self, database: Database, then: Callable[[BaseException | None], None]) -> None:
         """`settle_rollback`, from any thread; continues on the worker."""
 
         def opened(fds: list[int] | None) -> None:
-            self._worker.post(settle, fds)
+            self._worker.post(settle, fds, database=database.name)
 
         def settle(fds: list[int] | None) -> None:
             finish(then, lambda: fds is not None and self.settle_rollback(database, fds[0]))
@@ -262,17 +263,25 @@ class Capture:
                     database.emit("gap")
                 change = batch.change
                 entry = database.record(
-                    change, batch.pages, batch.read_missing, lambda: wal.is_stable(batch),  # noqa: B023
+                    change, self._giving_way(database, batch.pages), batch.read_missing, lambda: wal.is_stable(batch),  # noqa: B023
                     "repair" if batch.gap else "capture",
                 )  # fmt: skip
             except UnstableSource:
                 wait_stable(attempt)
                 continue
             wal.advance(batch)
+            self._opener.do(database.log.make_spare)
             if batch.gap and entry is not None:
                 database.emit("repair", pages=change.commit)
             return entry is not None or batch.frames > 0
         raise OSError(11, f"{database.name}: the WAL changed faster than it could be read; will try again")
+
+    def _giving_way(self, database: Database, pages: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """The pages of a batch; between stretches of a large one other databases get their turn."""
+        for number, page in enumerate(pages, 1):
+            yield page
+            if number % _GIVE_WAY_PAGES == 0:
+                self._worker.give_way(database.name)
 
     # -- rollback modes --------------------------------------------------------------------------------------
 
@@ -312,6 +321,7 @@ class Capture:
         if database.rollback.suspect and entry is not None and source == "capture":
             database.emit("repair", pages=commit)
         database.rollback.clear()
+        self._opener.do(database.log.make_spare)
         return entry is not None
 
     def settle_rollback(self, database: Database, mount_fd: int) -> bool:

@@ -62,6 +62,7 @@ class Database:
         self.commit = 0
         self.timestamp_ms = 0
         self.set_aside_reason: str | None = None  # why it is not replicated, None if all is well
+        self.compress = True  # pages in the log
         self.is_busy = False  # a process of an earlier mount still has its files open: nobody may touch them
         self.app_handles = 0  # open handles of the database file, not counting the daemon's own
         self.raw_writers = 0  # of these, writable ones whose writes pass us by
@@ -163,7 +164,9 @@ class Database:
         started = time.monotonic()
         with self.lock:
             self.unclean()
-            writer = TransactionWriter(self.log, self.table, self.position, self.page_size, self.commit, change)
+            writer = TransactionWriter(
+                self.log, self.table, self.position, self.page_size, self.commit, change, compress=self.compress
+            )
             entry = writer.write(pages, read_missing, is_stable)
             if entry is None:
                 return None
@@ -257,6 +260,7 @@ class Database:
     def adopt(self, state: CleanState) -> None:
         """Start from what an orderly stop wrote."""
         self.page_size, self.commit, self.position = state.page_size, state.commit, state.position
+        self.table.reserve(state.commit)  # it was opened when the size was not known yet
 
     def set_files(self, files: DatabaseFiles) -> None:
         """The live files are elsewhere now (mounted, unmounted)."""

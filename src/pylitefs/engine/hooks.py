@@ -140,7 +140,7 @@ class EngineHooks:
         else:
             then(None)
             if database is not None and ref.kind in (FileKind.WAL, FileKind.SHM):
-                self._store.worker.post(self._store.capture.created, database, ref.kind)
+                self._store.worker.post(self._store.capture.created, database, ref.kind, database=database.name)
 
     def wants_write_hook(self, ref: FileRef) -> bool:
         if ref.kind is FileKind.DATABASE:
@@ -246,7 +246,7 @@ class EngineHooks:
         elif ref.kind is FileKind.JOURNAL:
             self._commit(database, then)
         elif ref.kind is FileKind.WAL:
-            self._on_worker(lambda: self._store.capture.flush(database), then)
+            self._on_worker(database, lambda: self._store.capture.flush(database), then)
         else:
             if ref.kind is FileKind.DATABASE and size_bytes == 0:
                 with database.lock:
@@ -264,7 +264,7 @@ class EngineHooks:
         if database is None or not self._store.is_primary or not database.wal.checkpoint_running():
             then(None)
         else:
-            self._store.worker.post(self._before_checkpoint, database, then)
+            self._store.worker.post(self._before_checkpoint, database, then, database=database.name)
 
     def _before_checkpoint(self, database: Database, then: Then) -> None:
         """A checkpoint begins with this fsync, after which frames may be overwritten: capture them first. A backlog that
@@ -293,7 +293,7 @@ class EngineHooks:
         if ref.kind is FileKind.WAL:
             database = self._database(ref)
             if database is not None and self._store.is_primary:
-                self._store.worker.post(self._store.capture.wake, database)
+                self._store.worker.post(self._store.capture.wake, database, database=database.name)
         elif ref.kind in (FileKind.DATABASE, FileKind.JOURNAL) and self._store.is_primary:
             database = self._database(ref)
             if database is None or self._wal_in_use(database):
@@ -355,9 +355,9 @@ class EngineHooks:
         elif ref.kind is FileKind.JOURNAL:
             self._commit(database, then)
         elif ref.kind is FileKind.DATABASE:
-            self._on_worker(lambda: self._drop(database), then)
+            self._on_worker(database, lambda: self._drop(database), then)
         else:
-            self._store.worker.post(self._remove_side, database, ref.kind, then)
+            self._store.worker.post(self._remove_side, database, ref.kind, then, database=database.name)
 
     def _drop(self, database: Database) -> None:
         self._store.capture.flush(database)
@@ -395,8 +395,8 @@ class EngineHooks:
     def _plain(self, name: str) -> str:
         return os.path.join(self._store.plain_dir, name)
 
-    def _on_worker(self, work: Callable[[], object], then: Then) -> None:
-        self._store.worker.post(finish, then, work)
+    def _on_worker(self, database: Database, work: Callable[[], object], then: Then) -> None:
+        self._store.worker.post(finish, then, work, database=database.name)
 
     @staticmethod
     def _in_thread(work: Callable[[], object], then: Then) -> None:

@@ -14,6 +14,7 @@ Every method may be called from any thread; only the database's worker adds entr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import threading
@@ -90,7 +91,8 @@ class LtxLog:
         self._entries: list[LogEntry] = []
         self._lock = threading.Lock()
         self._pins: set[Pin] = set()
-        self._incoming = 0
+        self._numbers = itertools.count(1)
+        self._spare: str | None = None
 
     # -- start -----------------------------------------------------------------------------------------------
 
@@ -230,15 +232,26 @@ class LtxLog:
 
     def temporary(self) -> str:
         """A name for a file that is being written; leftovers are removed at the next start."""
-        self._incoming += 1
-        return os.path.join(self.folder, f"{self._incoming}.tmp")
+        spare, self._spare = self._spare, None
+        return spare or self._new_name()
+
+    def make_spare(self) -> None:
+        """Create the next temporary file ahead of time, on another thread: creating a file is what takes longest."""
+        if self._spare is None:
+            path = self._new_name()
+            with contextlib.suppress(OSError):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+                self._spare = path
+
+    def _new_name(self) -> str:
+        return os.path.join(self.folder, f"{next(self._numbers)}.tmp")
 
     def publish(self, temporary: str, header: Header, post_apply_checksum: int) -> LogEntry:
         """Give a complete file its name and make it the head. The caller has checked that it follows."""
         path = os.path.join(self.folder, file_name(header.min_txid, header.max_txid))
+        size = os.stat(temporary).st_size
         os.rename(temporary, path)
-        status = os.stat(path)
-        entry = LogEntry(header.min_txid, header.max_txid, status.st_size, status.st_mtime, path)
+        entry = LogEntry(header.min_txid, header.max_txid, size, time.time(), path)
         with self._lock:
             if header.is_snapshot or (self._entries and self._entries[-1].max_txid + 1 != header.min_txid):
                 self._drop(self._entries)

@@ -39,6 +39,10 @@ class Opener:
     def close(self, fds: Sequence[int]) -> None:
         self._queue.put(lambda: self._close_all(fds))
 
+    def do(self, job: Callable[[], object]) -> None:
+        """Do some other small disk work aside."""
+        self._queue.put(job)
+
     @staticmethod
     def _close_all(fds: Sequence[int]) -> None:
         for fd in fds:

@@ -31,6 +31,7 @@ from pylitefs.engine.opener import Opener
 from pylitefs.engine.recovery import Outcome, Recovered, record_difference, recover
 from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.services import StoreServices
+from pylitefs.engine.verifier import Verifier
 from pylitefs.engine.transaction import Change
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError, PositionMismatch
@@ -56,6 +57,8 @@ class StoreOptions:
     file_mode: int = 0o666
     uid: int | None = None
     gid: int | None = None
+    compress: bool = True
+    strict_verify: bool = False
     retention_s: float = 600.0
     retention_interval_s: float = 60.0
     max_log_size_bytes: int = 1 << 30
@@ -69,7 +72,7 @@ class Store:
         self.worker = Worker()
         self.opener = Opener()
         self.capture = Capture(self.worker, self.opener)
-        self.apply = Apply(self.worker, options.file_mode)
+        self.apply = Apply(self.worker, self.opener, options.file_mode)
         self._services = StoreServices(self.capture, self.apply, captures=options.is_primary)
         self._unsettled: dict[str, Recovered] = {}
         self.started_unclean = False
@@ -284,7 +287,7 @@ class Store:
                 if not ofd_locks.any_locked(fds[0], PENDING, SHARED_SIZE + 2) and not journal_in_use(
                     self._plain(name + "-journal")
                 ):
-                    self.worker.post(self.import_plain, name)
+                    threading.Thread(target=self.import_plain, args=(name,), name="import", daemon=True).start()
                 self.opener.close(fds)
 
         if self._mount_dir is not None and self.is_plain_database(name):
@@ -319,6 +322,7 @@ class Store:
                     raise FormatError(f"not a database name: {name[:80]!r}")
                 database = Database(name, self._files(name), self.events)
                 database.serve_by(self._services)
+                database.compress = self.options.compress
                 database.begin_empty()
                 self._databases[name] = database
             return database
@@ -521,6 +525,8 @@ class Store:
         if self.options.retention_interval_s > 0:
             self.worker.post(self.worker.call_later, self.options.retention_interval_s, self._retain)
         self.worker.post(self._retry_busy)
+        if self.options.strict_verify:
+            Verifier(self).start()
 
     def _retain(self) -> None:
         for database in list(self._databases.values()):

@@ -50,8 +50,9 @@ class TransactionWriter:
     """One transaction on top of (`position`, `old_commit`) of a database with this log and checksum table."""
 
     def __init__(
-        self, log: LtxLog, table: PageChecksums, position: Position, old_page_size: int, old_commit: int, change: Change
-    ) -> None:
+        self, log: LtxLog, table: PageChecksums, position: Position, old_page_size: int, old_commit: int,
+        change: Change, *, compress: bool = True,
+    ) -> None:  # fmt: skip
         self._log, self._table, self._change = log, table, change
         fresh = position.txid == 0
         rebuilt = fresh or old_page_size != change.page_size or old_commit == 0
@@ -71,7 +72,7 @@ class TransactionWriter:
             wal_salt1=change.wal_salts[0] if change.wal_offset else 0,
             wal_salt2=change.wal_salts[1] if change.wal_offset else 0,
         )
-        self._encoder = Encoder(self.header)
+        self._encoder = Encoder(self.header, compress=compress)
         self._pgnos = array("I")
         self._sums = array("Q")
         self.bytes_written = 0
@@ -87,18 +88,21 @@ class TransactionWriter:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
             try:
-                self._write_pages(fd, self._with_missing(pages, read_missing))
+                rest = self._write_pages(fd, self._with_missing(pages, read_missing))
                 if not is_stable():
                     raise UnstableSource
                 if not self._pgnos and self._change.commit == self._old_commit and not self._rebuilt:
                     return None
-                self._finish(fd)
+                rest.append(self._encoder.finish(self._checksum))
+                self._write_parts(fd, rest)
             finally:
                 os.close(fd)
             entry = self._log.publish(temporary, self.header, self._checksum)
+            temporary = ""
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            if temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
         self._update_table()
         return entry
 
@@ -124,7 +128,8 @@ class TransactionWriter:
             if pgno != skip:
                 yield pgno, read_missing(pgno)
 
-    def _write_pages(self, fd: int, pages: Pages) -> None:
+    def _write_pages(self, fd: int, pages: Pages) -> list[bytes]:
+        """Encode the pages that changed; returns what is not written yet (all of it, for a small transaction)."""
         self._table.reserve(max(self._change.commit, self._old_commit))
         values, old_commit = self._table.values, self._old_commit
         encode, checksum = self._encoder.page, self._checksum
@@ -146,14 +151,10 @@ class TransactionWriter:
             if size >= WRITE_BYTES or len(parts) >= _MAX_PARTS:
                 self._write_parts(fd, parts)
                 parts, size = [], 0
-        if parts:
-            self._write_parts(fd, parts)
         if self._change.commit < old_commit:
             checksum ^= int(np.bitwise_xor.reduce(values[self._change.commit : old_commit]))
         self._checksum = checksum | CHECKSUM_FLAG
-
-    def _finish(self, fd: int) -> None:
-        self._write_parts(fd, [self._encoder.finish(self._checksum)])
+        return parts
 
     def _write_parts(self, fd: int, parts: list[bytes]) -> None:
         written, total = os.writev(fd, parts), sum(map(len, parts))

@@ -2,6 +2,10 @@
 
 Jobs run one after the other in the order of submission, so what only the worker touches needs no lock.
 Between jobs it runs timers and watches file descriptors (inotify).
+
+A job that takes long on one database (a transaction of gigabytes) calls `give_way` now and then: jobs that were
+submitted for other databases are done in between, so that no application waits for another's database. Jobs without a
+database, and those of the same one, keep their order and wait.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger("litefs.worker")
@@ -35,9 +39,20 @@ class Timer:
         self.cancelled = True
 
 
+_MAX_NESTING = 4
+
+
+class Job(NamedTuple):
+    """What to do, and the database it is for ("" for the whole node)."""
+
+    run: Callable[[], None]
+    database: str
+
+
 class Worker:
     def __init__(self, name: str = "engine") -> None:
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[Job] = deque()
+        self._in_way: list[str] = []  # databases whose long jobs gave way, innermost last
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = itertools.count()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -66,8 +81,8 @@ class Worker:
     def is_current(self) -> bool:
         return threading.current_thread() is self._thread
 
-    def submit(self, call: Callable[..., T], *args: object) -> Future[T]:
-        """Run a call on the worker; any thread. The future has its result or exception."""
+    def submit(self, call: Callable[..., T], *args: object, database: str = "") -> Future[T]:
+        """Run a call on the worker; any thread. The future has its result or exception. `database`: see `give_way`."""
         future: Future[T] = Future()
 
         def job() -> None:
@@ -78,14 +93,35 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._post(job)
+        self._post(Job(job, database))
         return future
 
-    def post(self, call: Callable[..., object], *args: object) -> None:
+    def post(self, call: Callable[..., object], *args: object, database: str = "") -> None:
         """As `submit` where nobody waits: an exception is logged."""
-        self._post(lambda: self._guarded(call, args))
+        self._post(Job(lambda: self._guarded(call, args), database))
 
-    def _post(self, job: Callable[[], None]) -> None:
+    def give_way(self, database: str) -> None:
+        """Called from a long job of `database`: do what was submitted for other databases meanwhile."""
+        if not self._jobs or not self.is_current or len(self._in_way) >= _MAX_NESTING:
+            return
+        self._in_way.append(database)
+        try:
+            kept: list[Job] = []
+            blocked = set(self._in_way)
+            while self._jobs:
+                job = self._jobs.popleft()
+                if job.database and job.database not in blocked:
+                    job.run()
+                else:
+                    kept.append(job)
+                    # What was submitted later for this database must not overtake it; a job of the node stops all.
+                    if not job.database:
+                        break
+            self._jobs.extendleft(reversed(kept))
+        finally:
+            self._in_way.pop()
+
+    def _post(self, job: Job) -> None:
         self._jobs.append(job)
         if self._asleep:
             with contextlib.suppress(OSError):
@@ -117,7 +153,7 @@ class Worker:
     def _run(self) -> None:
         while not (self._stopping and not self._jobs):
             while self._jobs:
-                self._jobs.popleft()()
+                self._jobs.popleft().run()
             self._run_timers()
             self._wait()
 

@@ -21,7 +21,7 @@ from pylitefs.errors import FormatError
 from pylitefs.formats.cursor import Buffer
 from pylitefs.formats.ltx.checksum import crc64
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, HEADER_SIZE, TRAILER_SIZE, Header, Trailer, lock_pgno
-from pylitefs.formats.ltx.frames import END_OF_PAGES, FRAME_HEADER, PAGE_FLAG_SIZE, compress_page
+from pylitefs.formats.ltx.frames import END_OF_PAGES, FRAME_HEADER, PAGE_FLAG_SIZE, compress_page, store_page
 from pylitefs.formats.ltx.index import encode_index
 
 _pack_frame_header = FRAME_HEADER.pack
@@ -30,7 +30,7 @@ _pack_frame_header = FRAME_HEADER.pack
 class Encoder:
     """One file. Calls out of order are a bug of the caller: RuntimeError. Pages that break the format: FormatError."""
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: Header, *, compress: bool = True) -> None:
         self._header_bytes = header.pack()
         self.header = header
         self.trailer: Trailer | None = None
@@ -42,6 +42,7 @@ class Encoder:
         self._accepts_pages = False
         self._crc = 0
         self._previous = 0
+        self._block = compress_page if compress else store_page
         self._pgnos = array("I")
         self._sizes = array("I")
 
@@ -68,7 +69,7 @@ class Encoder:
             or (self._is_snapshot and pgno != self._next_in_snapshot())
         ):
             raise self._refusal(pgno, data)
-        block = compress_page(data)
+        block = self._block(data)
         head = _pack_frame_header(pgno, PAGE_FLAG_SIZE, len(block))
         self._crc = crc64(data, crc64(head, self._crc))
         frame = head + block

@@ -75,6 +75,7 @@ _ALL_FREE = list(range(HASH_SLOTS))
 # One more write costs about as much as so many bytes more in one.
 _MERGE_SLOTS = 512
 _MAX_SLOT_RUNS = 3
+_FEW = 48
 
 assert _COVERED.size + _SALTS.size + _PAIR.size == HEADER_COPY_SIZE
 assert _CHECKPOINT.size == CHECKPOINT_INFO_SIZE == HEADER_SIZE - CHECKPOINT_INFO_OFFSET
@@ -203,6 +204,10 @@ def latest_frames(pgnos: NDArray[Any], first_frame: int) -> tuple[NDArray[np.uin
     pgnos: (k,), the page numbers of frames `first_frame`, `first_frame` + 1, ...
     """
     count = len(pgnos)
+    if count <= _FEW:  # a dictionary is quicker than arrays for a small transaction
+        newest_of = dict(zip(pgnos.tolist(), range(first_frame, first_frame + count), strict=True))
+        order = sorted(newest_of)
+        return np.array(order, dtype=np.uint32), np.array([newest_of[p] for p in order], dtype=np.uint32)
     keys = pgnos.astype(np.uint64) << np.uint64(32)
     keys |= np.arange(first_frame, first_frame + count, dtype=np.uint64)
     keys.sort()

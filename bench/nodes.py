@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pylitefs.supervise import dying_with_us
+
 START_S = 60.0
 STOP_S = 60.0
 HERE = Path(__file__).resolve().parent
@@ -141,7 +143,9 @@ class Node:
         """Start and wait until it serves. `program`: what Python runs instead of the daemon itself."""
         words = [sys.executable, *program, "mount", "-no-expand-env", "-config", str(self.config)]
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.base)
+            self.process = subprocess.Popen(
+                dying_with_us(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.base
+            )
         self.wait_healthy()
 
     def wait_healthy(self) -> None:
@@ -219,6 +223,15 @@ class Pair:
         driver = Driver(directory)
         self._drivers.append(driver)
         return driver
+
+    @property
+    def cpu_s(self) -> float:
+        """What both daemons have used."""
+        return self.primary.usage.cpu_s + self.replica.usage.cpu_s
+
+    def native_second(self) -> Driver:
+        """Another application in the native directory, for measurements that need two at once."""
+        return self._driver(self.native_dir)
 
     def __enter__(self) -> Pair:
         try:

@@ -175,7 +175,7 @@ def watch(name: str, timeout_s: float, quiet_s: float = 1.0) -> list[float]:
 
 
 def large(name: str, size_bytes: int) -> Result:
-    """One transaction of random blobs. `commit_ns` is the monotonic clock when COMMIT was called, `done_ns` after it."""
+    """One transaction of random blobs. `commit_ns`: the monotonic clock when COMMIT was called; `done_ns`: after it."""
     connection = connect(name)
     connection.execute("create table if not exists blobs(id integer primary key, data blob)")
     pool = os.urandom(4 << 20)

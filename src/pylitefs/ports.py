@@ -85,6 +85,9 @@ class FileHooks(Protocol):
     def may_create(self, ref: FileRef, by_daemon: bool, then: Then) -> None:
         """Before CREATE of a file that does not exist."""
 
+    def created(self, ref: FileRef) -> None:
+        """After CREATE (or MKNOD) made the empty backing file, before it is opened and the caller is answered."""
+
     def wants_write_hook(self, ref: FileRef) -> bool:
         """True if writes to this file must come to `write`: a database in rollback mode (or a new file). Asked
         when the first handle of an inode is opened; the answer holds until its last handle is released."""

@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.database import Database
@@ -20,8 +19,6 @@ from pylitefs.formats.ltx.decoder import Reader, verify_stream
 from pylitefs.formats.ltx.format import Position
 from pylitefs.formats.sqlite.header import DatabaseHeader
 from pylitefs.ports import FileKind
-
-T = TypeVar("T")
 
 
 class NamedFiles(DatabaseFiles):
@@ -39,7 +36,9 @@ class NamedStore(Store):
 
 
 class Node:
-    """A store that is loaded; the test's own thread is its worker. `events`: all that were emitted."""
+    """A store that is loaded. The test's own thread does what the worker does elsewhere: it calls the engine itself. A
+    primary's worker runs too, because copies ask it; a replica's does not, so no timer comes in between.
+    `events`: all that were emitted."""
 
     def __init__(self, folder: Path, *, is_primary: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +47,8 @@ class Node:
         bus.subscribe(self.events.append)
         self.store = NamedStore(str(folder), bus, StoreOptions(is_primary=is_primary))
         self.store.load()
+        if is_primary:
+            self.store.start()
         self.closed = False
 
     def kinds(self) -> list[str]:
@@ -66,12 +67,7 @@ class Node:
     def close(self, *, clean: bool = True) -> None:
         if not self.closed:
             self.closed = True
-            if not clean:
-                for database in self.store._databases.values():
-                    database.close(clean=False)
-                return
-            self.store.is_primary = False  # its worker does not run: nothing is flushed from there
-            self.store.close(clean=True)
+            self.store.close(clean=clean)
 
 
 def make_sqlite(path: str, *, page_size: int = 4096, mode: str = "WAL", rows: int = 3) -> None:
@@ -104,19 +100,8 @@ def rows_of(path: str | Path) -> list[tuple[object, ...]]:
 
 def copy_of(node: Node, path: Path, name: str = "db") -> bytes:
     """What SQLite sees in a node's database, byte for byte, as one file."""
-    on_this_thread(node, lambda: node.database(name).copy_to(str(path)))
+    node.database(name).copy_to(str(path))
     return path.read_bytes()
-
-
-def on_this_thread(node: Node, work: Callable[[], T]) -> T:
-    """Run something that asks the worker, where the worker does not run: its jobs are done here."""
-    worker = node.store.worker
-    original = worker._post
-    worker._post = lambda job: job()  # type: ignore[method-assign]
-    try:
-        return work()
-    finally:
-        worker._post = original  # type: ignore[method-assign]
 
 
 def file_checksum(path: str | Path) -> int:

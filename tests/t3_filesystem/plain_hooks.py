@@ -91,6 +91,9 @@ class PlainHooks:
     def before_truncate(self, ref: FileRef, size_bytes: int, then: Then) -> None:
         self._go_on("before_truncate", ref, then)
 
+    def created(self, ref: FileRef) -> None:
+        return
+
     def after_truncate(self, ref: FileRef, size_bytes: int) -> None:
         self.calls.append(("after_truncate", ref.name, size_bytes))
 

@@ -4,7 +4,7 @@
                fsync, unlink, truncate hooks -> now, before the application is answered (`flush`)
                a position is asked for       -> now (`flush`)
 A WAL commit becomes visible by a store to shared memory, which raises no event. So a pass that follows an event is
-followed by a few more, later and later, until one finds nothing for a second.
+followed by a few more, later and later, and does not end while frames stand in the WAL that may still be committed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pylitefs.engine.opener import Opener
 from pylitefs.engine.rollback_capture import database_size
 from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_capture import BARRIER_FRAMES, WalCapture, wait_stable
+from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.worker import Timer, Worker
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.format import Position, lock_pgno
@@ -128,6 +129,8 @@ class Capture:
         elif schedule.step < len(_LOOK_AGAIN_S):
             self._look_in(database, schedule, _LOOK_AGAIN_S[schedule.step])
             schedule.step += 1
+        elif database.wal.commit_may_follow():
+            self._look_in(database, schedule, _LOOK_AGAIN_S[-1])  # a slow fsync before the commit is published
 
     # -- files of the mount ------------------------------------------------------------------------------------
 
@@ -179,9 +182,9 @@ class Capture:
         if fds:
             self._opener.close(fds)
 
-    def created(self, database: Database, kind: FileKind) -> None:
-        """An application made a new -wal or -shm."""
-        self._opener.close(database.wal.created(kind))
+    def created(self, database: Database, kind: FileKind, seeded: Seed | None) -> None:
+        """An application made a new -wal or -shm; `seeded`: what we wrote into it."""
+        self._opener.close(database.wal.created(kind, seeded))
         self.wake(database)
 
     def removed(self, database: Database, kind: FileKind) -> None:
@@ -260,7 +263,7 @@ class Capture:
                 if batch is None:
                     return False
                 if batch.gap:
-                    database.emit("gap")
+                    database.emit("gap", cursor=str(wal.cursor), found=str(batch.committed))
                 change = batch.change
                 entry = database.record(
                     change, self._giving_way(database, batch.pages), batch.read_missing, lambda: wal.is_stable(batch),  # noqa: B023

@@ -18,6 +18,7 @@ from pylitefs.engine.database import Database
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.store import Store
 from pylitefs.engine.wal_capture import BARRIER_FRAMES
+from pylitefs.engine.wal_seed import seed
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader, is_sqlite
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, VIRTUAL_KINDS, FileKind, FileRef, Then
@@ -139,8 +140,13 @@ class EngineHooks:
             then(read_only())
         else:
             then(None)
-            if database is not None and ref.kind in (FileKind.WAL, FileKind.SHM):
-                self._store.worker.post(self._store.capture.created, database, ref.kind, database=database.name)
+
+    def created(self, ref: FileRef) -> None:
+        database = self._database(ref)
+        if database is None or not self._store.is_primary or ref.kind not in (FileKind.WAL, FileKind.SHM):
+            return
+        seeded = seed(database.files) if ref.kind is FileKind.WAL else None
+        self._store.worker.post(self._store.capture.created, database, ref.kind, seeded, database=database.name)
 
     def wants_write_hook(self, ref: FileRef) -> bool:
         if ref.kind is FileKind.DATABASE:
@@ -290,11 +296,7 @@ class EngineHooks:
             finish(then, work)
 
     def after_fsync(self, ref: FileRef) -> None:
-        if ref.kind is FileKind.WAL:
-            database = self._database(ref)
-            if database is not None and self._store.is_primary:
-                self._store.worker.post(self._store.capture.wake, database, database=database.name)
-        elif ref.kind in (FileKind.DATABASE, FileKind.JOURNAL) and self._store.is_primary:
+        if ref.kind in (FileKind.DATABASE, FileKind.JOURNAL) and self._store.is_primary:
             database = self._database(ref)
             if database is None or self._wal_in_use(database):
                 return

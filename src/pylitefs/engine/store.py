@@ -45,6 +45,7 @@ log = logging.getLogger("litefs.store")
 _CLUSTER_ID = re.compile(r"LFSC[0-9A-F]{16}")
 _DEFAULT_PAGE_SIZE = 4096
 _BUSY_RETRY_S = 0.5
+_WATCH_PAUSE_S = 0.001
 _PLAIN_SETTLE_S = 0.2
 _HIDDEN_SETTLE_S = 5.0  # rsync and others write `.NAME.XXXXXX` first, and rename it
 
@@ -257,6 +258,9 @@ class Store:
         """Files of the mount were written to: look at the WALs among them."""
         assert self._watch is not None
         names = self._watch.read()
+        # A busy writer would wake us for every write: look away for a moment, events are kept meanwhile.
+        self.worker.unwatch(self._watch.fd)
+        self.worker.call_later(_WATCH_PAUSE_S, self._watch_again)
         if names is None:
             names = {name + "-wal" for name in self.names()}
         for name in names:
@@ -271,6 +275,10 @@ class Store:
                     self.capture.wake_rollback(database)
                 elif (database is None or not database.exists) and self.is_plain_database(base):
                     self._wake_plain(base)
+
+    def _watch_again(self) -> None:
+        if self._watch is not None:
+            self.worker.watch(self._watch.fd, self._written)
 
     def _wake_plain(self, name: str) -> None:
         """A plain file that holds a database is being written, and no journal tells of its commits."""

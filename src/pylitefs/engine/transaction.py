@@ -115,12 +115,12 @@ class TransactionWriter:
         expected = self._old_commit + 1
         skip, commit = lock_pgno(self._change.page_size), self._change.commit
         for pgno, page in pages:
+            if pgno > commit:
+                break
             while expected < pgno:
                 if expected != skip:
                     yield expected, read_missing(expected)
                 expected += 1
-            if pgno > commit:
-                break
             yield pgno, page
             if pgno >= expected:
                 expected = pgno + 1

@@ -24,6 +24,7 @@ import numpy as np
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.files import DatabaseFiles
 from pylitefs.engine.transaction import Change, Pages, ReadPage, UnstableSource
+from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.wal_view import Committed, WalView
 from pylitefs.formats.ltx.format import lock_pgno
 from pylitefs.formats.sqlite.locks import CKPT, PENDING, SHARED_FIRST, SHARED_SIZE, WRITE, read_lock
@@ -133,18 +134,23 @@ class WalCapture:
         self.barrier = Barrier()
         self.shm_fd = -1  # the mount's -shm: to ask for locks with; in cached mode also to read it
         self._synced: Cursor | None = None
+        self._seeded: tuple[int, int] | None = None  # salts of a WAL that was begun by us, see `wal_seed`
 
     # -- what happened to the files --------------------------------------------------------------------------
 
-    def created(self, kind: FileKind) -> list[int]:
-        """A new -wal or -shm. A new wal-index counts commits from zero. Returns descriptors to close."""
+    def created(self, kind: FileKind, seeded: Seed | None = None) -> list[int]:
+        """A new -wal or -shm. A new wal-index counts commits from zero; what we wrote into the WAL is known already.
+        Returns descriptors to close."""
         self.view.forget(kind)
         closable: list[int] = []
         if kind is FileKind.SHM:
             closable = self._forget_shm()
-            self.cursor = Cursor(self.cursor.salts, self.cursor.frame, None if self.cursor.salts else 0)
+            # Unless a pass has seen commits already, when this was still on its way to us.
+            fresh = self.cursor.frame == (1 if self._seeded == self.cursor.salts is not None else 0)
+            self.cursor = Cursor(self.cursor.salts, self.cursor.frame, 0 if fresh else None)
         elif kind is FileKind.WAL:
-            self.cursor = Cursor(None, 0, self.cursor.change)
+            self._seeded = seeded.salts if seeded else None
+            self.cursor = Cursor(self._seeded, 1 if seeded else 0, self.cursor.change)
         return closable
 
     def removed(self, kind: FileKind) -> list[int]:
@@ -202,6 +208,11 @@ class WalCapture:
         if now is None:
             return 0
         return now.mx_frame - self.cursor.frame if now.salts == self.cursor.salts else now.mx_frame
+
+    def commit_may_follow(self) -> bool:
+        """Whether the WAL has frames of this generation after the committed ones: a transaction under way."""
+        now = self.view.committed()
+        return now is not None and now.page_size > 0 and self.view.frame_exists(now.mx_frame + 1, now.page_size, now.salts)
 
     def next_batch(self) -> Batch | None:
         """What was committed since the cursor; None if nothing was. Raises UnstableSource: ask again."""

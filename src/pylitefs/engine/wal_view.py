@@ -217,6 +217,14 @@ class WalView:
             frame += run
         return count
 
+    def frame_exists(self, frame: int, page_size: int, salts: tuple[int, int]) -> bool:
+        """Whether a frame with these salts stands at a place in the WAL."""
+        wal = self._fd(FileKind.WAL)
+        if wal is None:
+            return False
+        head = os.pread(wal, FRAME_HEADER_SIZE, frame_offset(frame, page_size))
+        return len(head) == FRAME_HEADER_SIZE and head[8:16] == salts[0].to_bytes(4, "big") + salts[1].to_bytes(4, "big")
+
     def frame_pages(
         self, pgnos: NDArray[np.uint32], frames: NDArray[np.uint32], page_size: int
     ) -> Iterator[tuple[int, bytes]]:

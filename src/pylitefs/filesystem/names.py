@@ -203,6 +203,7 @@ class NameRequests:
                 raise
             finally:
                 os.close(fd)
+            self._hooks.created(fresh)
             self._name_changed(path)
             self._tree.remove(ref.name)  # a node of a file that was removed behind our back
             made(self._tree.look_up(ref.name, fresh))

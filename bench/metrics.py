@@ -77,21 +77,24 @@ class Ratio:
 
 
 def _compare(pair: Pair, settings: Settings, ratio: Ratio) -> Metric:
-    rates: dict[str, list[float]] = {"native": [], "ours": []}
-    tails_s, cpu_s = [], 0.0
+    results: dict[str, list[dict[str, Any]]] = {"native": [], "ours": []}
+    tails_s, daemons_s = [], 0.0
     for number in range(settings.rounds):
         for side in ("native", "ours") if number % 2 == 0 else ("ours", "native"):
             driver = pair.native if side == "native" else pair.copy if ratio.on_copy else pair.ours
             busy_s = pair.cpu_s
-            result = driver.ask(ratio.command, seconds=settings.slice_s, **ratio.arguments)
-            rates[side].append(result["ops_per_s"])
-            cpu_s += pair.cpu_s - busy_s if side == "ours" else 0.0
-            if ratio.writes and side == "ours":
+            results[side].append(driver.ask(ratio.command, seconds=settings.slice_s, **ratio.arguments))
+            if side == "native":
+                continue
+            if ratio.writes:
                 begun_s = time.monotonic()
                 pair.catch_up()
                 tails_s.append(time.monotonic() - begun_s)
-    load = 100 * cpu_s / settings.rounds / settings.slice_s
+            daemons_s += pair.cpu_s - busy_s
+    rates = {side: [result["ops_per_s"] for result in found] for side, found in results.items()}
     ratios = [ours / native for ours, native in zip(rates["ours"], rates["native"], strict=True)]
+    cpu_us = {side: 1e6 * _total(found, "cpu_s") / _total(found, "count") for side, found in results.items()}
+    daemons_us = 1e6 * daemons_s / _total(results["ours"], "count")
     return Metric(
         ratio.name,
         statistics.median(ratios),
@@ -99,9 +102,14 @@ def _compare(pair: Pair, settings: Settings, ratio: Ratio) -> Metric:
         ("≥", ratio.least),
         statistics.median(rates["native"]),
         statistics.median(rates["ours"]),
-        f"rounds {min(ratios):.2f} to {max(ratios):.2f}; daemons' CPU {load:.0f} %",
-        {"native_ops_per_s": rates["native"], "ours_ops_per_s": rates["ours"], "ratios": ratios, "tails_s": tails_s},
+        f"rounds {min(ratios):.2f} to {max(ratios):.2f}; "
+        f"CPU µs/op: native {cpu_us['native']:.1f}, ours {cpu_us['ours']:.1f} + daemons {daemons_us:.1f}",
+        {"native": results["native"], "ours": results["ours"], "ratios": ratios, "tails_s": tails_s},
     )
+
+
+def _total(results: list[dict[str, Any]], key: str) -> float:
+    return sum(result[key] for result in results)
 
 
 def _ratios(settings: Settings, journal: str, ratios: tuple[Ratio, ...]) -> Iterator[Metric]:

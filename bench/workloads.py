@@ -5,8 +5,8 @@ Standard library only, and nothing of this project: the same program runs on the
 {"ok": RESULT} or {"error": TEXT}. Every command runs in a fresh child process, so that no connection and no lock
 outlives its measurement; `keep` leaves a connection open until `release`, so that closing another one is not the last.
 
-A workload's result: {"ops_per_s", "count", "elapsed_s", "write_bytes", "wchar"}; the last two are the kernel's account
-of what the measured processes wrote during the measurement (/proc/PID/io): pages made dirty, and bytes of write calls.
+A workload's result: {"ops_per_s", "count", "elapsed_s", "cpu_s", "write_bytes", "wchar"}; the last two are the kernel's
+account of what the measured processes wrote meanwhile (/proc/PID/io): pages made dirty, and bytes of write calls.
 """
 
 from __future__ import annotations
@@ -88,18 +88,21 @@ def timed(operation: Operation, name: str, sync: str, seconds: float, start: Cal
     operation(connection, rng)
     start()
     dirty, called = written()
+    cpu_s = time.process_time()
     begun_s = time.perf_counter()
     count = 0
     while (elapsed_s := time.perf_counter() - begun_s) < seconds:
         for _ in range(BATCH):
             operation(connection, rng)
         count += BATCH
+    cpu_s = time.process_time() - cpu_s
     dirty_end, called_end = written()
     connection.close()
     return {
         "ops_per_s": count / elapsed_s,
         "count": count,
         "elapsed_s": elapsed_s,
+        "cpu_s": cpu_s,
         "write_bytes": dirty_end - dirty,
         "wchar": called_end - called,
     }
@@ -121,6 +124,7 @@ def writers(name: str, seconds: float, count: int = 10, sync: str = "normal") ->
 
 def connects(name: str, seconds: float) -> Result:
     """Connect, SELECT one row, close."""
+    cpu_s = time.process_time()
     begun_s = time.perf_counter()
     count = 0
     while (elapsed_s := time.perf_counter() - begun_s) < seconds:
@@ -128,7 +132,8 @@ def connects(name: str, seconds: float) -> Result:
         connection.execute("select a from t where id=7").fetchone()
         connection.close()
         count += 1
-    return {"ops_per_s": count / elapsed_s, "count": count, "elapsed_s": elapsed_s, "write_bytes": 0, "wchar": 0}
+    cpu_s = time.process_time() - cpu_s
+    return {"ops_per_s": count / elapsed_s, "count": count, "elapsed_s": elapsed_s, "cpu_s": cpu_s}
 
 
 def stamp(name: str, per_s: float, seconds: float) -> Result:

@@ -134,7 +134,7 @@ class Node:
         """SIGKILL; the dead mount stays until the next start."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(START_S)
+        self.process.wait(10)
 
     def pause(self) -> None:
         assert self.process is not None
@@ -153,12 +153,17 @@ class Node:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait()
         self.unmount()
+        if self.process is not None:
+            self.process.wait(10)
 
     def unmount(self) -> None:
-        while mount.mount_at(str(self.mount)) is not None and mount.detach(str(self.mount)):
-            pass
+        """By force: requests that wait for a daemon in vain fail, also those of a daemon that waits for itself."""
+        path = str(self.mount)
+        while mount.mount_at(path) is not None:
+            subprocess.run(["umount", "-f", path], stderr=subprocess.DEVNULL, timeout=10, check=False)
+            if mount.mount_at(path) is not None and not mount.detach(path):
+                break
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -240,6 +245,7 @@ class Cluster:
         for node in self.nodes:
             if node.process is not None and node.process.poll() is None:
                 node.process.kill()
+            node.unmount()
 
     def node(self, name: str, *, primary: Node | None = None, passthrough: str | None = None) -> Node:
         """A node that is not started yet."""

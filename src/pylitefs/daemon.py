@@ -243,6 +243,7 @@ class Daemon:
         self._stop.set()
 
     async def _follow(self, primary: PrimaryInfo, identity: NodeIdentity) -> None:
+        self._store.set_primary_info(primary.hostname or primary.url.split("//")[-1])
         http = await self._stack.enter_async_context(client_session())
         self._replica = Replica(
             self._store,

@@ -171,12 +171,18 @@ class Apply:
     def commit(
         self, database: Database, header: Header, trailer: Trailer, temporary: str,
         pages: Iterable[tuple[int, bytes]], pgnos: NDArray[np.uint32], sums: NDArray[np.uint64], started_s: float,
+        live: ReplicaWal | None = None,
     ) -> Position:  # fmt: skip
-        """A checked transaction whose file is `temporary`: into the log, into the database, move the position."""
+        """A checked transaction whose file is `temporary`: into the log, into the database, move the position.
+        `live`: has its pages already, in a transaction that is to be finished."""
         database.unclean()
         entry = database.log.publish(temporary, header, trailer.post_apply_checksum)
         try:
-            self._write(database, header, entry, pages)
+            if live is not None and live is database.replica:
+                live.finish(header.commit)
+                self._later(database)
+            else:
+                self._write(database, header, entry, pages)
         except BaseException:
             database.log.take_back(entry, database.position)
             raise
@@ -307,7 +313,8 @@ def predict(database: Database, header: Header, pgnos: NDArray[np.uint32], sums:
 
 
 class IncomingFile:
-    """A large LTX file that arrives in pieces: checked while it comes, applied when it is whole."""
+    """A large LTX file that arrives in pieces. While it comes it is checked, kept for the log and, where the database is
+    here already, appended to its WAL as a transaction that nobody sees; `finish` commits it."""
 
     def __init__(self, apply: Apply, database: Database, min_txid: int, max_txid: int) -> None:
         self._apply, self._database = apply, database
@@ -319,14 +326,38 @@ class IncomingFile:
         self._sums = array("Q")
         self._offset = 0
         self._started_s = time.monotonic()
+        self._live: ReplicaWal | None = None  # has our transaction open
 
     def write(self, data: bytes) -> None:
-        """Raises FormatError, OSError (then the same piece may be written again)."""
+        """Raises FormatError; OSError (then the same piece may be written again)."""
         write_at(self._fd, data, self._offset)
         self._offset += len(data)
-        for pgno, page in self._decoder.feed(data):
+        pages = self._decoder.feed(data)
+        if self._live is None and not self._pgnos and self._decoder.header is not None:
+            self._live = self._begin(self._decoder.header)
+        for pgno, page in pages:
             self._pgnos.append(pgno)
             self._sums.append(page_checksum(pgno, page))
+        if self._live is not None:
+            self._append(self._live, pages)
+
+    def _begin(self, header: Header) -> ReplicaWal | None:
+        database = self._database
+        if not (database.exists and header.commit and header.page_size == database.page_size):
+            return None
+        if header.pre_apply_position != database.position:
+            return None
+        live = self._apply.activate(database)
+        live.begin()
+        return live
+
+    def _append(self, live: ReplicaWal, pages: list[tuple[int, bytes]]) -> None:
+        try:
+            for pgno, page in pages:
+                live.add(pgno, page)
+        except OSError:  # no room: `finish` does it from the file, when there is
+            live.roll_back()
+            self._live = None
 
     def finish(self) -> Position:
         """Verify, log, apply. FormatError and PositionMismatch change nothing."""
@@ -339,14 +370,20 @@ class IncomingFile:
             pgnos = np.frombuffer(self._pgnos, dtype=np.uint32) if self._pgnos else np.zeros(0, dtype=np.uint32)
             sums = np.frombuffer(self._sums, dtype=np.uint64) if self._sums else np.zeros(0, dtype=np.uint64)
             check(self._database, header, trailer, pgnos, sums)
-            pages = Reader(file_chunks(self._path))
-            return self._apply.commit(
-                self._database, header, trailer, self._path, pages, pgnos, sums, self._started_s
+            pages = () if self._live is not None else Reader(file_chunks(self._path))
+            position = self._apply.commit(
+                self._database, header, trailer, self._path, pages, pgnos, sums, self._started_s, self._live
             )
+            self._live = None
+            return position
         finally:
             self.abort()
 
     def abort(self) -> None:
+        if self._live is not None:
+            with contextlib.suppress(OSError):
+                self._live.roll_back()
+            self._live = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

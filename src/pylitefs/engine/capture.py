@@ -196,16 +196,12 @@ class Capture:
     # -- flush -----------------------------------------------------------------------------------------------
 
     def flush(self, database: Database) -> Position:
-        """Capture to the end: the position covers every commit that had returned before the call.
+        """The position that covers every commit that had returned before the call. One pass does it: it takes all that is
+        committed when it begins, and what is committed meanwhile is not asked for.
 
         Raises OSError while the log cannot be written.
         """
-        for attempt in range(100):
-            try:
-                if not self._pass(database):
-                    return database.position
-            except UnstableSource:
-                wait_stable(attempt)
+        self._pass(database)
         return database.position
 
     def flush_later(self, database: Database) -> Future[Position]:

@@ -136,7 +136,10 @@ def recover(database: Database, *, super_journal_dirs: list[str], same_boot: boo
                 database.log.restart_at(state.position)
             normalise(files, super_journal_dirs)
             return Recovered(Outcome.CLEAN if state.commit else Outcome.EMPTY, [])
-    return _recover_unclean(database, state, super_journal_dirs, same_boot)
+    found = _recover_unclean(database, state, super_journal_dirs, same_boot)
+    if found.outcome is not Outcome.DIFFERS:
+        database.unclean()  # so that the next orderly stop writes down what was found out
+    return found
 
 
 def _is_untouched(files: DatabaseFiles, state: CleanState) -> bool:

@@ -67,6 +67,8 @@ class ReplicaWal:
         self._header = WalHeader.create(page_size, 0, secrets.randbits(32), secrets.randbits(32))
         self._s0 = self._s1 = 0
         self.backfill = 0
+        self._before: tuple[int, int, int] | None = None  # (mx_frame, s0, s1) when the open transaction began
+        self._held: list[tuple[int, bytes]] = []  # its newest pages, not written yet
         self._unsynced = False
         self._header_stale = False  # a generation was begun, its header is not in the file yet
 
@@ -133,50 +135,65 @@ class ReplicaWal:
                     os.close(fd)
         self._wal = self._shm = self._database = -1
 
-    # -- append ----------------------------------------------------------------------------------------------
+    # -- transactions ------------------------------------------------------------------------------------------
 
     def append(self, pages: Iterable[tuple[int, bytes]], commit: int) -> int:
-        """One transaction: all `pages` become visible at once, the database has `commit` pages then. Returns the number
-        of frames. On an error (disk full) nothing became visible and the next append overwrites what was written."""
-        before = self.mx_frame
-        if before == 0:
-            self._restart_if_used()
-        s0, s1 = self._s0, self._s1
+        """One transaction: all `pages` become visible at once, the database has `commit` pages then. Returns how many
+        frames it took. On an error (disk full) nothing became visible and the next one overwrites what was written."""
+        self.begin()
+        first = self.mx_frame
         try:
-            count = self._append_frames(pages, commit)
+            for pgno, page in pages:
+                self.add(pgno, page)
+            self.finish(commit)
         except BaseException:
-            self._s0, self._s1 = s0, s1
-            for offset, patch in self._tables.truncate(before):
-                write_at(self._shm, patch, offset)
+            self.roll_back()
             raise
+        return self.mx_frame - first
+
+    def begin(self) -> None:
+        """Begin a transaction whose pages come one by one (`add`); nobody sees them before `finish`."""
+        if self._before is not None:
+            raise RuntimeError("a transaction is being appended already")
+        if self.mx_frame == 0:
+            self._restart_if_used()
+        self._before = (self.mx_frame, self._s0, self._s1)
+
+    def add(self, pgno: int, page: bytes) -> None:
+        if len(self._held) == RUN_FRAMES:
+            self._write_run(0)
+        self._held.append((pgno, page))
+
+    def finish(self, commit: int) -> None:
+        """Commit. After an error (OSError) either call it again or `roll_back`."""
+        if not self._held:  # only the size changed: a commit needs a frame to stand in
+            self._held = [(1, self.read_page(1))]
+        self._write_run(commit)
+        self._before = None
         self.commit = commit
         self._change = (self._change + 1) & 0xFFFFFFFF
         self._publish()
         self._unsynced = True
-        return count
 
-    def _append_frames(self, pages: Iterable[tuple[int, bytes]], commit: int) -> int:
-        count = 0
-        pgnos: list[int] = []
-        data: list[bytes] = []
-        for pgno, page in pages:
-            if len(pgnos) == RUN_FRAMES:
-                self._write_run(pgnos, data, 0)
-                count += len(pgnos)
-                pgnos, data = [], []
-            pgnos.append(pgno)
-            data.append(page)
-        if not pgnos:  # only the size changed: a commit needs a frame to stand in
-            pgnos, data = [1], [self.read_page(1)]
-        self._write_run(pgnos, data, commit)
-        return count + len(pgnos)
+    def roll_back(self) -> None:
+        """Forget a transaction that was begun; harmless if none was."""
+        self._held = []
+        if self._before is None:
+            return
+        before, self._s0, self._s1 = self._before
+        self._before = None
+        for offset, patch in self._tables.truncate(before):
+            write_at(self._shm, patch, offset)
 
-    def _write_run(self, pgnos: list[int], data: list[bytes], commit: int) -> None:
+    def _write_run(self, commit: int) -> None:
+        pgnos = [pgno for pgno, _ in self._held]
+        data = [page for _, page in self._held]
         frames, s0, s1 = encode_frames(self._header, pgnos, data, commit, self._s0, self._s1)
         write_at(self._wal, frames, frame_offset(self.mx_frame + 1, self.page_size))
         for offset, patch in self._tables.append(pgnos):
             write_at(self._shm, patch, offset)
         self._s0, self._s1 = s0, s1
+        self._held = []
 
     def _write_wal_header(self) -> None:
         write_at(self._wal, self._header.pack(), 0)
@@ -208,6 +225,8 @@ class ReplicaWal:
     def checkpoint(self) -> bool:
         """Copy frames to the database as far as no reader needs the old pages (PASSIVE, by the rules of wal.c), and begin the
         WAL anew if nobody uses it. True if everything is in the database file."""
+        if self._before is not None:
+            return False  # frames of an open transaction stand behind the committed ones
         if self.mx_frame == 0:
             return True
         if self.backfill < self.mx_frame:

@@ -67,7 +67,7 @@ class Resync:
     def _finish(self, commit: int, position: Position) -> Position:
         database = self._database
         sums = np.zeros(commit, dtype=np.uint64)
-        patch = database.exists and database.page_size == self.page_size
+        patch = database.exists and database.page_size == self.page_size and database.set_aside_reason is None
         if patch:
             local = database.page_checksums()[:commit]
             sums[: len(local)] = local
@@ -90,6 +90,7 @@ class Resync:
             self._apply.replace_files(database, self._building)
         database.reposition(position, self.page_size, commit, sums)
         database.applied_s = time.monotonic()
+        database.set_aside_reason = None
         database.emit("resync", pages=self._count, bytes=self._count * self.page_size)
         return position
 

@@ -4,9 +4,9 @@
 `start` and now. Each page that changed in between is also in a log entry after `start`; applying those entries
 to the copy makes it the state of the last of them.
 
-Every page is checked against the checksum table as of the moment it is read. One that does not match was changed
-by a commit that is not in the log yet (it will be, after `start`), or is torn: it is read again after a capture. So a
-snapshot also finds pages that the disk has damaged.
+Every page is checked against the checksum table. One that does not match was changed by a commit that was not in the
+log yet: after a capture it is in an entry after `start`, so what was read of it does not matter. Or it is torn, and is
+read again. So a snapshot also finds pages that the disk has damaged, and a busy writer does not hold it up.
 """
 
 from __future__ import annotations
@@ -71,17 +71,20 @@ class SnapshotReader:
     def _read(self, first: int, count: int) -> list[tuple[int, bytes]] | None:
         """The pages of one stretch that differ from the receiver's; None if some do not match the table now."""
         size, skip = self.page_size, lock_pgno(self.page_size)
+        before = self._expected(first, count)
         try:
             data = bytearray(self._view.database_run(first, count, size))
             self._overlay(data, first, count)
         except UnstableSource:
             return None
         found = page_checksums(first, bytes(data), size)
-        with self._database.lock:
-            commit = self._database.commit
-            expected = self._database.table.values[first - 1 : first - 1 + count].copy()
-        inside = max(0, min(count, commit - first + 1))  # pages cut off meanwhile are not sent
-        if not np.array_equal(found[:inside], expected[:inside]):
+        after = before
+        if not np.array_equal(found, before):
+            self._database.flush().result()
+            after = self._expected(first, count)
+        # Pages cut off meanwhile are not sent; one that changed in the log meanwhile is in an entry after `start`.
+        inside = max(0, min(count, self._database.commit - first + 1))
+        if np.any(((found != after) & (before == after))[:inside]):
             return None
         wanted = np.ones(inside, dtype=bool)
         if self._known is not None:
@@ -92,6 +95,14 @@ class SnapshotReader:
             for index in np.flatnonzero(wanted)
             if first + int(index) != skip
         ]
+
+    def _expected(self, first: int, count: int) -> NDArray[np.uint64]:
+        """The checksums of this stretch at the head of the log; 0 past the end of the database."""
+        expected = np.zeros(count, dtype=np.uint64)
+        with self._database.lock:
+            known = self._database.table.values[first - 1 : first - 1 + count]
+            expected[: len(known)] = known
+        return expected
 
     def _overlay(self, data: bytearray, first: int, count: int) -> None:
         """Newer versions of these pages from the WAL."""

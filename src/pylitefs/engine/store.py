@@ -111,6 +111,9 @@ class Store:
                     f"{self.data_dir}/clusterid does not hold a cluster id (LFSC and 16 hex digits): remove it to join anew"
                 )
             self.cluster_id = text
+        for leftover in os.scandir(self.data_dir):
+            if leftover.name.endswith(".tmp"):
+                os.unlink(leftover.path)
         self._note_boot()
         self._finish_promotions()
         return sorted(item.name for item in os.scandir(self.databases_dir) if item.is_dir())

@@ -217,9 +217,9 @@ class WalCapture:
     def next_batch(self) -> Batch | None:
         """What was committed since the cursor; None if nothing was. Raises UnstableSource: ask again."""
         now = self.view.committed()
-        if now is None or (now.mx_frame == 0 and self.cursor.salts is None):
-            return None
         cursor = self.cursor
+        if now is None or (now.mx_frame == 0 and cursor.salts is None and cursor.change in (None, now.change)):
+            return None
         if now.salts == cursor.salts and now.mx_frame == cursor.frame:
             return None
         first = cursor.frame + 1

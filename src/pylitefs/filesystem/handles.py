@@ -78,8 +78,8 @@ class Handles:
                 flags = abi.FOPEN_PASSTHROUGH | abi.FOPEN_NOFLUSH
             else:
                 flags = 0 if node.drop_cache else abi.FOPEN_KEEP_CACHE
-                if not (node.hooked and writable):
-                    flags |= abi.FOPEN_NOFLUSH
+                if by_daemon or not (node.hooked and writable):
+                    flags |= abi.FOPEN_NOFLUSH  # ours: a killed daemon would wait for itself while its files are closed
                 node.drop_cache = False
             try:
                 self._hooks.opened(node.ref, writable, node.hooked, by_daemon)

@@ -1,0 +1,435 @@
+"""Apply of LTX files on a replica: everything is checked first, and what is refused changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_nodes import Node, check_log, copy_of, file_checksum, log_files, new_primary, rows_of
+from limits import largest_file
+from sqlite_process import SqliteProcess
+
+from pylitefs.engine.apply import Building
+from pylitefs.engine.database import Database
+from pylitefs.errors import FormatError, LitefsError, PositionMismatch
+from pylitefs.formats.ltx.decoder import Reader, decode
+from pylitefs.formats.ltx.encoder import encode
+from pylitefs.formats.ltx.format import Position
+
+
+class Pair:
+    """A primary without a daemon's haste, and a replica that is given its log by hand."""
+
+    def __init__(self, folder: Path, mode: str = "DELETE") -> None:
+        self.folder = folder
+        self.primary = new_primary(folder / "primary", page_size=1024, mode=mode)
+        self.replica = Node(folder / "replica", is_primary=False)
+        self.source: Database = self.primary.database()
+        self.target: Database = self.replica.database()
+
+    def write(self, *statements: str) -> bytes:
+        """One transaction on the primary; its LTX file."""
+        with contextlib.closing(sqlite3.connect(self.source.files.database, isolation_level=None)) as db:
+            for sql in statements:
+                db.execute(sql)
+        self.source.rollback.suspect = True
+        assert self.primary.store.capture.commit_point(self.source)
+        return self.newest()
+
+    def insert(self, size: int = 50) -> bytes:
+        return self.write(f"INSERT INTO t (v) VALUES (randomblob({size}))")
+
+    def newest(self) -> bytes:
+        return Path(self.source.log.entries()[-1].path).read_bytes()
+
+    def catch_up(self) -> None:
+        while (entry := self.source.log.after(self.target.position.txid)) is not None:
+            self.target.apply(Path(entry.path).read_bytes())
+
+    def check(self) -> None:
+        assert self.target.position == self.source.position
+        check_log(self.target)
+        image = Path(self.source.files.database).read_bytes()
+        assert copy_of(self.replica, self.folder / "copy") == image
+        assert self.replica.apply.rest(self.target)
+        assert Path(self.target.files.database).read_bytes() == image
+        assert not os.path.exists(self.target.files.wal) and not os.path.exists(self.target.files.shm)
+
+    def close(self) -> None:
+        self.replica.close(clean=False)
+        self.primary.close(clean=False)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    made = Pair(tmp_path)
+    yield made
+    made.close()
+
+
+def state_of(database: Database) -> tuple[object, ...]:
+    replica = database.replica
+    return (
+        database.position, database.page_size, database.commit, log_files(database), sorted(os.listdir(database.files.ltx)),
+        database.page_checksums().tolist(), None if replica is None else (replica.mx_frame, replica.commit),
+    )  # fmt: skip
+
+
+def refuse(pair: Pair, data: bytes, error: type[Exception] = FormatError) -> None:
+    before = state_of(pair.target)
+    with pytest.raises(error):
+        pair.target.apply(data)
+    assert state_of(pair.target) == before
+    header_span = (1, 1)
+    with contextlib.suppress(LitefsError):
+        header = decode(data).header
+        header_span = (header.min_txid, header.max_txid)
+    incoming = pair.target.receive(*header_span)
+    with pytest.raises(error):
+        for at in range(0, len(data), 777):
+            incoming.write(data[at : at + 777])
+        incoming.finish()
+    incoming.abort()
+    assert state_of(pair.target) == before
+
+
+def test_a_log_is_followed(pair: Pair) -> None:
+    pair.catch_up()
+    pair.check()
+    for size in (10, 5000, 100_000):
+        pair.insert(size)
+    pair.write("DELETE FROM t WHERE id < 5")
+    pair.write("VACUUM")
+    pair.catch_up()
+    pair.check()
+    events = [event.data for event in pair.replica.events if event.type == "tx"]
+    assert [data["txid"] for data in events] == list(range(1, 7))
+    assert {data["source"] for data in events} == {"apply"}
+
+
+def test_a_large_file_in_pieces(pair: Pair) -> None:
+    pair.catch_up()
+    data = pair.insert(900_000)
+    incoming = pair.target.receive(2, 2)
+    for at in range(0, len(data), 10_000):
+        incoming.write(data[at : at + 10_000])
+    assert incoming.finish() == pair.source.position
+    pair.check()
+    assert not [name for name in os.listdir(pair.target.files.ltx) if name.endswith(".tmp")]
+
+
+def test_an_abandoned_file_leaves_nothing(pair: Pair) -> None:
+    pair.catch_up()
+    before = state_of(pair.target)
+    incoming = pair.target.receive(2, 2)
+    incoming.write(pair.insert(50_000)[:20_000])
+    incoming.abort()
+    assert state_of(pair.target) == before
+    pair.catch_up()
+    pair.check()
+
+
+def test_an_announced_span_must_be_the_real_one(pair: Pair) -> None:
+    pair.catch_up()
+    incoming = pair.target.receive(2, 3)
+    incoming.write(pair.insert())
+    with pytest.raises(FormatError):
+        incoming.finish()
+    pair.catch_up()
+    pair.check()
+
+
+def test_what_does_not_follow_is_refused(pair: Pair) -> None:
+    second = pair.insert()
+    third = pair.insert()
+    refuse(pair, second, PositionMismatch)  # before the first
+    pair.catch_up()
+    refuse(pair, second, PositionMismatch)  # again
+    refuse(pair, third, PositionMismatch)
+    pair.check()
+
+
+def test_a_wrong_checksum_before_or_after_is_refused(pair: Pair) -> None:
+    pair.catch_up()
+    ltx = decode(pair.insert())
+    header = ltx.header
+    wrong_before = encode(
+        type(header)(header.flags, header.page_size, header.commit, 2, 2, header.timestamp_ms, header.pre_apply_checksum ^ 1),
+        ltx.pages, ltx.trailer.post_apply_checksum,
+    )  # fmt: skip
+    refuse(pair, wrong_before, PositionMismatch)
+    refuse(pair, encode(header, ltx.pages, ltx.trailer.post_apply_checksum ^ 1), PositionMismatch)
+    refuse(pair, encode(header, ltx.pages[:-1], ltx.trailer.post_apply_checksum), PositionMismatch)
+    pair.catch_up()
+    pair.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_bytes_are_refused(pair: Pair, seed: int) -> None:
+    rng = random.Random(seed)
+    pair.catch_up()
+    data = pair.insert(3000)
+    for _ in range(25):
+        bad = bytearray(data)
+        match rng.randrange(3):
+            case 0:
+                bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+            case 1:
+                del bad[rng.randrange(len(bad)) :]
+            case _:
+                bad += rng.randbytes(rng.randrange(1, 50))
+        if bytes(bad[:80]) == data[:80] and bad[100:] == data[100:]:
+            continue  # the reserved bytes of the header; they are covered by the file checksum all the same
+        refuse(pair, bytes(bad), LitefsError)
+    refuse(pair, rng.randbytes(5000))
+    refuse(pair, b"")
+    pair.catch_up()
+    pair.check()
+
+
+@pytest.mark.parametrize("page_size", [512, 4096, 65536])
+def test_another_page_size(pair: Pair, page_size: int) -> None:
+    pair.catch_up()
+    pair.write(f"PRAGMA page_size = {page_size}", "VACUUM")
+    pair.catch_up()
+    pair.insert()
+    pair.catch_up()
+    pair.check()
+
+
+def test_another_page_size_beside_a_long_reader(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while the file is replaced; the reader keeps its state until it opens the database again."""
+    monkeypatch.setattr("pylitefs.engine.apply._REPLACE_TRIES_S", 0.05)
+    pair.catch_up()
+    pair.replica.apply.activate(pair.target)
+    reader = SqliteProcess(pair.target.files.database)
+    try:
+        reader("BEGIN")
+        expected = reader("SELECT id, v FROM t ORDER BY id")
+        pair.write("INSERT INTO t (v) VALUES (1)", "PRAGMA page_size = 4096", "VACUUM")
+        pair.catch_up()
+        assert reader("SELECT id, v FROM t ORDER BY id") == expected
+        new = reader("SELECT id, v FROM t ORDER BY id", on="new")
+        assert new == rows_of(pair.source.files.database)
+        reader.close("new")
+        pair.insert()
+        pair.catch_up()
+        assert reader("SELECT id, v FROM t ORDER BY id") == expected
+    finally:
+        reader.kill()
+    pair.check()
+
+
+def test_drop_and_create(pair: Pair) -> None:
+    pair.insert()
+    pair.catch_up()
+    pair.primary.store.drop(pair.source)
+    pair.catch_up()
+    assert not pair.target.exists and not os.path.exists(pair.target.files.database)
+    assert "drop" in pair.replica.kinds()
+    with contextlib.closing(sqlite3.connect(pair.source.files.database)) as db:
+        db.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, v BLOB)")
+    pair.source.rollback.suspect = True
+    assert pair.primary.store.capture.commit_point(pair.source)
+    pair.insert()
+    pair.catch_up()
+    pair.check()
+    assert pair.target.position.txid == 5
+
+
+@pytest.mark.parametrize("limit", [2_000, 150_000])
+def test_a_full_disk_on_the_replica(pair: Pair, limit: int) -> None:
+    """Neither the log nor the WAL has room: the position stays, and the same file works later."""
+    pair.catch_up()
+    pair.replica.apply.activate(pair.target)
+    data = pair.insert(400_000)
+    before = pair.target.position
+    with largest_file(limit), pytest.raises(OSError):
+        pair.target.apply(data)
+    assert pair.target.position == before and log_files(pair.target) == log_files(pair.source)[:1]
+    pair.target.apply(data)
+    pair.check()
+
+
+def test_the_log_has_room_but_the_wal_has_not(pair: Pair) -> None:
+    pair.catch_up()
+    pair.write("CREATE TABLE z AS SELECT zeroblob(600000) AS v")
+    data = pair.newest()
+    assert len(data) < 100_000
+    before = pair.target.position
+    pair.replica.apply.activate(pair.target)
+    with largest_file(100_000), pytest.raises(OSError):
+        pair.target.apply(data)
+    assert pair.target.position == before and len(log_files(pair.target)) == 1
+    pair.target.apply(data)
+    pair.check()
+
+
+def test_a_reader_neither_delays_nor_moves(pair: Pair) -> None:
+    pair.catch_up()
+    pair.replica.apply.activate(pair.target)
+    reader = SqliteProcess(pair.target.files.database)
+    try:
+        reader("BEGIN")
+        expected = reader("SELECT id, v FROM t ORDER BY id")
+        for _ in range(10):
+            pair.insert(3000)
+            pair.catch_up()
+        assert pair.target.position == pair.source.position
+        assert not pair.replica.apply.rest(pair.target)
+        assert reader("SELECT id, v FROM t ORDER BY id") == expected
+        reader("COMMIT")
+        assert reader("SELECT id, v FROM t ORDER BY id") == rows_of(pair.source.files.database)
+    finally:
+        reader.kill()
+    pair.check()
+
+
+class TestResync:
+    @staticmethod
+    def pages(database: Database) -> list[tuple[int, bytes]]:
+        data, size = Path(database.files.database).read_bytes(), database.page_size
+        return [(at // size + 1, data[at : at + size]) for at in range(0, len(data), size)]
+
+    def run(self, pair: Pair, pages: list[tuple[int, bytes]], keep: int | None = None) -> Position:
+        resync = pair.target.resync(pair.source.page_size, keep)
+        for pgno, page in pages:
+            resync.pages([(pgno, page)])
+        return resync.finish(pair.source.commit, pair.source.position)
+
+    def test_into_nothing(self, pair: Pair) -> None:
+        pair.insert(5000)
+        assert self.run(pair, self.pages(pair.source)) == pair.source.position
+        assert pair.target.log.entries() == []
+        pair.insert()
+        pair.catch_up()
+        pair.check()
+        assert "resync" in pair.replica.kinds()
+
+    def test_only_what_differs(self, pair: Pair) -> None:
+        pair.write("CREATE TABLE large AS SELECT randomblob(20000) AS v")
+        pair.catch_up()
+        old = pair.target.page_checksums()
+        pair.insert(7000)
+        new = pair.source.page_checksums()
+        differ = [(pgno, page) for pgno, page in self.pages(pair.source) if pgno > len(old) or old[pgno - 1] != new[pgno - 1]]
+        assert 0 < len(differ) < len(new)
+        self.run(pair, differ)
+        pair.insert()
+        pair.catch_up()
+        pair.check()
+
+    def test_too_little_changes_nothing(self, pair: Pair) -> None:
+        pair.catch_up()
+        pair.insert(7000)
+        before = state_of(pair.target)
+        with pytest.raises(FormatError):
+            self.run(pair, self.pages(pair.source)[:1])
+        bad = [(pgno, bytes(1024)) for pgno, _ in self.pages(pair.source)]
+        with pytest.raises(FormatError):
+            self.run(pair, bad)
+        resync = pair.target.resync(1024, None)
+        with pytest.raises(FormatError):
+            resync.pages([(1, b"short")])
+        resync.abort()
+        assert state_of(pair.target) == before
+        assert not os.path.exists(os.path.join(pair.target.files.folder, "database.new"))
+        pair.catch_up()
+        pair.check()
+
+    def test_transactions_while_pages_are_sent(self, pair: Pair) -> None:
+        pages = self.pages(pair.source)
+        resync = pair.target.resync(1024, None)
+        resync.pages(pages[:2])
+        first = pair.insert(5000)
+        resync.pages(pages[2:])
+        resync.transaction(first)
+        resync.transaction(pair.write("DELETE FROM t WHERE id > 3", "VACUUM"))
+        assert resync.finish(pair.source.commit, pair.source.position) == pair.source.position
+        pair.check()
+
+    def test_a_transaction_of_another_page_size_is_refused(self, pair: Pair) -> None:
+        resync = pair.target.resync(1024, None)
+        with pytest.raises(FormatError):
+            resync.transaction(pair.write("PRAGMA page_size = 4096", "VACUUM"))
+        resync.abort()
+
+    def test_another_page_size(self, pair: Pair) -> None:
+        pair.catch_up()
+        pair.write("PRAGMA page_size = 4096", "VACUUM")
+        self.run(pair, self.pages(pair.source))
+        pair.check()
+
+    def test_a_branch_is_kept(self, pair: Pair) -> None:
+        for _ in range(3):
+            pair.insert()
+        pair.catch_up()
+        branch = {Path(entry.path).name: Path(entry.path).read_bytes() for entry in pair.target.log.entries()[2:]}
+        left = pair.target.position
+        self.run(pair, [], keep=2)  # the same pages: only the log's end is another one
+        moved = {path.name: path.read_bytes() for path in Path(pair.target.files.lost).rglob("*.ltx")}
+        assert moved == branch
+        assert (Path(pair.target.files.lost) / "position").read_text() == f"{left}\n"
+        lost = next(event for event in pair.replica.events if event.type == "lost")
+        assert (lost.data["min_txid"], lost.data["max_txid"]) == (3, 4)
+
+    def test_readers_do_not_notice(self, pair: Pair) -> None:
+        pair.catch_up()
+        pair.replica.apply.activate(pair.target)
+        reader = SqliteProcess(pair.target.files.database)
+        try:
+            reader("BEGIN")
+            expected = reader("SELECT id, v FROM t ORDER BY id")
+            pair.insert(9000)
+            self.run(pair, self.pages(pair.source))
+            assert reader("SELECT id, v FROM t ORDER BY id") == expected
+            reader("COMMIT")
+            assert reader("SELECT id, v FROM t ORDER BY id") == rows_of(pair.source.files.database)
+        finally:
+            reader.kill()
+        pair.check()
+
+
+def test_building_that_is_given_up_leaves_nothing(pair: Pair) -> None:
+    pair.catch_up()
+    with pytest.raises(ZeroDivisionError), Building(pair.target) as building:
+        path: str = building.path
+        raise ZeroDivisionError
+    assert not os.path.exists(path)
+    pair.check()
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_primary_gets_its_tail_back(pair: Pair, lost: int) -> None:
+    tail = [pair.insert(3000) for _ in range(lost)]
+    files = pair.source.files
+    position = pair.source.position
+    image = Path(files.database).read_bytes()
+    earlier = pair.source.log.entries()[0]
+    data = bytearray()
+    for pgno, page in Reader(earlier.chunks()):
+        data[(pgno - 1) * 1024 : pgno * 1024] = page
+    pair.primary.close(clean=False)
+    Path(files.database).write_bytes(data)
+    for name in log_files(pair.source)[1:]:
+        os.unlink(os.path.join(files.ltx, name))
+    pair.primary = Node(pair.folder / "primary")
+    pair.source = pair.primary.database()
+    assert pair.source.position.txid == 1
+    if lost > 1:
+        with pytest.raises(PositionMismatch):
+            pair.primary.store.give_back("db", tail[1])
+    with pytest.raises(LitefsError):
+        pair.primary.store.give_back("db", tail[0][:-30])
+    for ltx in tail:
+        pair.primary.store.give_back("db", ltx)
+    assert pair.source.position == position
+    assert Path(files.database).read_bytes() == image and file_checksum(files.database) == position.checksum
+    check_log(pair.source)
+
+

@@ -49,6 +49,7 @@ SWITCH_INTERVAL_S = 0.0001
 
 FILES_WANTED = 1 << 20
 _IMPORT_TIMEOUT_S = 30.0
+_LAST_SEND_S = 2.0
 
 
 class Stopped(Exception):
@@ -154,6 +155,7 @@ class Daemon:
             self._events,
             StoreOptions(
                 is_primary=is_primary,
+                mount_dir=os.path.realpath(config.fuse.dir),
                 file_mode=config.fuse.mode,
                 uid=config.fuse.uid,
                 gid=config.fuse.gid,
@@ -170,7 +172,6 @@ class Daemon:
         self._stack.push_async_callback(_blocking, self._close_store)
 
     def _close_store(self) -> None:
-        self._store.unmounted()
         self._store.close(clean=True)
 
     def _recovery(self) -> RecoveryWait | None:
@@ -236,6 +237,25 @@ class Daemon:
             with contextlib.suppress(Exception):
                 self._store.worker.submit(self._store.rest_all).result(timeout=30)
         self._session.stop()
+        self._store.unmounted()
+        if self._replicas is not None:
+            self._send_the_rest(self._replicas)
+
+    def _send_the_rest(self, replicas: Replicas) -> None:
+        """Nobody can write any more: let connected replicas have what was committed last. A moment, no more."""
+        with contextlib.suppress(Exception):
+            heads = self._store.flush_all().result(timeout=60)
+            deadline = time.monotonic() + _LAST_SEND_S
+            while time.monotonic() < deadline:
+                behind = [
+                    name
+                    for info in replicas.infos()
+                    for name, progress in info.databases.items()
+                    if name in heads and progress.received < heads[name].txid
+                ]
+                if not behind:
+                    return
+                time.sleep(0.01)
 
     def _unmounted_by_others(self) -> None:
         log.error("the mount was removed by someone else: stopping")

@@ -1,5 +1,5 @@
-"""The engine on plain folders, with SQLite beside it. The files are named as SQLite wants them (database, database-wal, ...),
-so that SQLite can open them where the engine sees them."""
+"""The engine on plain folders, with SQLite beside it. The files are named as SQLite wants them (database,
+database-wal, ...), so that SQLite can open them where the engine sees them."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import random
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 def state_of(database: Database) -> tuple[object, ...]:
     replica = database.replica
     return (
-        database.position, database.page_size, database.commit, log_files(database), sorted(os.listdir(database.files.ltx)),
+        database.position, database.page_size, database.commit, sorted(os.listdir(database.files.ltx)),
         database.page_checksums().tolist(), None if replica is None else (replica.mx_frame, replica.commit),
     )  # fmt: skip
 
@@ -95,7 +96,8 @@ def refuse(pair: Pair, data: bytes, error: type[Exception] = FormatError) -> Non
             incoming.write(data[at : at + 777])
         incoming.finish()
     incoming.abort()
-    assert state_of(pair.target) == before
+    assert state_of(pair.target)[:-1] == before[:-1]
+    assert pair.target.replica is not None and pair.target.replica.checkpoint()  # no open transaction is left
 
 
 def test_a_log_is_followed(pair: Pair) -> None:
@@ -129,7 +131,8 @@ def test_an_abandoned_file_leaves_nothing(pair: Pair) -> None:
     incoming = pair.target.receive(2, 2)
     incoming.write(pair.insert(50_000)[:20_000])
     incoming.abort()
-    assert state_of(pair.target) == before
+    assert state_of(pair.target)[:-1] == before[:-1]
+    assert pair.target.replica is not None and pair.target.replica.checkpoint()  # no open transaction is left
     pair.catch_up()
     pair.check()
 
@@ -158,10 +161,8 @@ def test_a_wrong_checksum_before_or_after_is_refused(pair: Pair) -> None:
     pair.catch_up()
     ltx = decode(pair.insert())
     header = ltx.header
-    wrong_before = encode(
-        type(header)(header.flags, header.page_size, header.commit, 2, 2, header.timestamp_ms, header.pre_apply_checksum ^ 1),
-        ltx.pages, ltx.trailer.post_apply_checksum,
-    )  # fmt: skip
+    other = replace(header, pre_apply_checksum=header.pre_apply_checksum ^ 1)
+    wrong_before = encode(other, ltx.pages, ltx.trailer.post_apply_checksum)
     refuse(pair, wrong_before, PositionMismatch)
     refuse(pair, encode(header, ltx.pages, ltx.trailer.post_apply_checksum ^ 1), PositionMismatch)
     refuse(pair, encode(header, ltx.pages[:-1], ltx.trailer.post_apply_checksum), PositionMismatch)
@@ -317,7 +318,8 @@ class TestResync:
         old = pair.target.page_checksums()
         pair.insert(7000)
         new = pair.source.page_checksums()
-        differ = [(pgno, page) for pgno, page in self.pages(pair.source) if pgno > len(old) or old[pgno - 1] != new[pgno - 1]]
+        same = {pgno for pgno in range(1, len(old) + 1) if old[pgno - 1] == new[pgno - 1]}
+        differ = [(pgno, page) for pgno, page in self.pages(pair.source) if pgno not in same]
         assert 0 < len(differ) < len(new)
         self.run(pair, differ)
         pair.insert()

@@ -1,4 +1,4 @@
-"""The writer of transactions: its files replayed give the database, whatever the change is, and a failure changes nothing."""
+"""The writer of transactions: its files replayed give the database, whatever the change is; a failure changes nothing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class Image:
         )  # fmt: skip
 
     def check(self) -> None:
-        expected = database_checksum(page_checksums(1, bytes(self.data), self.page_size)) if self.data else CHECKSUM_FLAG
+        expected = CHECKSUM_FLAG
+        if self.data:
+            expected = database_checksum(page_checksums(1, bytes(self.data), self.page_size))
         assert self.database.position.checksum == expected
         assert self.database.commit == self.commit
         assert not self.data or self.database.page_size == self.page_size

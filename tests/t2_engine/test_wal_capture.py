@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_nodes import Node, check_log, copy_of, new_primary, replay, rows_of
+from engine_nodes import check_log, copy_of, new_primary, replay, rows_of
 from limits import largest_file
 from sqlite_process import SqliteProcess
 

@@ -43,6 +43,7 @@ _SETTLE_S = 0.5  # checkpoint after this long without a transaction
 _REST_S = 15.0  # let go of a database that nobody uses after this long
 _REPLACE_TRIES_S = 5.0
 _GIVE_WAY_PAGES = 256
+_SYNC_ENTRIES = 1024
 
 
 class Apply:
@@ -249,10 +250,17 @@ class Apply:
             time.sleep(0.01)
 
     def durable(self, database: Database) -> int:
-        """fsync what was applied; returns its TXID."""
+        """fsync what was applied, in the log and in the database; returns its TXID."""
         txid = database.position.txid
+        entries = [entry for entry in database.log.entries()[-_SYNC_ENTRIES:] if entry.max_txid > database.durable_txid]
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
+                os.fsync(file.fileno())
+        if entries:
+            sync_folder(database.files.ltx)
         if database.replica is not None:
             database.replica.sync()
+        database.durable_txid = txid
         return txid
 
     # -- whole states --------------------------------------------------------------------------------------------

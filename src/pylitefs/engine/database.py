@@ -64,6 +64,7 @@ class Database:
         self.set_aside_reason: str | None = None  # why it is not replicated, None if all is well
         self.compress = True  # pages in the log
         self.is_busy = False  # a process of an earlier mount still has its files open: nobody may touch them
+        self.handles_lock = threading.Lock()  # guards the next two; `lock` may be held for long by a large transaction
         self.app_handles = 0  # open handles of the database file, not counting the daemon's own
         self.raw_writers = 0  # of these, writable ones whose writes pass us by
         self.log = LtxLog(files.ltx)
@@ -74,6 +75,7 @@ class Database:
         self.replica: ReplicaWal | None = None
         self.upkeep_scheduled = False
         self.applied_s = 0.0  # monotonic time of the last apply
+        self.durable_txid = 0  # replica: what is known to be on disk
         self._services: Services | None = None
         self.failing: OSError | None = None  # the log cannot be written (disk full)
 

@@ -135,11 +135,20 @@ class EngineHooks:
         elif database is not None and database.is_busy:
             then(_busy(database))
         elif not self._store.is_primary and (database is not None or ref.name.endswith(("-journal", "-wal"))):
+            self._remove_stillborn(ref)
             then(PermissionError(errno.EACCES, ref.name))  # SQLite reports it as "attempt to write a readonly database"
         elif database is not None and database.set_aside_reason is not None:
             then(read_only())
         else:
             then(None)
+
+    def _remove_stillborn(self, ref: FileRef) -> None:
+        """SQLite has made an empty file for a new database, which cannot be begun on a replica: leave none behind."""
+        base = ref.name.removesuffix("-journal").removesuffix("-wal")
+        if ref.kind is FileKind.PLAIN and os.path.exists(self._plain(base)) and not _has_bytes(self._plain(base)):
+            os.unlink(self._plain(base))
+            if self._store.notifier is not None:
+                self._store.notifier.forget_file(base)
 
     def created(self, ref: FileRef) -> None:
         database = self._database(ref)
@@ -173,7 +182,7 @@ class EngineHooks:
     def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
         database = self._database(ref)
         if database is not None and ref.kind is FileKind.DATABASE and not by_daemon:
-            with database.lock:
+            with database.handles_lock:
                 database.app_handles += 1
                 database.raw_writers += writable and not hooked
 
@@ -181,13 +190,13 @@ class EngineHooks:
         database = self._database(ref)
         if database is None or ref.kind is not FileKind.DATABASE or by_daemon:
             return
-        with database.lock:
+        with database.handles_lock:
             database.app_handles = max(0, database.app_handles - 1)
-            if writable and not hooked:
-                database.raw_writers = max(0, database.raw_writers - 1)
-                if self._store.is_primary and not self._wal_in_use(database) and not self._in_wal_mode(ref):
-                    database.rollback.suspect = True
-            pending = database.rollback.pending
+            raw = writable and not hooked
+            database.raw_writers = max(0, database.raw_writers - raw)
+        if raw and self._store.is_primary and not self._wal_in_use(database) and not self._in_wal_mode(ref):
+            database.rollback.suspect = True
+        pending = database.rollback.pending
         if self._store.is_primary:
             if pending:
                 self._store.capture.settle_later(database, lambda error: None)
@@ -228,9 +237,9 @@ class EngineHooks:
         return os.pwrite(fd, data, offset)
 
     def _write_database(self, database: Database, fd: int, data: memoryview, offset: int) -> int:
+        if self._wal_in_use(database):
+            return os.pwrite(fd, data, offset)  # a checkpoint: the WAL has told us these pages
         with database.lock:
-            if self._wal_in_use(database):
-                return os.pwrite(fd, data, offset)  # a checkpoint: the WAL has told us these pages
             if database.rollback.starts_transaction():
                 self._store.capture.commit_point(database)
             written = os.pwrite(fd, data, offset)

@@ -20,6 +20,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.apply import Apply, give_back
@@ -55,6 +56,7 @@ class StoreOptions:
     """`file_mode`, `uid`, `gid`: what database files get. Retention: see `LtxLog.retain`."""
 
     is_primary: bool = True
+    mount_dir: str = "/litefs"
     file_mode: int = 0o666
     uid: int | None = None
     gid: int | None = None
@@ -165,7 +167,9 @@ class Store:
             database.page_size, database.commit = _DEFAULT_PAGE_SIZE, 1  # it exists, and may not be created anew
             if not database.is_busy:
                 database.is_busy = True
-                database.emit("busyAfterCrash", reason="held open through a mount whose litefs died: restart " + holders(database.name))
+                who = holders(os.path.join(self.options.mount_dir, database.name))
+                database.emit("busyAfterCrash", reason=f"held open through a mount whose litefs died: restart {who}")
+            database.set_aside_reason = "still open in a process of an earlier mount"
             return False
         database.is_busy = False
         if found.outcome not in (Outcome.CLEAN, Outcome.EMPTY):
@@ -365,17 +369,25 @@ class Store:
         return self.capture.flush_later(database)
 
     def flush_all(self) -> Future[dict[str, Position]]:
-        return self.worker.submit(self._flush_all)
+        """The positions of all databases, each a barrier. One whose log cannot be written keeps the position it has."""
+        names = self.all_names()
+        result: Future[dict[str, Position]] = Future()
+        found: dict[str, Position] = {}
+        lock = threading.Lock()
 
-    def _flush_all(self) -> dict[str, Position]:
-        found = {}
-        for name in self.all_names():
-            database = self._databases[name]
-            if self.is_primary:
-                with contextlib.suppress(OSError):
-                    self.capture.flush(database)
-            found[name] = database.position
-        return found
+        def done(name: str, position: Future[Position]) -> None:
+            database = self._databases.get(name)
+            with lock:
+                failed = position.exception() is not None
+                found[name] = (database.position if database else Position(0, 0)) if failed else position.result()
+                if len(found) == len(names):
+                    result.set_result(dict(found))
+
+        if not names:
+            result.set_result({})
+        for name in names:
+            self.flush(self._databases[name]).add_done_callback(partial(done, name))
+        return result
 
     # -- plain files become databases, databases go --------------------------------------------------------------
 
@@ -571,15 +583,15 @@ class Store:
                     database.close(clean=ok)
 
 
-def holders(name: str) -> str:
-    """Processes that have a file of this name open, for a person: "PID (COMMAND), …"."""
+def holders(path: str) -> str:
+    """Processes that have a database of the mount open, for a person: "PID (COMMAND), …"."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         if int(pid) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             links = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
-            if any(os.path.basename(link).startswith(name) for link in links):
+            if any(link.removesuffix("-wal").removesuffix("-shm") == path for link in links):
                 with open(f"/proc/{pid}/comm") as file:
                     found.append(f"{pid} ({file.read().strip()})")
     return ", ".join(found) or "the programs that use it"

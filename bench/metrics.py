@@ -361,7 +361,7 @@ def restart(settings: Settings) -> Iterator[Metric]:
         (node.data / "dbs" / "large.db").mkdir(parents=True)
         _sparse_database(node.data / "dbs" / "large.db" / "database", size_bytes)
         begun_s = time.monotonic()
-        node.start()
+        node.start(within_s=600)
         first_s = time.monotonic() - begun_s
         node.stop()
         begun_ns = time.monotonic_ns()

@@ -139,18 +139,18 @@ class Node:
     def usage(self) -> Usage:
         return Usage.of(self.pid)
 
-    def start(self, program: tuple[str, ...] = ("-m", "pylitefs")) -> None:
+    def start(self, program: tuple[str, ...] = ("-m", "pylitefs"), within_s: float = START_S) -> None:
         """Start and wait until it serves. `program`: what Python runs instead of the daemon itself."""
         words = [sys.executable, *program, "mount", "-no-expand-env", "-config", str(self.config)]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 dying_with_us(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.base
             )
-        self.wait_healthy()
+        self._wait_healthy(within_s)
 
-    def wait_healthy(self) -> None:
+    def _wait_healthy(self, within_s: float) -> None:
         assert self.process is not None
-        limit_s = time.monotonic() + START_S
+        limit_s = time.monotonic() + within_s
         while time.monotonic() < limit_s:
             if self.process.poll() is not None:
                 raise BenchError(f"{self.name} ended with status {self.process.returncode}: {self.last_words()}")
@@ -158,7 +158,7 @@ class Node:
                 if self.get("/healthz"):
                     return
             time.sleep(0.01)
-        raise BenchError(f"{self.name} is not ready after {START_S:.0f} s: {self.last_words()}")
+        raise BenchError(f"{self.name} is not ready after {within_s:.0f} s: {self.last_words()}")
 
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=START_S) as response:

@@ -75,7 +75,7 @@ def main() -> int:
     print(f"\n{time.monotonic() - begun_s:.0f} s; {summary}")
     if not options.only and not options.no_save:
         print(f"written to {save(HERE / 'results', facts, metrics)}")
-    return 0
+    return 1 if any(metric.note.startswith("FAILED") for metric in metrics) else 0  # a missed target is no error
 
 
 if __name__ == "__main__":

@@ -131,10 +131,15 @@ class Node:
         assert mount.mount_at(str(self.mount)) is None, f"{self.name} left its mount"
 
     def kill(self) -> None:
-        """SIGKILL; the dead mount stays until the next start."""
+        """SIGKILL; the dead mount stays until the next start. A daemon that was just using its own mount waits for
+        itself in the kernel and does not end; then the mount is taken away by force."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        try:
+            self.process.wait(3)
+        except subprocess.TimeoutExpired:
+            self.unmount()
+            self.process.wait(10)
 
     def pause(self) -> None:
         assert self.process is not None

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import signal
 import socket
-import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -48,7 +48,6 @@ SWITCH_INTERVAL_S = 0.0001
 """How long a thread may keep the interpreter while others wait: a FUSE request must not wait 5 ms for a capture."""
 
 FILES_WANTED = 1 << 20
-_IMPORT_TIMEOUT_S = 30.0
 _LAST_SEND_S = 2.0
 
 
@@ -116,6 +115,7 @@ class Daemon:
             await self._unless_stopped(recovery.wait())
         if self._store.is_primary:
             await self._unless_stopped(_blocking(self._store.worker.submit(self._store.settle).result))
+        await _blocking(self._store.note_boot)
         await self._mount()
         if isinstance(grant, PrimaryInfo):
             await self._follow(grant, identity)
@@ -226,7 +226,10 @@ class Daemon:
         await _blocking(session.start)
         self._stack.push_async_callback(_blocking, self._unmount)
         self._mounted = True
-        await _blocking(self._store.mounted, os.path.realpath(fuse.dir), session.passthrough, session.notifier)
+        mounted = self._store.worker.submit(
+            self._store.mounted, os.path.realpath(fuse.dir), session.passthrough, session.notifier
+        )
+        await asyncio.wrap_future(mounted)
         self._store.start_upkeep()
         log.info("mounted", extra={"dir": fuse.dir, "passthrough": session.passthrough})
 
@@ -237,7 +240,7 @@ class Daemon:
             with contextlib.suppress(Exception):
                 self._store.worker.submit(self._store.rest_all).result(timeout=30)
         self._session.stop()
-        self._store.unmounted()
+        self._store.worker.submit(self._store.unmounted).result(timeout=60)
         if self._replicas is not None:
             self._send_the_rest(self._replicas)
 
@@ -340,20 +343,14 @@ class Daemon:
 
 def _copy_into(path: str, target: str) -> None:
     """Replace a database's content by SQLite's own backup, so that open connections see it as one transaction."""
-    source = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
-    try:
-        sink = sqlite3.connect(target, timeout=_IMPORT_TIMEOUT_S)
-        try:
-            source.backup(sink)
-        finally:
-            sink.close()
-    except sqlite3.Error as error:
+    command = [sys.executable, "-m", "pylitefs.backup_into", path, target]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
         raise DatabaseError(
-            f"import failed, nothing was changed: {error} (a database in WAL mode cannot change its page size; "
+            f"import failed, nothing was changed: {reason[0]} (a database in WAL mode cannot change its page size; "
             "one that is being written cannot be replaced)"
-        ) from None
-    finally:
-        source.close()
+        )
 
 
 async def _blocking(call: Callable[..., T], *args: object) -> T:
@@ -390,10 +387,7 @@ _RESERVED = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime
 
 def run(config: Config) -> int:
     """Run a node until it is stopped; the exit status. Raises LitefsError."""
-    try:
-        return asyncio.run(Daemon(config).run())
-    except sqlite3.Error as error:  # a library's error that nobody translated is still one line for the user
-        raise DatabaseError(str(error)) from None
+    return asyncio.run(Daemon(config).run())
 
 
 __all__ = ["Daemon", "MountError", "UsageError", "run"]

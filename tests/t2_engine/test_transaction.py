@@ -1,4 +1,4 @@
-"""The writer of transactions: its files replayed give the database, whatever the change is; a failure changes nothing."""
+"""The writer of transactions: its files replayed give the database, whatever the change; a failure changes nothing."""
 
 from __future__ import annotations
 

@@ -295,6 +295,7 @@ def test_the_last_connection_closes(live: Live) -> None:
 
 
 def test_many_frames_over_many_regions_of_the_index(live: Live) -> None:
+    live.sql("PRAGMA synchronous = OFF")
     live.sql.many("INSERT INTO t (v) VALUES (zeroblob(?))", [(10,)] * 9000)
     live.check()
     assert live.database.position.txid == 9001

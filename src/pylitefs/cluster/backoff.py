@@ -12,7 +12,7 @@ class Backoff:
     order the first pause is zero, once. A refusal that will last gives the cap itself.
     """
 
-    def __init__(self, base_s: float, cap_s: float = 10.0, rng: random.Random | None = None) -> None:
+    def __init__(self, base_s: float, cap_s: float = 2.5, rng: random.Random | None = None) -> None:
         self._base_s = min(base_s, cap_s)
         self._cap_s = cap_s
         self._rng = rng or random.Random()

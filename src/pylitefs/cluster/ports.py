@@ -64,6 +64,9 @@ class Log(Protocol):
     def after(self, txid: int) -> LogEntry | None:
         """The entry that begins with txid + 1."""
 
+    def covering(self, txid: int) -> LogEntry | None:
+        """The entry with min_txid <= txid <= max_txid."""
+
     def reaches(self, position: Position) -> bool:
         """Whether a receiver at `position` can be brought to the head from this log alone. May read a header."""
 

@@ -367,16 +367,18 @@ class ReplicaLink:
         """Send what the log has after `after`, which the primary has lost."""
         database = self._store.get(name)
         given = False
-        if database is not None and await asyncio.to_thread(database.log.reaches, after):
+        # The entry may begin before that position: the primary knows whether its state is one within it.
+        entry = None if database is None else database.log.covering(after.txid + 1)
+        if database is not None and entry is not None:
             log.info("%s: giving back what the primary has lost after %s", name, after)
-            given, at = True, after.txid
-            while given and (entry := database.log.after(at)) is not None:
+            given = True
+            while given and entry is not None:
                 try:
                     await send_entry(self._channel.send, _blocking, name, entry)
                 except (FormatError, OSError) as error:
                     log.warning("%s: cannot give back: %s", name, error)
                     given = False
-                at = entry.max_txid
+                entry = database.log.after(entry.max_txid)
         await self._channel.send(TailEnd(name, given))
 
     async def _heartbeat(self) -> None:

@@ -62,9 +62,6 @@ class Apply:
 
     def before_open(self, database: Database, then: Then) -> None:
         """An application opens the database: make it active first. FUSE thread."""
-        if database.replica is not None and database.app_handles > 0:
-            then(None)
-            return
         with self._lock:
             self._opening[database.name] = self._opening.get(database.name, 0) + 1
 
@@ -108,8 +105,7 @@ class Apply:
             with self._changing(database):
                 if quiet_s >= _SETTLE_S * 0.9 and replica.backfill < replica.mx_frame:
                     replica.checkpoint()
-            if quiet_s >= _REST_S and self._is_unused(database):
-                self.rest(database)
+            if quiet_s >= _REST_S and self._is_unused(database) and self.rest(database):
                 return
         except OSError as error:
             log.warning("%s: checkpoint will be tried again: %s", database.name, error)
@@ -182,6 +178,8 @@ class Apply:
             if live is not None and live is database.replica:
                 live.finish(header.commit)
                 self._later(database)
+            elif live is not None:  # its WAL was let go of meanwhile: from the file
+                self._write(database, header, entry, Reader(entry.chunks()))
             else:
                 self._write(database, header, entry, pages)
         except BaseException:
@@ -206,7 +204,8 @@ class Apply:
                 replica = self.activate(database)
                 replica.append(self._giving_way(database, pages), header.commit)
                 if replica.mx_frame - replica.backfill >= _CHECKPOINT_FRAMES:
-                    replica.checkpoint()
+                    with contextlib.suppress(OSError):  # the transaction is visible: a checkpoint can be done later
+                        replica.checkpoint()
                 self._later(database)
 
     def _giving_way(self, database: Database, pages: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -247,6 +246,7 @@ class Apply:
                 database.replica = None
                 self._create_files(database, entry)
                 return
+            self._worker.give_way(database.name)
             time.sleep(0.01)
 
     def durable(self, database: Database) -> int:
@@ -282,6 +282,14 @@ class Apply:
                 database.replica = None
             building.publish(self._file_mode)
         self._forget(database)
+
+    def let_go(self, database: Database) -> None:
+        """Close the live WAL; what it holds is checkpointed where readers allow."""
+        if database.replica is not None:
+            with self._changing(database), contextlib.suppress(OSError):
+                database.replica.checkpoint()
+            database.replica.close(remove=False)
+            database.replica = None
 
     def remove_files(self, database: Database) -> None:
         with self._changing(database):

@@ -20,6 +20,7 @@ from pylitefs.engine import ofd_locks
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import read_at
 from pylitefs.engine.opener import Opener
+from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.rollback_capture import database_size
 from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_capture import BARRIER_FRAMES, WalCapture, wait_stable
@@ -36,6 +37,7 @@ _LOOK_AGAIN_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _PACE = 3.0
 _MAX_PAUSE_S = 0.02
 _SETTLE_S = 0.05
+_SETTLE_TRIES = 40
 _RETRY_S = 1.0  # after an error of the disk
 _LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
 _READ_PAGES = 64
@@ -81,10 +83,29 @@ class Capture:
             self._settling.add(database.name)
             self._worker.call_later(_SETTLE_S, self._settle_due, database)
 
-    def _settle_due(self, database: Database) -> None:
+    def has_unseen_writes(self, database: Database) -> bool:
+        """Whether a rollback-mode commit may have gone by that no hook saw. Any thread.
+
+        Handles that were opened in WAL mode write past us; after a switch to a rollback mode the file's time tells.
+        """
+        if database.raw_writers and not wal_in_use(database):
+            now = stamp(database.files.database)
+            if now != database.settled_stamp:
+                database.settled_stamp = now
+                database.rollback.suspect = True
+        return database.rollback.pending
+
+    def _settle_due(self, database: Database, tries: int = 0) -> None:
         self._settling.discard(database.name)
-        if database.rollback.pending:
-            self.settle_later(database, lambda error: None)
+        if not database.rollback.pending:
+            return
+
+        def again(error: BaseException | None) -> None:
+            if database.rollback.pending and tries < _SETTLE_TRIES and database.name not in self._settling:
+                self._settling.add(database.name)
+                self._worker.call_later(_SETTLE_S * (tries + 2), self._settle_due, database, tries + 1)
+
+        self.settle_later(database, again)
 
     def forget(self, database: Database) -> None:
         schedule = self._schedules.pop(database.name, None)
@@ -214,7 +235,7 @@ class Capture:
             except BaseException as error:
                 result.set_exception(error)
 
-        if database.rollback.pending:
+        if self.has_unseen_writes(database):
             self.settle_later(database, work)
         else:
             self._worker.post(work, None, database=database.name)
@@ -241,7 +262,7 @@ class Capture:
             found = self._wal_pass(database)
         except OSError as error:
             if database.failing is None:
-                database.failing = error
+                database.failing = error.strerror or str(error)  # not the exception: its traceback holds buffers
                 database.emit("diskFull", error=str(error))
             raise
         if database.failing is not None:
@@ -303,8 +324,8 @@ class Capture:
             if database.exists and os.fstat(fd).st_size:
                 log.warning("%s: not a database any more: %s", database.name, error)
             return False
-        if commit == 0:
-            return False
+        if commit == 0 or os.fstat(fd).st_size < commit * page_size:
+            return False  # being copied: the rest is still to come
         everything = database.rollback.suspect or page_size != database.page_size or not database.exists
         pages: Iterable[tuple[int, bytes]]
         if everything:
@@ -327,6 +348,8 @@ class Capture:
         """Record noted writes whose commit nothing told us of (MEMORY, OFF, a copied file): committed they are when
         nobody holds a write lock and no journal could take them back. `mount_fd`: the mount's database file."""
         with database.lock:
+            if database.rollback.replacing or wal_in_use(database):
+                return False
             if not database.rollback.journal_is_finished() and (
                 database.rollback.journal_in_use()
                 or ofd_locks.write_locked(mount_fd, PENDING, _LOCK_BYTES) is not None
@@ -344,6 +367,11 @@ def file_pages(fd: int, page_size: int, commit: int) -> Iterator[tuple[int, byte
         for index in range(count):
             if first + index != skip:
                 yield first + index, run[index * page_size : (index + 1) * page_size]
+
+
+def wal_in_use(database: Database) -> bool:
+    """Whether the database is in WAL mode at this moment: there is a WAL with something in it."""
+    return stamp(database.files.wal)[0] > 0
 
 
 def _same_file(fd: int, path: str) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pylitefs.engine.files import DatabaseFiles, publish_file
+from pylitefs.engine.files import DatabaseFiles, publish_file, sync_folder
 from pylitefs.engine.ltx_log import EMPTY, LogEntry, LtxLog
 from pylitefs.engine.page_checksums import CleanState, PageChecksums, stamp
 from pylitefs.engine.replica_wal import ReplicaWal
@@ -75,9 +75,10 @@ class Database:
         self.replica: ReplicaWal | None = None
         self.upkeep_scheduled = False
         self.applied_s = 0.0  # monotonic time of the last apply
+        self.settled_stamp = (0, 0)  # of the file when unseen writes were last looked for
         self.durable_txid = 0  # replica: what is known to be on disk
         self._services: Services | None = None
-        self.failing: OSError | None = None  # the log cannot be written (disk full)
+        self.failing: str | None = None  # why the log cannot be written (disk full)
 
     # -- queries ---------------------------------------------------------------------------------------------
 
@@ -275,6 +276,14 @@ class Database:
         for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
+
+    def sync_log(self) -> None:
+        """Make the newest log entry and its name durable."""
+        entries = self.log.entries()
+        if entries:
+            with open(entries[-1].path, "rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(self.files.ltx)
 
     def begin_empty(self) -> None:
         os.makedirs(self.files.folder, exist_ok=True)

@@ -11,7 +11,11 @@ applications' locks, and in cached mode the current bytes of -shm. So each quest
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
 import os
+import time
 from dataclasses import dataclass
 
 from pylitefs.ports import FileKind
@@ -111,3 +115,23 @@ def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None
         written = os.pwrite(fd, view, offset)
         view = view[written:]
         offset += written
+
+
+def new_folder(parent: str) -> str:
+    """A new folder named after this moment, for what is put aside."""
+    base = os.path.join(parent, time.strftime("%Y%m%dT%H%M%S"))
+    for number in itertools.count():
+        path = base if number == 0 else f"{base}-{number}"
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(path)
+            return path
+    raise AssertionError
+
+
+def sync_filesystem(path: str) -> None:
+    """Everything that was written to the file system of `path` becomes durable (syncfs(2))."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        ctypes.CDLL(None).syncfs(fd)
+    finally:
+        os.close(fd)

@@ -6,6 +6,7 @@ the request is answered from there; a FUSE thread only does short work on backin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -196,6 +197,8 @@ class EngineHooks:
             database.raw_writers = max(0, database.raw_writers - raw)
         if raw and self._store.is_primary and not self._wal_in_use(database) and not self._in_wal_mode(ref):
             database.rollback.suspect = True
+        if writable:
+            database.rollback.replacing = False
         pending = database.rollback.pending
         if self._store.is_primary:
             if pending:
@@ -209,6 +212,7 @@ class EngineHooks:
             then(None)
         elif database is not None:
             if database.rollback.pending:
+                database.rollback.replacing = False
                 self._store.capture.settle_later(database, then)
             else:
                 then(None)
@@ -264,8 +268,7 @@ class EngineHooks:
             self._on_worker(database, lambda: self._store.capture.flush(database), then)
         else:
             if ref.kind is FileKind.DATABASE and size_bytes == 0:
-                with database.lock:
-                    database.rollback.suspect = True
+                database.rollback.suspect = database.rollback.replacing = True
             then(None)
 
     def after_truncate(self, ref: FileRef, size_bytes: int) -> None:
@@ -371,7 +374,8 @@ class EngineHooks:
             self._store.worker.post(self._remove_side, database, ref.kind, then, database=database.name)
 
     def _drop(self, database: Database) -> None:
-        self._store.capture.flush(database)
+        with contextlib.suppress(OSError):  # a full disk must not keep anybody from making room
+            self._store.capture.flush(database)
         self._store.drop(database)
 
     def _remove_side(self, database: Database, kind: FileKind, then: Then) -> None:

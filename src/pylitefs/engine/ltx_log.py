@@ -304,7 +304,7 @@ class LtxLog:
         such limit). Pinned entries and the newest stay. Returns how many were removed."""
         limit = (time.time() if now_s is None else now_s) - older_than_s
         with self._lock:
-            pinned = min((pin.txid for pin in self._pins), default=None)
+            pinned = min((pin.txid for pin in tuple(self._pins)), default=None)
             total, remove = self.size_bytes, 0
             for entry in self._entries[:-1]:
                 too_old = older_than_s > 0 and entry.mtime_s < limit

@@ -20,6 +20,7 @@ The table is mapped shared, so the kernel writes it back when it likes; after a 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -117,16 +118,18 @@ class PageChecksums:
         os.fsync(self._fd)
 
     def reserve(self, pages: int) -> None:
-        """Make room for `pages` entries; new ones are 0."""
+        """Make room for `pages` entries; new ones are 0. Raises OSError (no space); the table is then as before."""
         if pages <= len(self.values):
             return
         room = max(512, pages + pages // 4)
         length = DATA_OFFSET + 8 * room
         if os.fstat(self._fd).st_size < length:
-            os.ftruncate(self._fd, length)
+            # Real blocks: a store into a hole of a full disk would be a SIGBUS instead of an error.
+            os.posix_fallocate(self._fd, 0, length)
+        new = mmap.mmap(self._fd, length)
         self._unmap()
-        self._map = mmap.mmap(self._fd, length)
-        self.values = np.frombuffer(self._map, dtype=np.uint64, offset=DATA_OFFSET)
+        self._map = new
+        self.values = np.frombuffer(new, dtype=np.uint64, offset=DATA_OFFSET)
 
     def reset(self) -> None:
         """All entries 0."""
@@ -146,5 +149,6 @@ class PageChecksums:
     def _unmap(self) -> None:
         self.values = np.zeros(0, dtype=np.uint64)
         if self._map is not None:
-            self._map.close()
+            with contextlib.suppress(BufferError):  # somebody still looks at it: it goes when they do
+                self._map.close()
             self._map = None

@@ -31,7 +31,7 @@ from pylitefs.engine.database import Database
 from pylitefs.engine.files import DatabaseFiles, read_at, sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.page_checksums import CleanState, stamp
-from pylitefs.engine.rollback_capture import database_size
+from pylitefs.engine.rollback_capture import database_size, journal_in_use
 from pylitefs.engine.transaction import Change
 from pylitefs.engine.wal_view import WalView
 from pylitefs.errors import FormatError
@@ -126,6 +126,8 @@ def recover(database: Database, *, super_journal_dirs: list[str], same_boot: boo
     """
     files = database.files
     if any(is_held_elsewhere(files.backing(kind)) for kind in (FileKind.DATABASE, FileKind.WAL, FileKind.SHM)):
+        database.log.open(verify=False)
+        database.position = database.log.head
         return Recovered(Outcome.BUSY, [])
     state = database.table.read_state()
     if state is not None and _is_untouched(files, state):
@@ -135,6 +137,7 @@ def recover(database: Database, *, super_journal_dirs: list[str], same_boot: boo
             if database.log.head != state.position:
                 database.log.restart_at(state.position)
             normalise(files, super_journal_dirs)
+            remove_wal(files)
             return Recovered(Outcome.CLEAN if state.commit else Outcome.EMPTY, [])
     found = _recover_unclean(database, state, super_journal_dirs, same_boot)
     if found.outcome is not Outcome.DIFFERS:
@@ -147,7 +150,7 @@ def _is_untouched(files: DatabaseFiles, state: CleanState) -> bool:
         state.clean
         and stamp(files.database) == state.database
         and stamp(files.wal) == state.wal
-        and not os.path.exists(files.journal)
+        and not journal_in_use(files.journal)
     )
 
 
@@ -166,14 +169,17 @@ def _recover_unclean(
     except FileNotFoundError:
         size = 0
     if size == 0:
+        remove_wal(files)
         return Recovered(_recover_missing(database, head, head_header), dropped)
     previous = _previous_sums(database, head_header)
     page_size, commit = load_checksums(database)
     checksum = database_checksum(database.table.values[:commit])
     database.page_size, database.commit = page_size, commit
     if head.txid and checksum == head.checksum:
+        remove_wal(files)
         return Recovered(Outcome.VERIFIED, dropped)
     if head.txid and _redo(database, checksum, wal_end, same_boot):
+        remove_wal(files)
         return Recovered(Outcome.REDONE, dropped)
     database.position = Position(head.txid, checksum)
     return Recovered(Outcome.DIFFERS, dropped, previous, wal_end)
@@ -210,6 +216,7 @@ def _recover_missing(database: Database, head: Position, header: Header | None) 
         if _redo(database, CHECKSUM_FLAG, None, False):
             return Outcome.REDONE
     os.unlink(database.files.database)
+    database.position = Position(head.txid, CHECKSUM_FLAG)  # nothing is here, whatever the log says
     return Outcome.DIFFERS
 
 
@@ -237,12 +244,22 @@ def load_checksums(database: Database) -> tuple[int, int]:
 
 
 def normalise(files: DatabaseFiles, super_journal_dirs: list[str]) -> WalEnd | None:
-    """Leave the database file alone, with the committed state: hot journal rolled back, WAL copied in, both gone."""
+    """Bring the database file to the committed state: hot journal rolled back and removed, WAL copied in.
+
+    The WAL stays until `remove_wal`: should the start be cut off, the next one finds the same evidence.
+    """
     roll_back(files, super_journal_dirs)
     wal_end = checkpoint_wal(files)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(files.shm)
     return wal_end
+
+
+def remove_wal(files: DatabaseFiles) -> None:
+    """The WAL's frames are in the database, and what it told about the log is not needed any more."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(files.wal)
+        sync_folder(files.folder)
 
 
 def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
@@ -292,7 +309,7 @@ def _play_back(files: DatabaseFiles, read: object, size: int) -> bool:
 
 
 def checkpoint_wal(files: DatabaseFiles) -> WalEnd | None:
-    """Copy the committed frames of a WAL that nobody uses into the database, and remove it. Returns where they ended."""
+    """Copy the committed frames of a WAL that nobody uses into the database. Returns where they ended."""
     if not os.path.exists(files.wal):
         return None
     with contextlib.suppress(FileNotFoundError):
@@ -318,8 +335,6 @@ def checkpoint_wal(files: DatabaseFiles) -> WalEnd | None:
                 os.close(fd)
     finally:
         view.close()
-    os.unlink(files.wal)
-    sync_folder(files.folder)
     return end
 
 

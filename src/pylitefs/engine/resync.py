@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pylitefs.engine.apply import Apply, Building
 from pylitefs.engine.database import Database, note_position
-from pylitefs.engine.files import read_at, write_at
+from pylitefs.engine.files import new_folder, read_at, write_at
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksum
 from pylitefs.formats.ltx.decoder import decode
@@ -103,7 +103,7 @@ class Resync:
         if self._keep_branch_after is None:
             return
         database = self._database
-        folder = os.path.join(database.files.lost, time.strftime("%Y%m%dT%H%M%S"))
+        folder = new_folder(database.files.lost)
         left = database.position
         moved = database.log.move_branch(self._keep_branch_after, folder)
         if moved:

@@ -64,6 +64,7 @@ class RollbackCapture:
         self._files = files
         self.dirty = DirtyRanges()
         self.suspect = False
+        self.replacing = False  # truncated to nothing: another file is being copied over it
         self._nonce = b""
 
     @property
@@ -73,6 +74,7 @@ class RollbackCapture:
     def clear(self) -> None:
         self.dirty.clear()
         self.suspect = False
+        self.replacing = False
 
     def journal_in_use(self) -> bool:
         """Whether a journal stands there that could still roll the database back."""

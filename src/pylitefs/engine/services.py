@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import Future
 
 import numpy as np
@@ -37,13 +38,22 @@ class StoreServices:
         return copy_to(database, path)
 
     def apply(self, database: Database, data: bytes) -> Position:
+        _free(database)
         return self.applier.apply(database, data)
 
     def receive(self, database: Database, min_txid: int, max_txid: int) -> IncomingFile:
+        _free(database)
         return IncomingFile(self.applier, database, min_txid, max_txid)
 
     def resync(self, database: Database, page_size: int, keep_branch_after: int | None) -> Resync:
+        _free(database)
         return Resync(self.applier, database, page_size, keep_branch_after)
 
     def durable(self, database: Database) -> int:
         return self.applier.durable(database)
+
+
+def _free(database: Database) -> None:
+    """Nobody may write to a database that a process of an earlier mount still has open: to be tried again."""
+    if database.is_busy:
+        raise OSError(errno.EBUSY, f"{database.name} is still open in a process of an earlier mount")

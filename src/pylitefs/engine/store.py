@@ -26,16 +26,31 @@ from pylitefs.engine import ofd_locks
 from pylitefs.engine.apply import Apply, give_back
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import SUFFIX_OF, DatabaseFiles, publish_file, sync_folder
+from pylitefs.engine.files import (
+    SUFFIX_OF,
+    DatabaseFiles,
+    new_folder,
+    publish_file,
+    sync_filesystem,
+    sync_folder,
+)
 from pylitefs.engine.inotify import DirectoryWatch
 from pylitefs.engine.opener import Opener
-from pylitefs.engine.recovery import Outcome, Recovered, record_difference, recover
+from pylitefs.engine.recovery import (
+    Outcome,
+    Recovered,
+    is_held_elsewhere,
+    normalise,
+    record_difference,
+    recover,
+    remove_wal,
+)
 from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.services import StoreServices
 from pylitefs.engine.verifier import Verifier
 from pylitefs.engine.transaction import Change
 from pylitefs.engine.worker import Worker
-from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError, PositionMismatch
+from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError, LitefsError, PositionMismatch
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.format import Position
 from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
@@ -80,6 +95,7 @@ class Store:
         self._unsettled: dict[str, Recovered] = {}
         self.started_unclean = False
         self._same_boot = False
+        self._boot = ""
         self.lock = threading.RLock()
         self.is_primary = options.is_primary
         self.primary_hostname: str | None = None
@@ -116,19 +132,22 @@ class Store:
         for leftover in os.scandir(self.data_dir):
             if leftover.name.endswith(".tmp"):
                 os.unlink(leftover.path)
-        self._note_boot()
+        self._read_boot()
         self._finish_promotions()
         return sorted(item.name for item in os.scandir(self.databases_dir) if item.is_dir())
 
-    def _note_boot(self) -> None:
+    def _read_boot(self) -> None:
         """Find out whether the machine was restarted since this node last ran (then unsynced writes may be lost)."""
         with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-        path = os.path.join(self.data_dir, "boot")
-        with contextlib.suppress(FileNotFoundError), open(path) as file:
-            self._same_boot = file.read(64).strip() == boot
+            self._boot = file.read().strip()
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.data_dir, "boot")) as file:
+            self._same_boot = file.read(64).strip() == self._boot
+
+    def note_boot(self) -> None:
+        """All databases are recovered: from now on only what this boot writes counts."""
         if not self._same_boot:
-            publish_file(path, f"{boot}\n".encode())
+            publish_file(os.path.join(self.data_dir, "boot"), f"{self._boot}\n".encode())
+            self._same_boot = True
 
     def _finish_promotions(self) -> None:
         """Plain files that are databases: their import was cut off by a crash. Side files go with their database."""
@@ -171,7 +190,6 @@ class Store:
                 database.emit("busyAfterCrash", reason=f"held open through a mount whose litefs died: restart {who}")
             database.set_aside_reason = "still open in a process of an earlier mount"
             return False
-        database.is_busy = False
         if found.outcome not in (Outcome.CLEAN, Outcome.EMPTY):
             self.started_unclean = True
             database.emit("recovered", outcome=found.outcome.value, txid=database.position.txid)
@@ -185,6 +203,7 @@ class Store:
         for database in waiting:
             if self._load_one(database):
                 self.settle()
+                database.is_busy = False
                 if self.notifier is not None:
                     for suffix in SUFFIX_OF.values():
                         self.notifier.invalidate_entry(database.name + suffix)
@@ -195,13 +214,23 @@ class Store:
     def settle(self) -> None:
         """Primary: nobody gives anything back any more; what the files hold is recorded as it is."""
         for name, found in self._unsettled.items():
-            database = self.find(name)
+            database = self._databases[name]
             try:
-                record_difference(database, found.previous)
-            except (FormatError, OSError) as error:
+                if os.path.exists(database.files.database):
+                    record_difference(database, found.previous)
+                else:
+                    self._record_missing(database)
+                remove_wal(database.files)
+            except (LitefsError, OSError) as error:
                 database.set_aside_reason = str(error)
                 database.emit("setAside", reason=str(error))
         self._unsettled.clear()
+
+    def _record_missing(self, database: Database) -> None:
+        """The file is gone, and the log does not hold all of it: it was removed."""
+        database.position, database.commit = database.log.head, 0
+        self._record_drop(database)
+        database.emit("lost", reason="the database file was missing at the start", folder=database.files.ltx)
 
     def give_back(self, name: str, data: bytes | str) -> Position:
         """Primary, before it takes writes: a transaction it had lost (an LTX file, or the path of one)."""
@@ -219,6 +248,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         self._unsettled.pop(name, None)
+        remove_wal(database.files)
         return position
 
     def adopt_txid(self, name: str, position: Position) -> Position:
@@ -278,7 +308,7 @@ class Store:
             else:
                 base = name.removesuffix("-journal")
                 database = self._databases.get(base)
-                if database is not None and database.rollback.pending:
+                if database is not None and self.capture.has_unseen_writes(database):
                     self.capture.wake_rollback(database)
                 elif (database is None or not database.exists) and self.is_plain_database(base):
                     self._wake_plain(base)
@@ -407,6 +437,7 @@ class Store:
         with database.lock:
             database.rollback.suspect = True
             self.capture.commit_point(database, "import")
+        self.worker.post(self.capture.wake, database, database=name)  # it may have a WAL
         self._tell_renamed(name)
         return True
 
@@ -440,11 +471,19 @@ class Store:
         with database.lock:
             if not database.exists:
                 return
-            database.record(
-                Change(database.page_size or _DEFAULT_PAGE_SIZE, 0), [], lambda pgno: b"", lambda: True, "drop"
-            )
+            self._record_drop(database)
             self._clear_live(database)
         database.emit("drop", txid=database.position.txid)
+
+    def _record_drop(self, database: Database) -> None:
+        """Durable before any file goes: a power cut must not leave a log that knows nothing of it."""
+        change = Change(database.page_size or _DEFAULT_PAGE_SIZE, 0)
+        try:
+            database.record(change, [], lambda pgno: b"", lambda: True, "drop")
+        except OSError:
+            database.log.retain(0.0, 1)  # a full disk: removing a database must be possible all the same
+            database.record(change, [], lambda pgno: b"", lambda: True, "drop")
+        database.sync_log()
 
     def _clear_live(self, database: Database) -> None:
         self.capture.forget(database)
@@ -496,16 +535,15 @@ class Store:
         with source.lock, target.lock:
             self.capture.forget_files(source)
             self.capture.forget_files(target)
+            self._record_drop(source)
             target.remove_live_files()
             for kind in SUFFIX_OF:
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(source.files.backing(kind), target.files.backing(kind))
-            target.rollback.suspect = True
-            if os.path.exists(target.files.wal):
-                self.capture.flush(target)
-            self.capture.commit_point(target, "import")
-            source.record(Change(source.page_size, 0), [], lambda pgno: b"", lambda: True, "drop")
             source.rollback.clear()
+            target.rollback.suspect = True
+            self.capture.commit_point(target, "import")
+        self.capture.flush(target)  # what its WAL has on top of the file
         source.emit("drop", txid=source.position.txid)
 
     def set_aside(self, name: str, reason: str) -> None:
@@ -514,10 +552,8 @@ class Store:
             database = self._databases.get(name)
             if database is None:
                 return
-            folder = os.path.join(database.files.lost, time.strftime("%Y%m%dT%H%M%S"))
-            os.makedirs(folder, exist_ok=True)
-            if database.replica is not None:
-                database.replica.checkpoint()
+            folder = new_folder(database.files.lost)
+            self.apply.let_go(database)
             database.close(clean=False)
             for item in ("database", "wal", "journal", "ltx"):
                 with contextlib.suppress(FileNotFoundError):
@@ -553,7 +589,8 @@ class Store:
 
     def _retain(self) -> None:
         for database in list(self._databases.values()):
-            database.log.retain(max(0.0, self.options.retention_s), self.options.max_log_size_bytes)
+            with contextlib.suppress(OSError):
+                database.log.retain(max(0.0, self.options.retention_s), self.options.max_log_size_bytes)
         self.worker.call_later(self.options.retention_interval_s, self._retain)
 
     def start(self) -> None:
@@ -571,16 +608,36 @@ class Store:
 
     def close(self, *, clean: bool) -> None:
         """Stop the worker and release all databases. `clean`: nobody can write to them any more."""
-        if clean and self.is_primary:
-            with contextlib.suppress(Exception):
-                self.flush_all().result(timeout=60)
         self.worker.stop()
         self.opener.stop()
-        with self.lock:
-            for database in self._databases.values():
-                ok = clean and database.failing is None and not database.rollback.pending
-                with contextlib.suppress(OSError):
-                    database.close(clean=ok)
+        orderly = {}
+        for database in self._databases.values():
+            with contextlib.suppress(OSError, LitefsError):
+                orderly[database.name] = clean and self._leave_in_order(database)
+        sync_filesystem(self.data_dir)  # a table that says "clean" must not outlive what it describes
+        for database in self._databases.values():
+            with contextlib.suppress(OSError):
+                database.close(clean=orderly.get(database.name, False))
+
+    def _leave_in_order(self, database: Database) -> bool:
+        """Nothing is mounted any more. Capture what is not in the log yet, from the files themselves (an application that
+        was cut off may have committed to the WAL without telling the wal-index), and leave one plain file. True if the
+        log and the file are now the same state for certain."""
+        files = database.files
+        if database.is_busy or database.set_aside_reason is not None:
+            return False
+        if any(is_held_elsewhere(files.backing(kind)) for kind in (FileKind.DATABASE, FileKind.WAL, FileKind.SHM)):
+            return False
+        self.capture.forget_files(database)
+        if self.is_primary:
+            if database.rollback.pending and not journal_in_use(files.journal):
+                self.capture.commit_point(database)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(files.shm)
+            self.capture.flush(database)
+            normalise(files, [self.plain_dir])
+            remove_wal(files)
+        return database.failing is None and not os.path.exists(files.wal) and not journal_in_use(files.journal)
 
 
 def holders(path: str) -> str:

@@ -167,9 +167,14 @@ class Daemon:
             ),
         )
         self._stack.callback(self._events.subscribe(_log_event))
+        self._stack.callback(self._events.subscribe(self._count_replicas))
         await self._unless_stopped(_blocking(self._store.load))
         self._store.start()
         self._stack.push_async_callback(_blocking, self._close_store)
+
+    def _count_replicas(self, event: Event) -> None:
+        if event.type == "replicaConnected" and self._replicas is not None:
+            self._store.note_replicas(len(self._replicas.sessions))
 
     def _close_store(self) -> None:
         self._store.close(clean=True)
@@ -178,7 +183,7 @@ class Daemon:
         wait_s = self._config.lease.recovery_wait_s
         if not (self._store.is_primary and self._store.started_unclean and wait_s > 0):
             return None
-        return RecoveryWait(self._store.all_names(), wait_s)
+        return RecoveryWait(self._store.all_names(), wait_s, expected=self._store.replica_count())
 
     async def _serve_http(self, http_socket: socket.socket, identity: NodeIdentity, grant: Grant | PrimaryInfo) -> None:
         info = NodeInfo(
@@ -189,7 +194,7 @@ class Daemon:
             started_s=time.time(),
             hostname=identity.hostname,
             primary_url=grant.url if isinstance(grant, PrimaryInfo) else "",
-            passthrough=None,
+            passthrough=lambda: self._session.passthrough if self._session is not None and self._mounted else None,
             unhealthy=self._unhealthy,
         )
         routes = []

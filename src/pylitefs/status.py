@@ -53,6 +53,8 @@ class DatabaseView(Protocol):
     @property
     def size_bytes(self) -> int: ...
     @property
+    def sqlite_version(self) -> int: ...
+    @property
     def set_aside_reason(self) -> str | None: ...
     def copy_to(self, path: str) -> Position: ...
 
@@ -88,7 +90,7 @@ class NodeInfo:
     started_s: float
     hostname: str = ""
     primary_url: str = ""  # on a replica: where it connects to
-    passthrough: bool | None = None  # None: not known yet
+    passthrough: Callable[[], bool | None] = field(default=lambda: None)  # None: not mounted yet
     unhealthy: Callable[[], str | None] = field(default=lambda: None)
 
 
@@ -162,7 +164,7 @@ def status_document(store: StoreView, node: NodeInfo, replicas: Sequence[Replica
             "clusterID": store.cluster_id,
             "mountDir": node.mount_dir,
             "dataDir": store.data_dir,
-            "passthrough": node.passthrough,
+            "passthrough": node.passthrough(),
             "uptimeSeconds": max(0, int(now_s - node.started_s)),
             "problem": node.unhealthy(),
         },
@@ -186,8 +188,19 @@ def database_document(database: DatabaseView) -> Json:
         "walSizeBytes": database.wal_size_bytes,
         "logSizeBytes": database.log.size_bytes,
         "logFiles": database.log.count,
+        "sqliteVersion": version_text(database.sqlite_version),  # of the library that wrote to it last
+        "mayCorruptWAL": database.journal_mode == "wal" and 0 < database.sqlite_version < WAL_RESET_FIXED_IN,
         "setAside": database.set_aside_reason,  # why it is not replicated; null if all is well
     }
+
+
+WAL_RESET_FIXED_IN = 3051003
+"""SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when two connections checkpoint at once (sqlite.org/wal.html)."""
+
+
+def version_text(number: int) -> str | None:
+    """SQLITE_VERSION_NUMBER as "3.51.3"; None if the database does not say."""
+    return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}" if number else None
 
 
 def replica_document(replica: ReplicaInfo, heads: Mapping[str, int]) -> Json:

@@ -37,6 +37,8 @@ PRIMARY: dict[str, Any] = {
             "journalMode": "wal",
             "walSizeBytes": 4 << 20,
             "logSizeBytes": 12_345_678,
+            "sqliteVersion": "3.40.1",
+            "mayCorruptWAL": True,
             "setAside": None,
         },
         {
@@ -47,6 +49,8 @@ PRIMARY: dict[str, Any] = {
             "journalMode": "rollback",
             "walSizeBytes": 0,
             "logSizeBytes": 0,
+            "sqliteVersion": "3.40.1",
+            "mayCorruptWAL": False,
             "setAside": "malformed",
         },
     ],
@@ -76,6 +80,13 @@ def printed(shown: Any, width: int = 80, colour: bool = False) -> str:
     colours: Literal["standard"] | None = "standard" if colour else None
     Console(file=out, width=width, highlight=False, force_terminal=colour, color_system=colours).print(shown)
     return out.getvalue()
+
+
+def test_an_old_sqlite_is_named() -> None:
+    assert "written by SQLite 3.40.1" in printed(render(PRIMARY))
+    new = copy.deepcopy(PRIMARY)
+    new["databases"][0]["mayCorruptWAL"] = False
+    assert "written by SQLite" not in printed(render(new))
 
 
 def test_a_primary_fits_80_columns_and_loses_nothing() -> None:

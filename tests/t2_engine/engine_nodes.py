@@ -46,7 +46,11 @@ class Node:
         bus = EventBus()
         bus.subscribe(self.events.append)
         self.store = NamedStore(str(folder), bus, StoreOptions(is_primary=is_primary))
-        self.store.load()
+        try:
+            self.store.load()
+        except BaseException:
+            self.store.close(clean=False)
+            raise
         if is_primary:
             self.store.start()
         self.closed = False

@@ -21,8 +21,9 @@ import pytest
 
 SECTOR = 512
 SIMPLE = ("none", "all", "prefix", "random")
-POLICIES = ("none", "all", "prefix", "random", "mixed", "mixed", "mixed")
-"""What survives of what was not synced. "mixed": another of the first four for each file and folder."""
+POLICIES = (*SIMPLE, "mixed", "mixed", "log first")
+"""What survives of what was not synced. "mixed": another of the first four for each file and folder; "log first": all
+that is in folders called ltx, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,8 @@ class Recorder:
         """What may be left in `folder` if the power fails after `count` operations."""
         contents: dict[int, bytearray] = {number: bytearray(data) for number, data in self.base.items()}
         unsynced: dict[int, list[Op]] = {}
+        first_name = {number: name for name, number in self.base_names.items()}
+        first_name |= {op.file: op.path for op in self.ops[:count] if op.kind == "link"}
         names, changes = dict(self.base_names), list[Op]()
         for op in self.ops[:count]:
             if op.kind in ("write", "truncate"):
@@ -213,10 +216,10 @@ class Recorder:
                 changes.append(op)
         for name_folder in sorted({os.path.dirname(change.path) for change in changes}):
             inside = [change for change in changes if os.path.dirname(change.path) == name_folder]
-            _change_names(names, inside[: _prefix(len(inside), rng, _one(policy, rng))])
+            _change_names(names, inside[: _prefix(len(inside), rng, _one(policy, name_folder, rng))])
         for number, ops in unsynced.items():
             content = contents.setdefault(number, bytearray())
-            for op in _survivors(ops, rng, _one(policy, rng)):
+            for op in _survivors(ops, rng, _one(policy, os.path.dirname(first_name.get(number, "")), rng)):
                 _apply(content, op)
         for name, number in names.items():
             path = folder / name
@@ -224,7 +227,10 @@ class Recorder:
             path.write_bytes(contents.get(number, b""))
 
 
-def _one(policy: str, rng: random.Random) -> str:
+def _one(policy: str, folder: str, rng: random.Random) -> str:
+    """The policy for one file or folder."""
+    if policy == "log first":
+        return "all" if os.path.basename(folder) == "ltx" else "none"
     return rng.choice(SIMPLE) if policy == "mixed" else policy
 
 

@@ -84,7 +84,8 @@ class RecordingVfs:
         self._vfs.pNext = None
         self._original_open, self._original_delete = _OPEN(unix.xOpen), _DELETE(unix.xDelete)
         self._open, self._delete = _OPEN(self._x_open), _DELETE(self._x_delete)
-        self._write, self._truncate, self._sync = _WRITE(self._x_write), _TRUNCATE(self._x_truncate), _SYNC(self._x_sync)
+        self._write, self._truncate = _WRITE(self._x_write), _TRUNCATE(self._x_truncate)
+        self._sync = _SYNC(self._x_sync)
         self._vfs.xOpen = ctypes.cast(self._open, _PTR)
         self._vfs.xDelete = ctypes.cast(self._delete, _PTR)
         assert self._library.sqlite3_vfs_register(ctypes.byref(self._vfs), 0) == 0

@@ -154,6 +154,7 @@ class Run:
                     self._checkpoint(db)
                 case 1 | 2:
                     self.node.flush()
+                    self.recorder.mark(f"captured {digest(db)[0]}")
                 case 3:
                     db.execute("BEGIN")
                     db.execute("UPDATE t SET v = randomblob(3000)")
@@ -200,10 +201,10 @@ class Run:
         assert self.states.setdefault(number, state) == state
         self.recorder.note_mapped(self.database.files.checksums)
 
-    def committed_before(self, count: int) -> int:
-        """The number of the last commit that had returned by then."""
-        marks = [int(op.path.split()[1]) for op in self.recorder.ops[:count] if op.kind == "mark"]
-        return marks[-1] if marks else 0
+    def marked(self, what: str, count: int) -> int:
+        """The number of the last commit that had returned ("commit"), or was in the log ("captured"), by then."""
+        marks = [op.path.split() for op in self.recorder.ops[:count] if op.kind == "mark"]
+        return max((int(number) for kind, number in marks if kind == what), default=0)
 
 
 def sqlite_alone(image: Path, folder: Path) -> tuple[int, str]:
@@ -257,8 +258,10 @@ def test_every_image_starts(tmp_path: Path, mode: str, synchronous: str, seed: i
         least, state = sqlite_alone(folder / "dbs" / "db", tmp_path / "alone")
         assert run.states[least] == state, "the model of the disk is wrong: SQLite itself fails"
         if synchronous == "EXTRA" or (mode == "WAL" and synchronous == "FULL"):
-            assert least >= run.committed_before(count)
+            assert least >= run.marked("commit", count)
         node = started(folder)
+        if policy == "log first":
+            least = max(least, run.marked("captured", count))
         recovered = check_start(run, node, least)
         position = node.database().position
         node.close(clean=False)

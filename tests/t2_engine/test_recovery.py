@@ -343,7 +343,7 @@ def test_a_file_that_an_old_process_holds_is_not_touched(start: Start) -> None:
     assert is_held_elsewhere(str(start.path))
     start.start(settle=False)
     database = start.node.database()
-        assert database.position.txid == 4 and database.is_busy
+    assert database.position.txid == 4 and database.is_busy
     assert {name: (start.path.parent / name).read_bytes() for name in before} == before
     rows = start.rows()
     assert start.sql is not None

@@ -371,7 +371,7 @@ class TestBarrier:
         for fd in (*mine, other):
             os.close(fd)
 
-    def test_a_generation_that_was_restarted_before_is_not_protected(self, live: Live) -> None:
+    def test_it_protects_the_present_generation_where_an_earlier_one_is_lost(self, live: Live) -> None:
         live.insert()
         live.node.flush()
         live.insert()
@@ -379,8 +379,12 @@ class TestBarrier:
         live.insert()
         files = live.database.files
         fds = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in (files.database, files.shm)]
-        assert not live.database.wal.hold_restart(fds)
+        assert live.database.wal.hold_restart(fds)
+        assert live.sql("PRAGMA wal_checkpoint(RESTART)")[0][0] == 1
         live.check()
+        assert live.node.kinds().count("gap") == 1
+        for fd in live.database.wal.barrier.release():
+            os.close(fd)
 
 
 def test_who_checkpoints_is_known(live: Live) -> None:

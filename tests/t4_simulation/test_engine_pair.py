@@ -1,8 +1,8 @@
 """Two engines in one process: a primary beside a real SQLite, a replica that applies its log, and deaths by seed.
 
-A death is a `KillPoint`, raised instead of the n-th call of os.rename, os.pwrite, os.writev, os.fsync or os.unlink that the
-engine makes: whatever it would have done after it does not happen. Files stay as they are, memory is gone. A replica
-that was killed starts again and goes on; so does a primary. In the end caught-up replicas are byte-identical.
+A death is a `KillPoint`, raised instead of the n-th call of os.rename, os.pwrite, os.writev, os.fsync, os.unlink or
+os.ftruncate that the engine makes: whatever it would have done after it does not happen. Files stay as they are, memory
+is gone. A node that was killed starts again and goes on. In the end caught-up replicas are byte-identical.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "t2_engine"))
 
-from engine_nodes import Node, check_log, copy_of, file_checksum, new_primary, rows_of  # noqa: E402
-from sqlite_process import SqliteProcess  # noqa: E402
+from engine_nodes import Node, check_log, copy_of, file_checksum, new_primary, rows_of
+from sqlite_process import SqliteProcess
 
-from pylitefs.errors import FormatError, PositionMismatch  # noqa: E402
+from pylitefs.errors import FormatError, PositionMismatch
 
 STEPS = ("rename", "pwrite", "writev", "fsync", "unlink", "ftruncate")
 
@@ -147,14 +147,15 @@ class Pair:
     # -- deaths ----------------------------------------------------------------------------------------------
 
     def risk(self, node: str, work: Callable[[], object]) -> None:
-        """Do some work of a node, which may die in the middle of it; then it is started again, and may die again."""
+        """Do some work of a node, which may die in the middle of it, and again while it is started again."""
         folder = self.folder / node
         with self.killer.armed(folder, self.rng.randrange(1, 60)):
             work()
-        while self.killer.fired:
+        for after in (self.rng.randrange(1, 30), self.rng.randrange(1, 60), 1 << 60):
+            if not self.killer.fired:
+                return
             self.deaths.append(f"{node}: {self.killer.fired}")
-            self.killer.fired = ""
-            with self.killer.armed(folder, self.rng.randrange(1, 60)):
+            with self.killer.armed(folder, after):
                 self.restart(node)
 
     def restart(self, node: str) -> None:
@@ -194,8 +195,8 @@ class Pair:
 
 def abandon(node: Node) -> None:
     """The process is gone: its descriptors and locks with it, nothing is written any more."""
-    node.closed = True
-    with contextlib.suppress(KillPoint):
+    if not node.closed:
+        node.closed = True
         node.store.close(clean=False)
 
 

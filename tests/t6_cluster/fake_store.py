@@ -34,6 +34,7 @@ class FakeDatabase:
     journal_mode: str = "wal"
     wal_size_bytes: int = 0
     page_size: int = 4096
+    sqlite_version: int = 3_051_003
     set_aside_reason: str | None = None
 
     @property

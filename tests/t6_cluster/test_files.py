@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from cluster_nodes import (
     PASSTHROUGH,
     PRIMARY_NAME,

@@ -11,6 +11,7 @@ import time
 from itertools import count
 
 import pytest
+
 from cluster_nodes import (
     Cluster,
     Node,

@@ -14,6 +14,8 @@ import sqlite3
 from typing import Any
 
 import pytest
+from random_sql import RandomSql
+
 from cluster_nodes import (
     PASSTHROUGH,
     Cluster,
@@ -25,7 +27,6 @@ from cluster_nodes import (
     scaled,
     wait_same_position,
 )
-from random_sql import RandomSql
 
 pytestmark = needs_root
 STEPS = 60

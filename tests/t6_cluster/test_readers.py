@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+
 from cluster_nodes import (
     PASSTHROUGH,
     Cluster,

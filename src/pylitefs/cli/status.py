@@ -132,6 +132,11 @@ def _databases(databases: list[Json]) -> RenderableType:
         for database in databases
         if database["setAside"]
     ]
+    old = sorted({d["sqliteVersion"] for d in databases if d["mayCorruptWAL"]})
+    if old:
+        problems.append(
+            Text(f"written by SQLite {', '.join(old)}: before 3.51.3 several checkpointers can corrupt a WAL", "yellow")
+        )
     return Group(_table("database >txid checksum >size mode >wal >log", rows), *problems)
 
 

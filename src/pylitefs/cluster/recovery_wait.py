@@ -22,17 +22,23 @@ class RecoveryOutcome:
 
 class RecoveryWait:
     """Ends `wait_s` after `wait` is called, or `grace_s` after every replica that has connected was examined (and had
-    given back what it could); at least one must have connected for that.
+    given back what it could); `expected` of them, as many as there were before, must have connected for that.
 
     `databases` are those whose tail may be lost. A give-back that runs at the deadline may end, up to `longest_s`. When
     `wait` has returned nothing is being applied nor will be, so the mount can be opened for writes.
     """
 
     def __init__(
-        self, databases: Iterable[str], wait_s: float = 3.0, grace_s: float = 0.3, longest_s: float = 60.0
+        self,
+        databases: Iterable[str],
+        wait_s: float = 3.0,
+        grace_s: float = 0.3,
+        longest_s: float = 60.0,
+        expected: int = 1,
     ) -> None:
         self.databases = frozenset(databases)
         self.active = True
+        self._expected = expected
         self._wait_s, self._grace_s, self._longest_s = wait_s, grace_s, longest_s
         self._examined: dict[object, bool] = {}
         self._seen = 0
@@ -96,7 +102,7 @@ class RecoveryWait:
             while True:
                 now = loop.time()
                 running = self._receiving + self._applying
-                settled = bool(self._examined) and all(self._examined.values()) and not running
+                settled = len(self._examined) >= max(1, self._expected) and all(self._examined.values()) and not running
                 settled_at = (now if settled_at is None else settled_at) if settled else None
                 end = deadline if settled_at is None else min(deadline, settled_at + self._grace_s)
                 if running:

@@ -26,7 +26,7 @@ from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_capture import BARRIER_FRAMES, WalCapture, wait_stable
 from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.worker import Timer, Worker
-from pylitefs.errors import FormatError
+from pylitefs.errors import FormatError, Unavailable
 from pylitefs.formats.ltx.format import Position, lock_pgno
 from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
 from pylitefs.ports import FileKind
@@ -38,6 +38,8 @@ _PACE = 3.0
 _MAX_PAUSE_S = 0.02
 _SETTLE_S = 0.05
 _SETTLE_TRIES = 40
+_ATTEMPTS = 8
+_RESTLESS_S = 0.01
 _RETRY_S = 1.0  # after an error of the disk
 _LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
 _READ_PAGES = 64
@@ -64,6 +66,7 @@ class Capture:
         self._schedules: dict[str, _Schedule] = {}
         self._opening: set[str] = set()
         self._settling: set[str] = set()
+        self._restless: set[str] = set()  # could not be read while it was written to
 
     # -- when ------------------------------------------------------------------------------------------------
 
@@ -132,11 +135,17 @@ class Capture:
         found = False
         try:
             self.open_shm(database)
-            if database.wal.backlog() > BARRIER_FRAMES and not database.wal.barrier.held:
+            behind = database.wal.backlog() > BARRIER_FRAMES or database.name in self._restless
+            if behind and not database.wal.barrier.held:
                 self.with_barrier(database, lambda held: None)
             found = self._pass(database)
             if database.failing is None:
+                self._restless.discard(database.name)
                 self.let_restart(database)
+        except UnstableSource:
+            self._restless.add(database.name)  # the next try is under the barrier
+            self._look_in(database, schedule, _RESTLESS_S)
+            return
         except OSError as error:
             log.warning("%s: capture waits for the disk: %s", database.name, error)
             self._look_in(database, schedule, _RETRY_S)
@@ -225,13 +234,25 @@ class Capture:
         self._pass(database)
         return database.position
 
+    def flush_if_possible(self, database: Database) -> None:
+        """As `flush` where what cannot be read in peace is left to the gap detector. Raises OSError."""
+        with contextlib.suppress(UnstableSource):
+            self.flush(database)
+
     def flush_later(self, database: Database) -> Future[Position]:
         """`flush` from any thread; also settles writes in rollback modes that no hook saw the end of."""
         result: Future[Position] = Future()
 
-        def work(error: BaseException | None) -> None:
+        tries = iter(range(_ATTEMPTS))
+
+        def work(_: object) -> None:
             try:
                 result.set_result(self.flush(database))
+            except UnstableSource:
+                if next(tries, None) is None:
+                    result.set_exception(Unavailable(f"{database.name} is written to faster than it can be read"))
+                else:
+                    self.with_barrier(database, work)
             except BaseException as error:
                 result.set_exception(error)
 
@@ -274,7 +295,7 @@ class Capture:
 
     def _wal_pass(self, database: Database) -> bool:
         wal = database.wal
-        for attempt in range(20):
+        for attempt in range(_ATTEMPTS):
             try:
                 batch = wal.next_batch()
                 if batch is None:
@@ -294,7 +315,8 @@ class Capture:
             if batch.gap and entry is not None:
                 database.emit("repair", pages=change.commit)
             return entry is not None or batch.frames > 0
-        raise OSError(11, f"{database.name}: the WAL changed faster than it could be read; will try again")
+        self._worker.post(self.wake, database, database=database.name)
+        raise UnstableSource(f"{database.name}: the WAL changed faster than it could be read; it will be tried again")
 
     def _giving_way(self, database: Database, pages: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         """The pages of a batch; between stretches of a large one other databases get their turn."""

@@ -70,7 +70,7 @@ class Database:
         self.log = LtxLog(files.ltx)
         self._table: PageChecksums | None = None
         self._table_dirty = False
-        self.wal = WalCapture(files)
+        self.wal = WalCapture(files, self.page_checksums)
         self.rollback = RollbackCapture(files)
         self.replica: ReplicaWal | None = None
         self.upkeep_scheduled = False
@@ -98,11 +98,21 @@ class Database:
     @property
     def journal_mode(self) -> str:
         """ "wal" or "rollback", as page 1 says."""
+        header = self._header()
+        return "rollback" if header is None else header.journal_mode
+
+    @property
+    def sqlite_version(self) -> int:
+        """SQLITE_VERSION_NUMBER of the library that last changed page 1 in the file, 0 if unknown."""
+        header = self._header()
+        return 0 if header is None else header.sqlite_version
+
+    def _header(self) -> DatabaseHeader | None:
         try:
             with open(self.files.database, "rb") as file:
-                return DatabaseHeader.unpack(file.read(100)).journal_mode
+                return DatabaseHeader.unpack(file.read(100))
         except (OSError, FormatError):
-            return "rollback"
+            return None
 
     @property
     def table(self) -> PageChecksums:
@@ -269,7 +279,7 @@ class Database:
         """The live files are elsewhere now (mounted, unmounted)."""
         self._close_now(self.wal.forget_all())
         self.files = files
-        self.wal = WalCapture(files)
+        self.wal = WalCapture(files, self.page_checksums)
 
     @staticmethod
     def _close_now(fds: list[int]) -> None:

@@ -265,7 +265,7 @@ class EngineHooks:
         elif ref.kind is FileKind.JOURNAL:
             self._commit(database, then)
         elif ref.kind is FileKind.WAL:
-            self._on_worker(database, lambda: self._store.capture.flush(database), then)
+            self._on_worker(database, lambda: self._store.capture.flush_if_possible(database), then)
         else:
             if ref.kind is FileKind.DATABASE and size_bytes == 0:
                 database.rollback.suspect = database.rollback.replacing = True
@@ -291,7 +291,7 @@ class EngineHooks:
         capture.open_shm(database)
 
         def work() -> None:
-            capture.flush(database)
+            capture.flush_if_possible(database)
             wal.mark_synced()
             capture.let_restart(database)
 
@@ -375,11 +375,11 @@ class EngineHooks:
 
     def _drop(self, database: Database) -> None:
         with contextlib.suppress(OSError):  # a full disk must not keep anybody from making room
-            self._store.capture.flush(database)
+            self._store.capture.flush_if_possible(database)
         self._store.drop(database)
 
     def _remove_side(self, database: Database, kind: FileKind, then: Then) -> None:
-        finish(then, lambda: self._store.capture.flush(database))
+        finish(then, lambda: self._store.capture.flush_if_possible(database))
         self._store.capture.removed(database, kind)
 
     def before_rename(self, old: FileRef, new: FileRef, then: Then) -> None:

@@ -96,6 +96,7 @@ class Store:
         self.started_unclean = False
         self._same_boot = False
         self._boot = ""
+        self._most_replicas = 0
         self.lock = threading.RLock()
         self.is_primary = options.is_primary
         self.primary_hostname: str | None = None
@@ -259,6 +260,21 @@ class Store:
         if name in self._unsettled:
             record_difference(database, self._unsettled.pop(name).previous, position.txid)
         return database.position
+
+    def replica_count(self) -> int:
+        """How many replicas this primary had at once when it last ran."""
+        try:
+            with open(os.path.join(self.data_dir, "replicas")) as file:
+                return min(int(file.read(16) or 0), 64)
+        except (OSError, ValueError):
+            return 0
+
+    def note_replicas(self, count: int) -> None:
+        """Remember the most replicas of this run: a later unclean start waits for as many."""
+        if count > self._most_replicas:
+            self._most_replicas = count
+            with contextlib.suppress(OSError):
+                publish_file(os.path.join(self.data_dir, "replicas"), f"{count}\n".encode())
 
     def ensure_cluster_id(self) -> str:
         """The primary makes one up when there is none."""

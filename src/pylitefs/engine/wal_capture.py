@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.files import DatabaseFiles
 from pylitefs.engine.transaction import Change, Pages, ReadPage, UnstableSource
 from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.wal_view import Committed, WalView
+from pylitefs.formats.ltx.checksum import page_checksums
 from pylitefs.formats.ltx.format import lock_pgno
 from pylitefs.formats.sqlite.locks import CKPT, PENDING, SHARED_FIRST, SHARED_SIZE, WRITE, read_lock
 from pylitefs.formats.sqlite.wal import FRAME_HEADER_SIZE, frame_offset
@@ -36,7 +38,8 @@ from pylitefs.formats.sqlite.wal_index import (
 from pylitefs.ports import FileKind
 
 BARRIER_FRAMES = 4096
-_DIFF_ATTEMPTS = 5
+_DIFF_BYTES = 1 << 20
+_NONE: NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
 _U32 = 1 << 32
 
 
@@ -64,6 +67,7 @@ class Batch:
     cursor: Cursor
     frames: int
     gap: bool = False
+    from_file: NDArray[np.uint32] = field(default_factory=lambda: _NONE)  # pages a diff took from the database file
 
 
 class Barrier:
@@ -127,8 +131,10 @@ class Barrier:
 class WalCapture:
     """The observer of one database's WAL. Used by the worker thread only, except `probe_checkpoint`."""
 
-    def __init__(self, files: DatabaseFiles) -> None:
+    def __init__(self, files: DatabaseFiles, known_sums: Callable[[], NDArray[np.uint64]]) -> None:
+        """`known_sums`: the page checksums at the log's head."""
         self.files = files
+        self._known_sums = known_sums
         self.view = WalView(files)
         self.cursor = FRESH
         self.barrier = Barrier()
@@ -276,7 +282,7 @@ class WalCapture:
             return page
         raise UnstableSource
 
-    def _pages_of(self, wanted: np.ndarray[tuple[int], np.dtype[np.uint32]], now: Committed) -> Iterator[tuple[int, bytes]]:
+    def _pages_of(self, wanted: NDArray[np.uint32], now: Committed) -> Iterator[tuple[int, bytes]]:
         newest: dict[int, int] = {}
         if now.mx_frame:
             pgnos, frames = latest_frames(self.view.pgnos(1, now.mx_frame), 1)
@@ -296,14 +302,39 @@ class WalCapture:
     # -- repair by diff --------------------------------------------------------------------------------------
 
     def diff(self, now: Committed) -> Batch:
-        """Every page as of `now`; the writer keeps those that differ from the checksum table."""
-        lock = lock_pgno(now.page_size)
-        wanted = np.arange(1, now.commit + 1, dtype=np.uint32)
-        wanted = wanted[wanted != lock]
+        """Everything in which the database differs from the log, as of a moment while this runs.
+
+        Two steps, because writers go on. First the database file is compared with the checksum table: a page without a
+        frame in this generation is not written meanwhile, and one that gets a frame is in the second step anyway.
+        Then the pages found, and all that have frames, are taken as of the newest commit.
+        """
+        differs = self._pages_that_differ(now)
+        later = self.view.committed()
+        if later is None or later.salts != now.salts or later.page_size != now.page_size:
+            raise UnstableSource
+        framed, frames = latest_frames(self.view.pgnos(1, later.mx_frame), 1) if later.mx_frame else (_NONE, _NONE)
+        from_file = np.setdiff1d(differs, framed)
+        wanted = np.union1d(from_file, framed).astype(np.uint32)
+        wanted = wanted[(wanted <= later.commit) & (wanted != lock_pgno(later.page_size))]
         return Batch(
-            Change(now.page_size, now.commit), self._pages_of(wanted, now), lambda pgno: self._page(pgno, now), now,
-            Cursor(now.salts, now.mx_frame, now.change), now.mx_frame, gap=True,
+            Change(later.page_size, later.commit), self._pages_of(wanted, later), lambda pgno: self._page(pgno, later),
+            later, Cursor(later.salts, later.mx_frame, later.change), later.mx_frame, gap=True, from_file=from_file,
         )  # fmt: skip
+
+    def _pages_that_differ(self, now: Committed) -> NDArray[np.uint32]:
+        """Pages of the database file whose checksum is not the table's."""
+        known = self._known_sums()
+        found = [_NONE]
+        run = max(1, _DIFF_BYTES // now.page_size)
+        for first in range(1, now.commit + 1, run):
+            count = min(run, now.commit - first + 1)
+            data = self.view.database_run(first, count, now.page_size)
+            sums = page_checksums(first, data, now.page_size)
+            expected = np.zeros(count, dtype=np.uint64)
+            part = known[first - 1 : first - 1 + count]
+            expected[: len(part)] = part
+            found.append((np.flatnonzero(sums != expected) + first).astype(np.uint32))
+        return np.concatenate(found)
 
     def is_stable(self, batch: Batch) -> bool:
         """Whether what the batch read was still what it claims to be."""
@@ -312,12 +343,13 @@ class WalCapture:
             return False
         if not batch.gap:
             return True
-        # A diff also read the database file: no checkpoint may have brought newer pages into it.
-        info = self.view.checkpoint_info()
-        if info is not None:
-            return max(info.backfill, info.backfill_attempted) <= now.mx_frame
-        again = self.view.committed()
-        return again is not None and again.salts == now.salts
+        # A diff read pages of the database file: none of them may have got a frame, which a checkpoint may have copied.
+        end = self.view.committed()
+        if end is None or end.salts != now.salts:
+            return False
+        if end.mx_frame <= now.mx_frame:
+            return True
+        return len(np.intersect1d(batch.from_file, self.view.pgnos(now.mx_frame + 1, end.mx_frame))) == 0
 
     def advance(self, batch: Batch) -> None:
         self.cursor = batch.cursor
@@ -332,9 +364,9 @@ class WalCapture:
         """Keep the WAL from being restarted while a large backlog is worked off; `fds` as for `Barrier.acquire`."""
         if not self.barrier.acquire(fds, self.view):
             return False
-        # The lock protects this generation only if it was not restarted before the lock was there.
+        # The lock protects the generation that is current now; an earlier one may be gone (a gap, then).
         now = self.view.committed()
-        return now is not None and (self.cursor.salts is None or now.salts == self.cursor.salts)
+        return now is not None and self.view.salts_are(now.salts)
 
 
 def wait_stable(attempt: int) -> None:

@@ -273,10 +273,15 @@ class Cluster:
 # -- comparing ------------------------------------------------------------------------------------------------------
 
 
-def wait_same_position(primary: Node, replica: Node, name: str) -> str:
+def wait_same_position(primary: Node, replica: Node, name: str, timeout_s: float = START_S) -> str:
     """Wait until the replica has everything that is committed on the primary now; the position."""
     position = primary.position(name)
-    wait_until(lambda: (seen := replica.position(name)) == position or Seen(seen), f"{name} at {position} on {replica.name}")
+
+    def reached() -> str:
+        seen = replica.position(name)
+        return seen if seen == position else Seen(seen)
+
+    wait_until(reached, f"{name} at {position} on {replica.name}", timeout_s)
     return position
 
 

@@ -114,9 +114,9 @@ class FileHooks(Protocol):
         and the filesystem, in `then`, unlinks nothing but forgets its nodes."""
 
     def before_rename(self, old: FileRef, new: FileRef, then: Then) -> None:
-        """RENAME. If neither is a database or part of one, and `old` has no SQLite header, calls `then(None)` and the filesystem renames
-        the backing files itself. Otherwise the engine performs the whole rename before calling `then` and
-        `renamed_by_engine` tells so."""
+        """RENAME. If neither is a database or part of one, and `old` has no SQLite header, calls `then(None)` and the
+        filesystem renames the backing files itself. Otherwise the engine performs the whole rename before calling
+        `then` and `renamed_by_engine` tells so."""
 
     def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
         """Whether `before_rename` did the rename itself (asked in `then`)."""

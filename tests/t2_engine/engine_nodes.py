@@ -31,7 +31,7 @@ class NamedFiles(DatabaseFiles):
 class NamedStore(Store):
     """A store whose databases have `NamedFiles`."""
 
-    def _files(self, name: str) -> DatabaseFiles:
+    def files_of(self, name: str) -> DatabaseFiles:
         return NamedFiles(name, os.path.join(self.databases_dir, name))
 
 

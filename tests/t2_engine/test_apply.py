@@ -229,7 +229,7 @@ def test_another_page_size_beside_a_long_reader(pair: Pair, monkeypatch: pytest.
 def test_drop_and_create(pair: Pair) -> None:
     pair.insert()
     pair.catch_up()
-    pair.primary.store.drop(pair.source)
+    pair.primary.store.naming.drop(pair.source)
     pair.catch_up()
     assert not pair.target.exists and not os.path.exists(pair.target.files.database)
     assert "drop" in pair.replica.kinds()

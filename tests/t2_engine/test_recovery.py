@@ -15,7 +15,8 @@ from engine_nodes import Node, check_log, file_checksum, log_files, make_sqlite,
 from sqlite_process import SqliteProcess
 
 from pylitefs.engine.database import Database
-from pylitefs.engine.recovery import Outcome, is_held_elsewhere
+from pylitefs.engine.leftovers import is_held_elsewhere
+from pylitefs.engine.recovery import Outcome
 from pylitefs.formats.sqlite.journal import MAGIC
 
 
@@ -302,7 +303,7 @@ def test_a_dropped_database_stays_dropped(start: Start) -> None:
     start.node.flush()
     start.sql.kill()  # type: ignore[union-attr]
     start.sql = None
-    start.node.store.drop(start.database)
+    start.node.store.naming.drop(start.database)
     start.kill()
     start.start()
     assert not start.database.exists and not start.path.exists()

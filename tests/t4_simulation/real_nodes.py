@@ -17,7 +17,7 @@ def open_store(folder: Path, *, is_primary: bool) -> Store:
     store.load()
     if is_primary:
         store.ensure_cluster_id()
-    store.worker.start()
+    store.start()
     return store
 
 

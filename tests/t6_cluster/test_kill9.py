@@ -26,7 +26,7 @@ from cluster_nodes import (
 pytestmark = needs_root
 NAME = "app.db"
 SETTINGS = [("wal", "normal"), ("wal", "full"), ("delete", "full")]
-FS_MODES = [("auto", *SETTINGS[0]), ("auto", *SETTINGS[1]), ("auto", *SETTINGS[2]), ("off", *SETTINGS[0]), ("off", *SETTINGS[2])]
+FS_MODES = [("auto", *setting) for setting in SETTINGS] + [("off", *SETTINGS[0]), ("off", *SETTINGS[2])]
 _PAYLOAD = b"\xa5" * 700
 
 
@@ -157,3 +157,27 @@ def test_a_reader_of_a_killed_replica_gets_an_error_and_can_come_back(cluster: C
     reader.close()
     replica.start()
     assert check_all((primary, replica), 0) == 0
+
+
+def test_an_orderly_restart_reads_no_database(cluster: Cluster) -> None:
+    """Whatever the journal mode left beside the database, after SIGTERM the next start trusts what was written."""
+    primary, replica = cluster.pair()
+    modes = ["wal", "delete", "truncate", "persist", "memory", "off"]
+    for mode in modes:
+        connection = primary.connect(f"{mode}.db")
+        connection.execute(f"pragma journal_mode={mode}")
+        connection.execute("create table t(a)")
+        connection.execute("insert into t values (1)")
+        connection.close()
+        wait_same_position(primary, replica, f"{mode}.db")
+    for node in (replica, primary):
+        before = len(node.log_text())
+        node.stop()
+        node.start()
+        assert "recovered" not in node.log_text()[before:] and "unclean" not in node.log_text()[before:]
+    for mode in modes:
+        connection = primary.connect(f"{mode}.db")
+        connection.execute("insert into t values (2)")
+        connection.close()
+        wait_same_position(primary, replica, f"{mode}.db")
+        assert_same_bytes([primary, replica], f"{mode}.db")

@@ -1,7 +1,7 @@
 """The property that matters: whatever an application does, a replica that has caught up is byte-identical.
 
-Random SQL (`random_sql`) runs on a primary while nodes are stopped and killed; after every step the replica must come to
-the primary's position, with the same rows and the same bytes. A failure shows the seed and what was done:
+Random SQL (`random_sql`) runs on a primary while nodes are stopped and killed; after every step the replica must come
+to the primary's position, with the same rows and the same bytes. A failure shows the seed and what was done:
 
     PYLITEFS_TEST_SEED=7 pytest tests/t6_cluster/test_pair_property.py
 """
@@ -19,7 +19,6 @@ from random_sql import RandomSql
 from cluster_nodes import (
     PASSTHROUGH,
     Cluster,
-    Node,
     assert_same_bytes,
     assert_sound,
     dump,
@@ -110,10 +109,6 @@ class Pair:
     def close(self) -> None:
         self._close_readers()
         self.sql.close()
-
-
-def nodes_of(pair: Pair) -> list[Node]:
-    return [pair.primary, pair.replica]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

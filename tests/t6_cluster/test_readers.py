@@ -167,9 +167,10 @@ def test_an_unprivileged_user(cluster: Cluster, passthrough: str, mode: str) -> 
     assert count(opened) == 11
     assert as_nobody(replica.mount / NAME, select) == ["[(11,)]"]
     opened.close()
-    made = as_nobody(primary.mount / "own.db", f"pragma journal_mode={mode}", "create table t(id)", insert.replace("data", "id"))
+    own = primary.mount / "own.db"
+    made = as_nobody(own, f"pragma journal_mode={mode}", "create table t(id)", "insert into t values (1)")
     assert made == [f"[('{mode}',)]", "[]", "[]"]
-    assert os.stat(primary.mount / "own.db").st_uid == NOBODY
+    assert os.stat(own).st_uid == NOBODY
     wait_same_position(primary, replica, "own.db")
     assert as_nobody(replica.mount / "own.db", select) == ["[(1,)]"]
     assert_same_bytes([primary, replica], "own.db")

@@ -226,8 +226,8 @@ class Capture:
     # -- flush -----------------------------------------------------------------------------------------------
 
     def flush(self, database: Database) -> Position:
-        """The position that covers every commit that had returned before the call. One pass does it: it takes all that is
-        committed when it begins, and what is committed meanwhile is not asked for.
+        """The position that covers every commit that had returned before the call. One pass does it: it takes all
+        that is committed when it begins, and what is committed meanwhile is not asked for.
 
         Raises OSError while the log cannot be written.
         """

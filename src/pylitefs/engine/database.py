@@ -32,7 +32,7 @@ from pylitefs.formats.sqlite.header import DatabaseHeader
 from pylitefs.ports import FileKind
 
 if TYPE_CHECKING:
-    from pylitefs.engine.apply import IncomingFile
+    from pylitefs.engine.incoming import IncomingFile
     from pylitefs.engine.resync import Resync
     from pylitefs.engine.snapshot import SnapshotReader
 

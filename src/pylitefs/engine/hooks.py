@@ -285,8 +285,8 @@ class EngineHooks:
             self._store.worker.post(self._before_checkpoint, database, then, database=database.name)
 
     def _before_checkpoint(self, database: Database, then: Then) -> None:
-        """A checkpoint begins with this fsync, after which frames may be overwritten: capture them first. A backlog that
-        would take long is protected by the barrier instead, unless the checkpoint wants the WAL to itself."""
+        """A checkpoint begins with this fsync, after which frames may be overwritten: capture them first. A backlog
+        that would take long is protected by the barrier instead, unless the checkpoint wants the WAL to itself."""
         wal, capture = database.wal, self._store.capture
         capture.open_shm(database)
 
@@ -376,7 +376,7 @@ class EngineHooks:
     def _drop(self, database: Database) -> None:
         with contextlib.suppress(OSError):  # a full disk must not keep anybody from making room
             self._store.capture.flush_if_possible(database)
-        self._store.drop(database)
+        self._store.naming.drop(database)
 
     def _remove_side(self, database: Database, kind: FileKind, then: Then) -> None:
         finish(then, lambda: self._store.capture.flush_if_possible(database))
@@ -394,7 +394,7 @@ class EngineHooks:
             then(read_only())
             return
         self._engine_renames.add((old.name, new.name))
-        self._in_thread(lambda: self._store.worker.submit(self._store.rename, old, new).result(), then)
+        self._in_thread(lambda: self._store.worker.submit(self._store.naming.rename, old, new).result(), then)
 
     def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
         key = (old.name, new.name)

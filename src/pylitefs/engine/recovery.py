@@ -16,9 +16,7 @@ process's writes through), nothing is touched: two sets of locks on one file wou
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import fcntl
 import logging
 import os
 from dataclasses import dataclass
@@ -29,18 +27,15 @@ from numpy.typing import NDArray
 from pylitefs.engine.capture import file_pages
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import DatabaseFiles, read_at, sync_folder, write_at
+from pylitefs.engine.leftovers import WalEnd, is_held_elsewhere, normalise, remove_wal
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.page_checksums import CleanState, stamp
 from pylitefs.engine.rollback_capture import database_size, journal_in_use
 from pylitefs.engine.transaction import Change
-from pylitefs.engine.wal_view import WalView
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksum, page_checksums
 from pylitefs.formats.ltx.decoder import Reader
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position
-from pylitefs.formats.sqlite.journal import is_hot_header, read_super_journal_name, records
-from pylitefs.formats.sqlite.wal import frame_offset
-from pylitefs.formats.sqlite.wal_index import latest_frames
 from pylitefs.ports import FileKind
 
 log = logging.getLogger("litefs.recovery")
@@ -66,26 +61,6 @@ class PreviousSums:
     values: NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
-class WalEnd:
-    """Where the WAL's committed frames ended when the node was started: the offset after the last one, in bytes.
-
-    An LTX entry says which part of which WAL it came from. Only this tells a database that is behind the log from one
-    that is ahead of it: their checksums cannot.
-    """
-
-    salts: tuple[int, int]
-    offset: int
-
-    def is_within(self, header: Header) -> bool:
-        """Whether the database has a part, not all, of what this entry holds."""
-        return (
-            header.wal_size > 0
-            and self.salts == (header.wal_salt1, header.wal_salt2)
-            and header.wal_offset <= self.offset < header.wal_offset + header.wal_size
-        )
-
-
 @dataclass
 class Recovered:
     """`dropped`: torn log entries that were removed. `previous`: see `record_difference`."""
@@ -94,28 +69,6 @@ class Recovered:
     dropped: list[str]
     previous: PreviousSums | None = None
     wal_end: WalEnd | None = None
-
-
-def is_held_elsewhere(path: str) -> bool:
-    """Whether any process (or the kernel, for a FUSE file that outlived its daemon) has the file open.
-
-    A write lease is granted only for a file that nobody else has open (fcntl(2), F_SETLEASE).
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # leases are not supported here
-    else:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        return False
-    finally:
-        os.close(fd)
 
 
 def recover(database: Database, *, super_journal_dirs: list[str], same_boot: bool = False) -> Recovered:
@@ -243,107 +196,12 @@ def load_checksums(database: Database) -> tuple[int, int]:
 # -- journal and WAL -----------------------------------------------------------------------------------------
 
 
-def normalise(files: DatabaseFiles, super_journal_dirs: list[str]) -> WalEnd | None:
-    """Bring the database file to the committed state: hot journal rolled back and removed, WAL copied in.
-
-    The WAL stays until `remove_wal`: should the start be cut off, the next one finds the same evidence.
-    """
-    roll_back(files, super_journal_dirs)
-    wal_end = checkpoint_wal(files)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(files.shm)
-    return wal_end
-
-
-def remove_wal(files: DatabaseFiles) -> None:
-    """The WAL's frames are in the database, and what it told about the log is not needed any more."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(files.wal)
-        sync_folder(files.folder)
-
-
-def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
-    """Play a hot journal back and remove it; True if the database was changed."""
-    try:
-        journal = os.open(files.journal, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        size = os.fstat(journal).st_size
-
-        def read(offset: int, count: int) -> bytes:
-            return os.pread(journal, count, offset)
-
-        changed = False
-        if is_hot_header(read(0, 28)) and os.path.exists(files.database):
-            super_journal = read_super_journal_name(read, size)
-            if super_journal is None or _exists(super_journal, super_journal_dirs):
-                changed = _play_back(files, read, size)
-    finally:
-        os.close(journal)
-    os.unlink(files.journal)
-    sync_folder(files.folder)
-    return changed
-
-
-def _exists(super_journal: str, folders: list[str]) -> bool:
-    base = os.path.basename(super_journal)
-    return os.path.exists(super_journal) or any(os.path.exists(os.path.join(folder, base)) for folder in folders)
-
-
-def _play_back(files: DatabaseFiles, read: object, size: int) -> bool:
-    fd = os.open(files.database, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        try:
-            rollback = records(read, size)  # type: ignore[arg-type]
-        except FormatError:
-            return False
-        os.ftruncate(fd, rollback.initial_pages * rollback.page_size)
-        for pgno, page in rollback:
-            if pgno <= rollback.initial_pages:
-                write_at(fd, page, (pgno - 1) * rollback.page_size)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return True
-
-
-def checkpoint_wal(files: DatabaseFiles) -> WalEnd | None:
-    """Copy the committed frames of a WAL that nobody uses into the database. Returns where they ended."""
-    if not os.path.exists(files.wal):
-        return None
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(files.shm)  # without an index the frames themselves are the truth
-    view = WalView(files)
-    end = None
-    try:
-        now = view.committed()
-        if now is not None and now.page_size:
-            end = WalEnd(now.salts, frame_offset(now.mx_frame + 1, now.page_size))
-        if now is not None and now.mx_frame and os.path.exists(files.database):
-            with open(files.wal, "rb") as wal:
-                os.fsync(wal.fileno())
-            fd = os.open(files.database, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                pgnos, numbers = latest_frames(view.pgnos(1, now.mx_frame), 1)
-                inside = pgnos <= now.commit
-                for pgno, page in view.frame_pages(pgnos[inside], numbers[inside], now.page_size):
-                    write_at(fd, page, (pgno - 1) * now.page_size)
-                os.ftruncate(fd, now.commit * now.page_size)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-    finally:
-        view.close()
-    return end
-
-
 # -- redo ----------------------------------------------------------------------------------------------------
 
 
 def _redo(database: Database, checksum: int, wal_end: WalEnd | None, same_boot: bool) -> bool:
-    """Apply the newest log entries again if the database (its checksum, where its WAL ended) is provably behind the log;
-    False if it is not. What results is predicted before anything is written."""
+    """Apply the newest log entries again if the database (its checksum, where its WAL ended) is provably behind the
+    log; False if it is not. What results is predicted before anything is written."""
     entries = _redo_entries(database, checksum, wal_end, same_boot)
     if entries:
         apply_entries(database, entries)
@@ -373,8 +231,9 @@ def _redo_entries(
 def _is_behind(database: Database, header: Header, checksum: int, wal_end: WalEnd | None, same_boot: bool) -> bool:
     """Whether the database stands right before this entry, or within it, and not somewhere after the log's head.
 
-    Equal checksums alone do not prove it in WAL mode: a row that is changed back gives the same pages. There the WAL's end
-    decides, and that a killed process (`same_boot`) takes nothing of what it wrote with it: only a power cut does.
+    Equal checksums alone do not prove it in WAL mode: a row that is changed back gives the same pages. There the
+    WAL's end decides, and that a killed process (`same_boot`) takes nothing of what it wrote with it: only a power
+    cut does.
     """
     if header.is_snapshot and not database.commit:
         return True
@@ -423,8 +282,9 @@ def apply_entries(database: Database, entries: list[LogEntry]) -> None:
 
 
 def record_difference(database: Database, previous: PreviousSums | None, txid: int | None = None) -> None:
-    """Primary: what the files hold is the truth. Record how it differs from the log's head as a transaction, up to `txid`
-    (a replica's, if it has exactly this state) or the next one. Without `previous` the entry holds every page."""
+    """Primary: what the files hold is the truth. Record how it differs from the log's head as a transaction, up to
+    `txid` (a replica's, if it has exactly this state) or the next one. Without `previous` the entry holds every
+    page."""
     head = database.log.head
     count = 1 if txid is None else max(1, txid - head.txid)
     with database.lock:

@@ -8,8 +8,8 @@ applications have them open: SQLite opens a database in WAL mode whenever a non-
 Crash table
     frames written, header not     the transaction is invisible; the log has it, recovery applies it again
     daemon dies                    the locks are gone with it and so is the mount; recovery checkpoints the WAL
-    power cut                      frames carry checksums: a prefix of whole transactions counts, the log redoes the rest
-    checkpoint interrupted         WAL fsynced before, database fsynced after: the WAL still has every page
+    power cut                      frames carry checksums: a prefix of whole transactions counts, the log redoes the
+    rest checkpoint interrupted         WAL fsynced before, database fsynced after: the WAL still has every page
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ class ReplicaWal:
             self._unsynced = False
 
     def checkpoint(self) -> bool:
-        """Copy frames to the database as far as no reader needs the old pages (PASSIVE, by the rules of wal.c), and begin the
-        WAL anew if nobody uses it. True if everything is in the database file."""
+        """Copy frames to the database as far as no reader needs the old pages (PASSIVE, by the rules of wal.c), and
+        begin the WAL anew if nobody uses it. True if everything is in the database file."""
         if self._before is not None:
             return False  # frames of an open transaction stand behind the committed ones
         if self.mx_frame == 0:

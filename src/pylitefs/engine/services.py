@@ -8,9 +8,10 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
-from pylitefs.engine.apply import Apply, IncomingFile
+from pylitefs.engine.apply import Apply
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.database import Database
+from pylitefs.engine.incoming import IncomingFile
 from pylitefs.engine.resync import Resync
 from pylitefs.engine.snapshot import SnapshotReader, copy_to
 from pylitefs.formats.ltx.format import Position

@@ -72,7 +72,8 @@ class Batch:
 
 class Barrier:
     """A reader's locks, held through the mount: SHARED on the database and one read slot of -shm whose mark is "not
-    used". Whoever holds a lock byte of -shm must hold SHARED too, or the last connection to close could delete the WAL."""
+    used". Whoever holds a lock byte of -shm must hold SHARED too, or the last connection to close could delete the
+    WAL."""
 
     def __init__(self) -> None:
         self._fds: list[int] = []
@@ -218,7 +219,9 @@ class WalCapture:
     def commit_may_follow(self) -> bool:
         """Whether the WAL has frames of this generation after the committed ones: a transaction under way."""
         now = self.view.committed()
-        return now is not None and now.page_size > 0 and self.view.frame_exists(now.mx_frame + 1, now.page_size, now.salts)
+        if now is None or now.page_size == 0:
+            return False
+        return self.view.frame_exists(now.mx_frame + 1, now.page_size, now.salts)
 
     def next_batch(self) -> Batch | None:
         """What was committed since the cursor; None if nothing was. Raises UnstableSource: ask again."""
@@ -312,7 +315,7 @@ class WalCapture:
         later = self.view.committed()
         if later is None or later.salts != now.salts or later.page_size != now.page_size:
             raise UnstableSource
-        framed, frames = latest_frames(self.view.pgnos(1, later.mx_frame), 1) if later.mx_frame else (_NONE, _NONE)
+        framed = np.unique(self.view.pgnos(1, later.mx_frame)) if later.mx_frame else _NONE
         from_file = np.setdiff1d(differs, framed)
         wanted = np.union1d(from_file, framed).astype(np.uint32)
         wanted = wanted[(wanted <= later.commit) & (wanted != lock_pgno(later.page_size))]

@@ -223,7 +223,7 @@ class WalView:
         if wal is None:
             return False
         head = os.pread(wal, FRAME_HEADER_SIZE, frame_offset(frame, page_size))
-        return len(head) == FRAME_HEADER_SIZE and head[8:16] == salts[0].to_bytes(4, "big") + salts[1].to_bytes(4, "big")
+        return len(head) == FRAME_HEADER_SIZE and head[8:16] == b"".join(salt.to_bytes(4, "big") for salt in salts)
 
     def frame_pages(
         self, pgnos: NDArray[np.uint32], frames: NDArray[np.uint32], page_size: int

@@ -75,7 +75,8 @@ def store_page(page: Buffer) -> bytes:
 
 @lru_cache(maxsize=16)
 def _literals_head(size: int) -> bytes:
-    """The token and length of one run of `size` literals (lz4_Block_format: 15 in the token, then 255s and the rest)."""
+    """The token and length of one run of `size` literals (lz4_Block_format: 15 in the token, then 255s and the
+    rest)."""
     full, rest = divmod(size - 15, 255)
     return b"\xf0" + b"\xff" * full + bytes([rest])
 

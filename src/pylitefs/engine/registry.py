@@ -1,0 +1,184 @@
+"""The databases of this node by name, and what all parts of the engine share.
+
+DATA/clusterid           which cluster this node belongs to
+DATA/dbs/NAME/           one database, see `files` and `database`
+DATA/files/NAME          plain files: local, not replicated
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import threading
+from dataclasses import dataclass
+
+from pylitefs.engine.apply import Apply
+from pylitefs.engine.capture import Capture
+from pylitefs.engine.database import Database
+from pylitefs.engine.files import DatabaseFiles, publish_file
+from pylitefs.engine.opener import Opener
+from pylitefs.engine.rollback_capture import is_complete_database
+from pylitefs.engine.services import StoreServices
+from pylitefs.engine.worker import Worker
+from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError
+from pylitefs.events import EventBus
+from pylitefs.ports import SUFFIXES, Notifier
+
+_CLUSTER_ID = re.compile(r"LFSC[0-9A-F]{16}")
+DEFAULT_PAGE_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """`file_mode`, `uid`, `gid`: what database files get. Retention: see `LtxLog.retain`."""
+
+    is_primary: bool = True
+    mount_dir: str = "/litefs"
+    file_mode: int = 0o666
+    uid: int | None = None
+    gid: int | None = None
+    compress: bool = True
+    strict_verify: bool = False
+    retention_s: float = 600.0
+    retention_interval_s: float = 60.0
+    max_log_size_bytes: int = 1 << 30
+
+
+class Registry:
+    """State of the node's engine. `lock` guards `databases`; each database has a lock of its own."""
+
+    def __init__(self, data_dir: str, events: EventBus, options: StoreOptions) -> None:
+        self.data_dir = os.path.abspath(data_dir)
+        self.events = events
+        self.options = options
+        self.is_primary = options.is_primary
+        self.worker = Worker()
+        self.opener = Opener()
+        self.capture = Capture(self.worker, self.opener)
+        self.apply = Apply(self.worker, self.opener, options.file_mode)
+        self.lock = threading.RLock()
+        self.databases: dict[str, Database] = {}
+        self.cluster_id: str | None = None
+        self.notifier: Notifier | None = None
+        self.mount_dir: str | None = None
+        self.passthrough = True
+        self._services = StoreServices(self.capture, self.apply, captures=options.is_primary)
+        self._most_replicas = 0
+
+    @property
+    def databases_dir(self) -> str:
+        return os.path.join(self.data_dir, "dbs")
+
+    @property
+    def plain_dir(self) -> str:
+        return os.path.join(self.data_dir, "files")
+
+    def plain_path(self, name: str) -> str:
+        return os.path.join(self.plain_dir, name)
+
+    # -- names -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def is_name(name: str) -> bool:
+        return (
+            0 < len(os.fsencode(name)) <= 255 - len("-journal")
+            and name not in (".", "..", ".primary", ".lag")
+            and not any(c == "/" or ord(c) < 32 for c in name)
+            and not name.endswith(tuple(SUFFIXES))
+        )
+
+    def is_plain_database(self, name: str) -> bool:
+        return self.is_name(name) and is_complete_database(self.plain_path(name))
+
+    def files_of(self, name: str) -> DatabaseFiles:
+        return DatabaseFiles(name, os.path.join(self.databases_dir, name), self.mount_dir, self.passthrough)
+
+    def get(self, name: str) -> Database | None:
+        return self.databases.get(name)
+
+    def find(self, name: str) -> Database:
+        """As `get`; raises DatabaseNotFound, also for one that was dropped."""
+        database = self.databases.get(name)
+        if database is None or not database.exists:
+            raise DatabaseNotFound(name)
+        return database
+
+    def get_or_create(self, name: str) -> Database:
+        with self.lock:
+            database = self.databases.get(name)
+            if database is None:
+                if not self.is_name(name):
+                    raise FormatError(f"not a database name: {name[:80]!r}")
+                database = Database(name, self.files_of(name), self.events)
+                database.serve_by(self._services)
+                database.compress = self.options.compress
+                database.begin_empty()
+                self.databases[name] = database
+            return database
+
+    def all_names(self) -> list[str]:
+        """Every database with a position, also dropped ones."""
+        with self.lock:
+            return sorted(name for name, database in self.databases.items() if database.position.txid)
+
+    def names(self) -> list[str]:
+        with self.lock:
+            return sorted(name for name, database in self.databases.items() if database.exists)
+
+    def set_owner(self, path: str) -> None:
+        """Permissions of a database file, by `fuse.mode`, `fuse.uid` and `fuse.gid`."""
+        with contextlib.suppress(OSError):
+            os.chmod(path, self.options.file_mode)
+            if self.options.uid is not None or self.options.gid is not None:
+                os.chown(path, -1 if self.options.uid is None else self.options.uid,
+                         -1 if self.options.gid is None else self.options.gid)  # fmt: skip
+
+    # -- the cluster -------------------------------------------------------------------------------------------
+
+    def read_cluster_id(self) -> None:
+        """Raises FormatError if the file is damaged."""
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.data_dir, "clusterid")) as file:
+            text = file.read(64).strip()
+            if not _CLUSTER_ID.fullmatch(text):
+                raise FormatError(
+                    f"{self.data_dir}/clusterid does not hold a cluster id (LFSC and 16 hex digits): "
+                    "remove it to join anew"
+                )
+            self.cluster_id = text
+
+    def ensure_cluster_id(self) -> str:
+        """The primary makes one up when there is none."""
+        if self.cluster_id is None:
+            self.adopt_cluster_id(f"LFSC{secrets.token_hex(8).upper()}")
+        assert self.cluster_id is not None
+        return self.cluster_id
+
+    def adopt_cluster_id(self, cluster_id: str) -> None:
+        if self.cluster_id == cluster_id:
+            return
+        if self.cluster_id is not None:
+            raise ClusterMismatch(
+                f"this node belongs to cluster {self.cluster_id}, the primary to {cluster_id}: "
+                "point lease.advertise-url at the right primary, or give this node an empty data directory"
+            )
+        if not _CLUSTER_ID.fullmatch(cluster_id):
+            raise FormatError(f"not a cluster id: {cluster_id[:40]!r}")
+        publish_file(os.path.join(self.data_dir, "clusterid"), f"{cluster_id}\n".encode())
+        self.cluster_id = cluster_id
+
+    def replica_count(self) -> int:
+        """How many replicas this primary had at once when it last ran."""
+        try:
+            with open(os.path.join(self.data_dir, "replicas")) as file:
+                return min(int(file.read(16) or 0), 64)
+        except (OSError, ValueError):
+            return 0
+
+    def note_replicas(self, count: int) -> None:
+        """Remember the most replicas of this run: a later unclean start waits for as many."""
+        if count > self._most_replicas:
+            self._most_replicas = count
+            with contextlib.suppress(OSError):
+                publish_file(os.path.join(self.data_dir, "replicas"), f"{count}\n".encode())

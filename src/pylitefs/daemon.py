@@ -32,6 +32,7 @@ from pylitefs.engine.hooks import EngineHooks
 from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.errors import DatabaseError, LitefsError, MountError, ReadOnlyReplica, UsageError
 from pylitefs.events import Event, EventBus
+from pylitefs.filesystem.guard import MountGuard
 from pylitefs.filesystem.session import Session
 from pylitefs.http.replication import PATH as REPLICATION_PATH
 from pylitefs.http.replication import client_session, connector, handler
@@ -49,6 +50,7 @@ SWITCH_INTERVAL_S = 0.0001
 
 FILES_WANTED = 1 << 20
 _LAST_SEND_S = 2.0
+_LOCK_WAIT_S = 2.0
 
 
 class Stopped(Exception):
@@ -97,7 +99,7 @@ class Daemon:
         self._stack.callback(http_socket.close)
         lease = StaticLease(config.lease)
         grant = await lease.acquire()
-        self._lock_data_dir()
+        await self._lock_data_dir()
         await self._build_store(is_primary=isinstance(grant, Grant))
         identity = NodeIdentity(secrets.randbits(63) + 1, socket.gethostname())
         recovery = self._recovery()
@@ -134,7 +136,7 @@ class Daemon:
                 waiting.cancel()
             await asyncio.gather(task, stop, return_exceptions=True)
 
-    def _lock_data_dir(self) -> None:
+    async def _lock_data_dir(self) -> None:
         """One daemon per data directory; the lock goes with the process."""
         path = self._config.data.dir
         try:
@@ -143,10 +145,17 @@ class Daemon:
         except OSError as error:
             raise LitefsError(f"cannot use the data directory {path}: {error.strerror}") from None
         self._stack.callback(os.close, fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LitefsError(f"the data directory {path} is in use by another litefs: stop that one first") from None
+        deadline = time.monotonic() + _LOCK_WAIT_S  # one that was killed may take a moment to end
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LitefsError(
+                        f"the data directory {path} is in use by another litefs: stop that one first"
+                    ) from None
+            await self._unless_stopped(asyncio.sleep(0.05))
 
     async def _build_store(self, *, is_primary: bool) -> None:
         config = self._config
@@ -228,6 +237,7 @@ class Daemon:
             log=logging.getLogger("litefs.fuse").info,
             on_gone=gone,
         )
+        self._stack.callback(MountGuard(fuse.dir).stop)
         await _blocking(session.start)
         self._stack.push_async_callback(_blocking, self._unmount)
         self._mounted = True

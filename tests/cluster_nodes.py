@@ -131,15 +131,14 @@ class Node:
         assert mount.mount_at(str(self.mount)) is None, f"{self.name} left its mount"
 
     def kill(self) -> None:
-        """SIGKILL; the dead mount stays until the next start. A daemon that was just using its own mount waits for
-        itself in the kernel and does not end; then the mount is taken away by force."""
+        """SIGKILL. The daemon must end at once, also when it was just using its own mount."""
         assert self.process is not None
         self.process.kill()
         try:
-            self.process.wait(3)
+            self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.unmount()
-            self.process.wait(10)
+            raise AssertionError(f"{self.name} was killed and does not end: it waits for its own mount") from None
 
     def pause(self) -> None:
         assert self.process is not None

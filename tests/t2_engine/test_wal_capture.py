@@ -13,9 +13,10 @@ from limits import largest_file
 from sqlite_process import SqliteProcess
 
 from pylitefs.engine import ofd_locks
+from pylitefs.engine.barrier import Barrier
 from pylitefs.engine.database import Database
 from pylitefs.engine.transaction import UnstableSource
-from pylitefs.engine.wal_capture import FRESH, Barrier
+from pylitefs.engine.wal_capture import FRESH
 from pylitefs.formats.ltx.decoder import Reader
 from pylitefs.formats.sqlite.locks import CKPT, SHARED_FIRST, SHARED_SIZE
 from pylitefs.formats.sqlite.wal_index import HEADER_COPY_SIZE

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pylitefs.engine.capture import finish
+from pylitefs.engine.commit_points import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry

@@ -278,8 +278,10 @@ class Database:
     def set_files(self, files: DatabaseFiles) -> None:
         """The live files are elsewhere now (mounted, unmounted)."""
         self._close_now(self.wal.forget_all())
+        collected = self.wal.collected
         self.files = files
         self.wal = WalCapture(files, self.page_checksums)
+        self.wal.collected = collected
 
     @staticmethod
     def _close_now(fds: list[int]) -> None:

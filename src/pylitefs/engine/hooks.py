@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 from pylitefs.engine.apply import Apply
-from pylitefs.engine.capture import finish
+from pylitefs.engine.commit_points import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.store import Store
@@ -275,14 +275,12 @@ class EngineHooks:
         return
 
     def before_fsync(self, ref: FileRef, then: Then) -> None:
-        if ref.kind is not FileKind.WAL:
-            then(None)
-            return
-        database = self._database(ref)
-        if database is None or not self._store.is_primary or not database.wal.checkpoint_running():
-            then(None)
-        else:
+        database = self._database(ref) if ref.kind is FileKind.WAL else None
+        checkpoint = database is not None and self._store.is_primary and database.wal.checkpoint_running()
+        if database is not None and checkpoint and not self._store.capture.collect_now(database):
             self._store.worker.post(self._before_checkpoint, database, then, database=database.name)
+        else:
+            then(None)
 
     def _before_checkpoint(self, database: Database, then: Then) -> None:
         """A checkpoint begins with this fsync, after which frames may be overwritten: capture them first. A backlog
@@ -302,7 +300,9 @@ class EngineHooks:
             else:
                 finish(then, work)
 
-        if wal.backlog() > BARRIER_FRAMES and not wal.checkpoint_restarts():
+        with wal.mutex:
+            large = wal.backlog() > BARRIER_FRAMES
+        if large and not wal.checkpoint_restarts():
             capture.with_barrier(database, protected)
         else:
             finish(then, work)

@@ -99,6 +99,7 @@ class Naming:
     def _clear_live(self, database: Database) -> None:
         self._registry.capture.forget(database)
         self._registry.capture.forget_files(database)
+        database.wal.collected.clear()
         database.rollback.clear()
         database.remove_live_files()
         sync_folder(database.files.folder)

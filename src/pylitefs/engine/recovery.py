@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pylitefs.engine.capture import file_pages
+from pylitefs.engine.commit_points import file_pages
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import DatabaseFiles, read_at, sync_folder, write_at
 from pylitefs.engine.leftovers import WalEnd, is_held_elsewhere, normalise, remove_wal

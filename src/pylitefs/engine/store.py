@@ -87,16 +87,14 @@ class Store(Registry):
         """Files of the mount were written to: look at the WALs among them."""
         assert self._watch is not None
         names = self._watch.read()
-        # A busy writer would wake us for every write: look away for a moment, events are kept meanwhile.
-        self.worker.unwatch(self._watch.fd)
-        self.worker.call_later(_WATCH_PAUSE_S, self._watch_again)
         if names is None:
             names = {name + "-wal" for name in self.names()}
+        pauses = []
         for name in names:
             if name.endswith("-wal"):
                 database = self.databases.get(name[:-4])
                 if database is not None and database.exists:
-                    self.capture.wake(database)
+                    pauses.append(self.capture.wake(database))
             else:
                 base = name.removesuffix("-journal")
                 database = self.databases.get(base)
@@ -104,6 +102,10 @@ class Store(Registry):
                     self.capture.wake_rollback(database)
                 elif (database is None or not database.exists) and self.is_plain_database(base):
                     self._wake_plain(base)
+
+        # A busy writer would wake us for every write: look away for a moment, events are kept meanwhile.
+        self.worker.unwatch(self._watch.fd)
+        self.worker.call_later(max(_WATCH_PAUSE_S, min(pauses, default=0.0)), self._watch_again)
 
     def _watch_again(self) -> None:
         if self._watch is not None:

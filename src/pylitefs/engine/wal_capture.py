@@ -14,30 +14,33 @@ Whatever was missed all the same is noticed: SQLite's commit counter must have g
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pylitefs.engine import ofd_locks
+from pylitefs.engine.barrier import Barrier
 from pylitefs.engine.files import DatabaseFiles
 from pylitefs.engine.transaction import Change, Pages, ReadPage, UnstableSource
 from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.wal_view import Committed, WalView
 from pylitefs.formats.ltx.checksum import page_checksums
 from pylitefs.formats.ltx.format import lock_pgno
-from pylitefs.formats.sqlite.locks import CKPT, PENDING, SHARED_FIRST, SHARED_SIZE, WRITE, read_lock
+from pylitefs.formats.sqlite.locks import CKPT, WRITE
 from pylitefs.formats.sqlite.wal import FRAME_HEADER_SIZE, frame_offset
 from pylitefs.formats.sqlite.wal_index import (
-    READMARK_NOT_USED,
     latest_frames,
 )
 from pylitefs.ports import FileKind
 
 BARRIER_FRAMES = 4096
+COLLECT_FRAMES = 4096  # a batch of so many frames may be held in memory
+_COLLECT_BYTES = 16 << 20
 _DIFF_BYTES = 1 << 20
 _NONE: NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
 _U32 = 1 << 32
@@ -70,67 +73,8 @@ class Batch:
     from_file: NDArray[np.uint32] = field(default_factory=lambda: _NONE)  # pages a diff took from the database file
 
 
-class Barrier:
-    """A reader's locks, held through the mount: SHARED on the database and one read slot of -shm whose mark is "not
-    used". Whoever holds a lock byte of -shm must hold SHARED too, or the last connection to close could delete the
-    WAL."""
-
-    def __init__(self) -> None:
-        self._fds: list[int] = []
-
-    @property
-    def held(self) -> bool:
-        return bool(self._fds)
-
-    def acquire(self, fds: list[int], view: WalView) -> bool:
-        """Take it with descriptors of the mount's (database, -shm). They stay the caller's if this is False: no slot is
-        free, or somebody locks the database exclusively."""
-        database, shm = fds
-        if not self._lock_shared(database):
-            return False
-        if self._lock_slot(shm, view):
-            self._fds = fds
-            return True
-        ofd_locks.unlock(database, SHARED_FIRST, SHARED_SIZE)
-        return False
-
-    @staticmethod
-    def _lock_shared(database: int) -> bool:
-        """SHARED as SQLite takes it: PENDING first, so that a waiting writer is not starved."""
-        if not ofd_locks.try_lock(database, PENDING, exclusive=False):
-            return False
-        try:
-            return ofd_locks.try_lock(database, SHARED_FIRST, SHARED_SIZE, exclusive=False)
-        finally:
-            ofd_locks.unlock(database, PENDING)
-
-    @staticmethod
-    def _lock_slot(shm: int, view: WalView) -> bool:
-        info = view.checkpoint_info()
-        if info is None:
-            return False
-        for slot in (4, 3, 2):
-            if info.read_marks[slot] != READMARK_NOT_USED:
-                continue
-            if ofd_locks.try_lock(shm, read_lock(slot), exclusive=False):
-                after = view.checkpoint_info()
-                if after is not None and after.read_marks[slot] == READMARK_NOT_USED:
-                    return True
-                ofd_locks.unlock(shm, read_lock(slot))
-        return False
-
-    def release(self) -> list[int]:
-        """Drop the locks at once; returns the descriptors, for the opener to close."""
-        fds, self._fds = self._fds, []
-        if fds:
-            with contextlib.suppress(OSError):
-                ofd_locks.unlock(fds[1], read_lock(1), 4)
-                ofd_locks.unlock(fds[0], SHARED_FIRST, SHARED_SIZE)
-        return fds
-
-
 class WalCapture:
-    """The observer of one database's WAL. Used by the worker thread only, except `probe_checkpoint`."""
+    """The observer of one database's WAL. The worker uses it; a FUSE thread may, for a moment, with `mutex`."""
 
     def __init__(self, files: DatabaseFiles, known_sums: Callable[[], NDArray[np.uint64]]) -> None:
         """`known_sums`: the page checksums at the log's head."""
@@ -140,6 +84,8 @@ class WalCapture:
         self.cursor = FRESH
         self.barrier = Barrier()
         self.shm_fd = -1  # the mount's -shm: to ask for locks with; in cached mode also to read it
+        self.mutex = threading.Lock()  # guards cursor, view and `collected`
+        self.collected: deque[Batch] = deque()  # taken into memory, not in the log yet
         self._synced: Cursor | None = None
         self._seeded: tuple[int, int] | None = None  # salts of a WAL that was begun by us, see `wal_seed`
 
@@ -353,6 +299,31 @@ class WalCapture:
         if end.mx_frame <= now.mx_frame:
             return True
         return len(np.intersect1d(batch.from_file, self.view.pgnos(now.mx_frame + 1, end.mx_frame))) == 0
+
+    def is_collectable(self, batch: Batch) -> bool:
+        """Whether a batch is small enough for `collect`."""
+        return (
+            not batch.gap
+            and batch.frames <= COLLECT_FRAMES
+            and batch.frames * batch.change.page_size <= _COLLECT_BYTES
+        )
+
+    def collect(self, batch: Batch, known_commit: int) -> None:
+        """Take a small batch's pages into memory and move the cursor past it: its frames may be overwritten from now
+        on, the log gets them later. `known_commit`: the size in pages of the state before. Raises UnstableSource."""
+        if self.collected:
+            known_commit = self.collected[-1].change.commit
+        pages = dict(batch.pages)
+        commit = batch.change.commit
+        if commit > known_commit:  # a page that was allocated and freed at once has no frame
+            lock = lock_pgno(batch.change.page_size)
+            for pgno in range(known_commit + 1, commit + 1):
+                if pgno not in pages and pgno != lock:
+                    pages[pgno] = batch.read_missing(pgno)
+        if not self.is_stable(batch):
+            raise UnstableSource
+        self.collected.append(replace(batch, pages=sorted(pages.items())))
+        self.cursor = batch.cursor
 
     def advance(self, batch: Batch) -> None:
         self.cursor = batch.cursor

@@ -217,7 +217,8 @@ class Session:
 
     def _serve(self) -> None:
         device, dispatch, idle = self._device, self._running().dispatch, self._idle
-        assert device is not None
+        if device is None:  # stopped before this thread came to run
+            return
         fd, readv = device.fd, os.readv
         buffer = bytearray(BUFFER_SIZE)
         buffers, rq = [buffer], Request(buffer)

@@ -1,0 +1,159 @@
+"""Commits in the rollback modes: what to record at a commit point, and how to find one that no hook saw."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+from pylitefs.engine import ofd_locks
+from pylitefs.engine.database import Database
+from pylitefs.engine.files import read_at
+from pylitefs.engine.opener import Opener
+from pylitefs.engine.page_checksums import stamp
+from pylitefs.engine.rollback_capture import database_size
+from pylitefs.engine.transaction import Change
+from pylitefs.engine.worker import Worker
+from pylitefs.errors import FormatError
+from pylitefs.formats.ltx.format import lock_pgno
+from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
+from pylitefs.ports import FileKind
+
+log = logging.getLogger("litefs.capture")
+
+_SETTLE_S = 0.05
+_SETTLE_TRIES = 40
+_LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
+_READ_PAGES = 64
+
+
+class CommitPoints:
+    """See `rollback_capture` for what is noted until then."""
+
+    def __init__(self, worker: Worker, opener: Opener) -> None:
+        self._worker = worker
+        self._opener = opener
+        self._settling: set[str] = set()
+
+    def commit_point(self, database: Database, source: str = "capture") -> bool:
+        """The database file holds a committed state now and nobody can change it before this returns: record it.
+        Any thread (FUSE threads call it in their hooks). Raises OSError."""
+        with database.lock:
+            if not database.rollback.pending:
+                return False
+            fd = os.open(database.files.database, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return self._record_file(database, fd, source)
+            finally:
+                os.close(fd)
+
+    def _record_file(self, database: Database, fd: int, source: str) -> bool:
+        try:
+            page_size, commit = database_size(os.pread(fd, 100, 0), os.fstat(fd).st_size)
+        except FormatError as error:
+            if database.exists and os.fstat(fd).st_size:
+                log.warning("%s: not a database any more: %s", database.name, error)
+            return False
+        if commit == 0 or os.fstat(fd).st_size < commit * page_size:
+            return False  # being copied: the rest is still to come
+        everything = database.rollback.suspect or page_size != database.page_size or not database.exists
+        pages: Iterable[tuple[int, bytes]]
+        if everything:
+            pages = file_pages(fd, page_size, commit)
+        else:
+            skip = lock_pgno(page_size)
+            wanted = database.rollback.dirty.pgnos(page_size, commit).tolist()
+            pages = ((pgno, read_at(fd, page_size, (pgno - 1) * page_size)) for pgno in wanted if pgno != skip)
+        entry = database.record(
+            Change(page_size, commit), pages, lambda pgno: read_at(fd, page_size, (pgno - 1) * page_size),
+            lambda: True, source,
+        )  # fmt: skip
+        if database.rollback.suspect and entry is not None and source == "capture":
+            database.emit("repair", pages=commit)
+        database.rollback.clear()
+        self._opener.do(database.log.make_spare)
+        return entry is not None
+
+    def settle_rollback(self, database: Database, mount_fd: int) -> bool:
+        """Record noted writes whose commit nothing told us of (MEMORY, OFF, a copied file): committed they are when
+        nobody holds a write lock and no journal could take them back. `mount_fd`: the mount's database file."""
+        with database.lock:
+            if database.rollback.replacing or wal_in_use(database):
+                return False
+            if not database.rollback.journal_is_finished() and (
+                database.rollback.journal_in_use()
+                or ofd_locks.write_locked(mount_fd, PENDING, _LOCK_BYTES) is not None
+            ):
+                return False
+            return self.commit_point(database)
+
+    def settle_later(self, database: Database, then: Callable[[BaseException | None], None]) -> None:
+        """`settle_rollback`, from any thread; continues on the worker."""
+
+        def opened(fds: list[int] | None) -> None:
+            self._worker.post(settle, fds, database=database.name)
+
+        def settle(fds: list[int] | None) -> None:
+            finish(then, lambda: fds is not None and self.settle_rollback(database, fds[0]))
+            if fds is not None:
+                self._opener.close(fds)
+
+        self._opener.open([database.files.live(FileKind.DATABASE)], os.O_RDONLY, opened)
+
+    def has_unseen_writes(self, database: Database) -> bool:
+        """Whether a rollback-mode commit may have gone by that no hook saw. Any thread.
+
+        Handles that were opened in WAL mode write past us; after a switch to a rollback mode the file's time tells.
+        """
+        if database.raw_writers and not wal_in_use(database):
+            now = stamp(database.files.database)
+            if now != database.settled_stamp:
+                database.settled_stamp = now
+                database.rollback.suspect = True
+        return database.rollback.pending
+
+    def wake_rollback(self, database: Database) -> None:
+        """Pages or the journal were written: see in a while whether a commit went by that no hook saw."""
+        if database.name not in self._settling:
+            self._settling.add(database.name)
+            self._worker.call_later(_SETTLE_S, self._settle_due, database)
+
+    def _settle_due(self, database: Database, tries: int = 0) -> None:
+        self._settling.discard(database.name)
+        if not database.rollback.pending:
+            return
+
+        def again(error: BaseException | None) -> None:
+            if database.rollback.pending and tries < _SETTLE_TRIES and database.name not in self._settling:
+                self._settling.add(database.name)
+                self._worker.call_later(_SETTLE_S * (tries + 2), self._settle_due, database, tries + 1)
+
+        self.settle_later(database, again)
+
+
+def file_pages(fd: int, page_size: int, commit: int) -> Iterator[tuple[int, bytes]]:
+    """Every page of a database file, in runs, without the lock page."""
+    skip = lock_pgno(page_size)
+    for first in range(1, commit + 1, _READ_PAGES):
+        count = min(_READ_PAGES, commit - first + 1)
+        run = read_at(fd, count * page_size, (first - 1) * page_size)
+        for index in range(count):
+            if first + index != skip:
+                yield first + index, run[index * page_size : (index + 1) * page_size]
+
+
+def wal_in_use(database: Database) -> bool:
+    """Whether the database is in WAL mode at this moment: there is a WAL with something in it."""
+    return stamp(database.files.wal)[0] > 0
+
+
+def finish(then: Callable[[BaseException | None], None], work: Callable[[], object]) -> None:
+    """Do `work`, then continue a request with how it went."""
+    error: BaseException | None = None
+    try:
+        work()
+    except BaseException as caught:
+        error = caught
+    with contextlib.suppress(Exception):
+        then(error)

@@ -162,7 +162,10 @@ def test_functions_are_short(path: Path) -> None:
         assert lines <= limit, f"{node.name}: {lines} lines"
 
 
-@parametrized([path for path in MODULES if package_of(path) not in ("cli", "backup_into", "die_with_parent", "mount_guard")])
+PROGRAMS = ("cli", "backup_into", "die_with_parent", "mount_guard")
+
+
+@parametrized([path for path in MODULES if package_of(path) not in PROGRAMS])
 def test_nothing_is_printed_outside_the_command_line(path: Path) -> None:
     """`die_with_parent` is a program of its own, run by `supervise`."""
     for node in ast.walk(tree_of(path)):

@@ -120,7 +120,9 @@ def test_a_live_daemon_has_the_mount_point_or_the_data(cluster: Cluster) -> None
 
 def test_a_killed_node_starts_again(cluster: Cluster) -> None:
     """Its mount is gone soon, or dead and cleaned by the next start; nobody hangs in it."""
-    node = cluster.node("node").start()
+    node = cluster.node("node")
+    node.config["lease"]["recovery-wait"] = "0s"
+    node.start()
     for rows in range(5, 20, 5):
         fill(node, 5)
         node.kill()

@@ -30,7 +30,7 @@ from cluster_nodes import (
 pytestmark = needs_root
 STEPS = 60
 _FIRST = int(os.environ.get("PYLITEFS_TEST_SEED", "1"))
-SEEDS = range(_FIRST, _FIRST + scaled(3))
+SEEDS = range(_FIRST, _FIRST + scaled(2))
 
 
 class Pair:

@@ -61,6 +61,7 @@ def mount(
     click.echo(version_string())
     if config_path is None:
         click.echo(f"config file read from {path}")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads are not used, their buffers cost memory
     from pylitefs import daemon  # after the configuration is known to be good: it loads the heavy libraries
 
     try:

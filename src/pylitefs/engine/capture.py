@@ -25,7 +25,6 @@ from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.worker import Timer, Worker
 from pylitefs.errors import Unavailable
 from pylitefs.formats.ltx.format import Position
-from pylitefs.formats.sqlite.locks import SHARED_SIZE
 from pylitefs.ports import FileKind
 
 log = logging.getLogger("litefs.capture")
@@ -35,14 +34,10 @@ _PACE = 3.0
 _PAUSE_S = 0.00025
 _PAUSE_DOUBLINGS = 7
 _MAX_PAUSE_S = 0.025
-_SETTLE_S = 0.05
-_SETTLE_TRIES = 40
 _ATTEMPTS = 8
 _MAX_COLLECTED = 4
 _RESTLESS_S = 0.01
 _RETRY_S = 1.0  # after an error of the disk
-_LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
-_READ_PAGES = 64
 _GIVE_WAY_PAGES = 256
 
 

@@ -257,7 +257,7 @@ class HashTables:
         self._pgnos = array("I")
         self._newest = {}
         self._newest_upto = 0
-        self._new_region()
+        self._slots, self._free = array("H"), []  # made when the first frame of a region comes
 
     def append(self, pgnos: Sequence[int] | NDArray[Any]) -> list[Patch]:
         """Enter frames mx_frame + 1, ... of these pages. FormatError, and no change, for an impossible page number."""

@@ -47,7 +47,7 @@ from pylitefs.supervise import Supervisor
 log = logging.getLogger("litefs")
 T = TypeVar("T")
 
-SWITCH_INTERVAL_S = 0.0001
+SWITCH_INTERVAL_S = 0.00005
 """How long a thread may keep the interpreter while others wait: a FUSE request must not wait 5 ms for a capture."""
 
 FILES_WANTED = 1 << 20

@@ -70,6 +70,8 @@ class Batch:
     cursor: Cursor
     frames: int
     gap: bool = False
+    pgnos: NDArray[np.uint32] = field(default_factory=lambda: _NONE)  # the pages, and the frames they are in
+    numbers: NDArray[np.uint32] = field(default_factory=lambda: _NONE)
     from_file: NDArray[np.uint32] = field(default_factory=lambda: _NONE)  # pages a diff took from the database file
 
 
@@ -221,7 +223,7 @@ class WalCapture:
         )
         return Batch(
             change, self.view.frame_pages(pgnos, numbers, size), lambda pgno: self._page(pgno, now), now,
-            Cursor(now.salts, now.mx_frame, now.change), frames,
+            Cursor(now.salts, now.mx_frame, now.change), frames, pgnos=pgnos, numbers=numbers,
         )  # fmt: skip
 
     def _page(self, pgno: int, now: Committed) -> bytes:
@@ -313,7 +315,7 @@ class WalCapture:
         on, the log gets them later. `known_commit`: the size in pages of the state before. Raises UnstableSource."""
         if self.collected:
             known_commit = self.collected[-1].change.commit
-        pages = dict(batch.pages)
+        pages = self.view.read_frames(batch.pgnos, batch.numbers, batch.change.page_size)
         commit = batch.change.commit
         if commit > known_commit:  # a page that was allocated and freed at once has no frame
             lock = lock_pgno(batch.change.page_size)

@@ -295,6 +295,13 @@ class Daemon:
             hostname=primary.hostname,
             reconnect_delay_s=self._config.lease.reconnect_delay_s,
         )
+        loop, replica = asyncio.get_running_loop(), self._replica
+
+        def released(event: Event) -> None:
+            if event.type == "recovered" and event.data.get("outcome") == "released":
+                loop.call_soon_threadsafe(replica.reconnect)
+
+        self._stack.callback(self._events.subscribe(released))
         task = asyncio.create_task(self._replica.run())
         self._stack.push_async_callback(_cancel, task)
 

@@ -132,6 +132,11 @@ class Replica:
             clock.cancel()
             await asyncio.gather(clock, return_exceptions=True)
 
+    def reconnect(self) -> None:
+        """Shake hands again: a database here is at another position than the primary was told. On the loop."""
+        if self._session is not None:
+            self._session.end(LinkClosed("the positions of this node have changed", clean=True))
+
     async def _attempt(self) -> float:
         """One connection, to its end; the pause before the next, in seconds."""
         session: ReplicaLink | None = None
@@ -224,6 +229,9 @@ class ReplicaLink:
             await self._applier.close()
             await self._channel.close(told, self._timings.close_s)
         return error
+
+    def end(self, reason: Exception) -> None:
+        self._tasks.fail(reason)
 
     # --- handshake --------------------------------------------------------------------------------------------------
 

@@ -120,7 +120,7 @@ def test_two_nodes_over_http(cluster: Cluster) -> None:
             first.run("DELETE FROM t")
             first.run("VACUUM")
             await cluster.until_equal()
-            cluster.primary.worker.submit(cluster.primary.drop, second.database).result()
+            cluster.primary.worker.submit(cluster.primary.naming.drop, second.database).result()
             await cluster.until(lambda: cluster.replica.names() == ["a.db"])
             head = first.database.position.txid
             await cluster.until(lambda: cluster.replicas.progress("a.db")[2].durable == head)

@@ -169,6 +169,7 @@ class Apply:
     ) -> Position:  # fmt: skip
         """A checked transaction whose file is `temporary`: into the log, into the database, move the position.
         `live`: has its pages already, in a transaction that is to be finished."""
+        file_before = _inode(database.files.database)
         database.unclean()
         entry = database.log.publish(temporary, header, trailer.post_apply_checksum)
         try:
@@ -183,6 +184,8 @@ class Apply:
             database.log.take_back(entry, database.position)
             raise
         database.accept(header, entry, pgnos, sums, started_s)
+        if _inode(database.files.database) != file_before:
+            self.forget_names(database)
         database.applied_s = time.monotonic()
         self._opener.do(database.log.make_spare)
         if header.commit == 0:
@@ -217,9 +220,10 @@ class Apply:
             database.replica.close(remove=False)
             database.replica = None
         database.remove_live_files()
-        self._forget(database)
 
-    def _forget(self, database: Database) -> None:
+    def forget_names(self, database: Database) -> None:
+        """A database came, went or has another file. Only when it counts as there, or as gone: names that are looked up
+        before would be remembered wrongly."""
         if self.notifier is not None:
             for suffix in SUFFIX_OF.values():
                 self.notifier.forget_file(database.name + suffix)
@@ -230,7 +234,6 @@ class Apply:
         with Building(database) as building:
             building.write(Reader(entry.chunks()), entry.header())
             building.publish(self._file_mode)
-        self._forget(database)
 
     def _change_page_size(self, database: Database, header: Header, entry: LogEntry) -> None:
         """Another page size: the entry holds every page. Needs a moment without readers; after some seconds of waiting
@@ -278,7 +281,6 @@ class Apply:
                 database.replica.close(remove=True)
                 database.replica = None
             building.publish(self._file_mode)
-        self._forget(database)
 
     def let_go(self, database: Database) -> None:
         """Close the live WAL; what it holds is checkpointed where readers allow."""
@@ -291,6 +293,14 @@ class Apply:
     def remove_files(self, database: Database) -> None:
         with self._changing(database):
             self._drop_files(database)
+
+
+def _inode(path: str) -> int | None:
+    """Which file has this name; None if there is none."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
 
 
 def check(

@@ -156,6 +156,8 @@ class Naming:
             target.rollback.suspect = True
             self._registry.capture.commit_point(target, "import")
         self._registry.capture.flush(target)  # what its WAL has on top of the file
+        self._tell_renamed(source.name)
+        self._tell_renamed(name)
         source.emit("drop", txid=source.position.txid)
 
     def set_aside(self, name: str, reason: str) -> None:

@@ -89,6 +89,8 @@ class Resync:
             os.ftruncate(self._building.fd, commit * self.page_size)
             self._apply.replace_files(database, self._building)
         database.reposition(position, self.page_size, commit, sums)
+        if not patch:
+            self._apply.forget_names(database)
         database.applied_s = time.monotonic()
         database.set_aside_reason = None
         database.emit("resync", pages=self._count, bytes=self._count * self.page_size)

@@ -23,7 +23,7 @@ from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_capture import BARRIER_FRAMES, COLLECT_FRAMES, Batch, WalCapture, wait_stable
 from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.worker import Timer, Worker
-from pylitefs.errors import Unavailable
+from pylitefs.errors import FormatError, Unavailable
 from pylitefs.formats.ltx.format import Position
 from pylitefs.ports import FileKind
 
@@ -282,7 +282,13 @@ class Capture(CommitPoints):
         found = False
         while collected:
             batch = collected[0]
-            database.record(batch.change, batch.pages, batch.read_missing, lambda: True, "capture")
+            try:
+                database.record(batch.change, batch.pages, batch.read_missing, lambda: True, "capture")
+            except FormatError as error:
+                log.error("%s: a batch does not make sense, the database will be compared: %s", database.name, error)
+                with database.wal.mutex:
+                    database.wal.doubt()
+                raise UnstableSource from error
             collected.popleft()
             self._opener.do(database.log.make_spare)
             found = True

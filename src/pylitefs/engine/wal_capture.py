@@ -86,7 +86,7 @@ class WalCapture:
         self.cursor = FRESH
         self.barrier = Barrier()
         self.shm_fd = -1  # the mount's -shm: to ask for locks with; in cached mode also to read it
-        self.mutex = threading.Lock()  # guards cursor, view and `collected`
+        self.mutex = threading.RLock()  # guards cursor, view and `collected`
         self.collected: deque[Batch] = deque()  # taken into memory, not in the log yet
         self._synced: Cursor | None = None
         self._seeded: tuple[int, int] | None = None  # salts of a WAL that was begun by us, see `wal_seed`
@@ -326,6 +326,11 @@ class WalCapture:
             raise UnstableSource
         self.collected.append(replace(batch, pages=sorted(pages.items())))
         self.cursor = batch.cursor
+
+    def doubt(self) -> None:
+        """What was collected cannot be right: the next pass compares the whole database."""
+        self.collected.clear()
+        self.cursor = Cursor((0, 0), 1, None)
 
     def advance(self, batch: Batch) -> None:
         self.cursor = batch.cursor

@@ -74,6 +74,7 @@ class WalView:
         self._files = files
         self._fds: dict[FileKind, int] = {}
         self._mount_shm = -1
+        self._indexed = False  # where the last `committed` had it from
         self._scanned = NOTHING  # how far frames were checked where there is no wal-index
         self._scanned_pgnos: NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
 
@@ -110,6 +111,7 @@ class WalView:
     def committed(self) -> Committed | None:
         """The newest committed prefix; None if there is no WAL, or nobody can tell at this moment."""
         shm = self._fd(FileKind.SHM)
+        self._indexed = shm is not None
         if shm is None:
             return self._scan()
         for _ in range(_TORN_RETRIES):
@@ -191,17 +193,23 @@ class WalView:
     # -- pages -----------------------------------------------------------------------------------------------
 
     def pgnos(self, first: int, last: int) -> NDArray[np.uint32]:
-        """Page numbers of committed frames first..last."""
+        """Page numbers of committed frames first..last, from where the last `committed` looked: a wal-index that was
+        made since may not be filled yet."""
+        if not self._indexed:
+            return self._scanned_pgnos[first - 1 : last]
         shm = self._fd(FileKind.SHM)
         if shm is None:
-            return self._scanned_pgnos[first - 1 : last]
+            raise UnstableSource
         parts = []
         for offset, count in pgno_locations(first, last):
             data = os.pread(shm, 4 * count, offset)
             if len(data) != 4 * count:
                 raise UnstableSource
             parts.append(np.frombuffer(data, dtype=np.uint32))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        found = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not found.all():
+            raise UnstableSource  # not the index of these frames
+        return found
 
     def commit_count(self, first: int, last: int, page_size: int) -> int:
         """How many of the frames first..last end a transaction."""

@@ -280,18 +280,19 @@ class Capture(CommitPoints):
         """Write collected batches into the log, in order. One that fails stays for the next try."""
         collected = database.wal.collected
         found = False
-        while collected:
-            batch = collected[0]
-            try:
-                database.record(batch.change, batch.pages, batch.read_missing, lambda: True, "capture")
-            except FormatError as error:
-                log.error("%s: a batch does not make sense, the database will be compared: %s", database.name, error)
-                with database.wal.mutex:
-                    database.wal.doubt()
-                raise UnstableSource from error
-            collected.popleft()
-            self._opener.do(database.log.make_spare)
-            found = True
+        try:
+            with database.lock:  # one at a time takes from the queue
+                while collected:
+                    batch = collected[0]
+                    database.record(batch.change, batch.pages, batch.read_missing, lambda: True, "capture")
+                    collected.popleft()
+                    self._opener.do(database.log.make_spare)
+                    found = True
+        except FormatError as error:
+            log.error("%s: a batch does not make sense, the database will be compared: %s", database.name, error)
+            with database.wal.mutex:
+                database.wal.doubt()
+            raise UnstableSource from error
         return found
 
     def _stream(self, database: Database, batch: Batch) -> bool:

@@ -39,7 +39,6 @@ _CHECKPOINT_FRAMES = 4000
 _SETTLE_S = 0.5  # checkpoint after this long without a transaction
 _REST_S = 15.0  # let go of a database that nobody uses after this long
 _REPLACE_TRIES_S = 5.0
-_GIVE_WAY_PAGES = 256
 _SYNC_ENTRIES = 1024
 
 
@@ -202,18 +201,11 @@ class Apply:
                 self._change_page_size(database, header, entry)
             else:
                 replica = self.activate(database)
-                replica.append(self._giving_way(database, pages), header.commit)
+                replica.append(self._worker.giving_way(database.name, pages), header.commit)
                 if replica.mx_frame - replica.backfill >= _CHECKPOINT_FRAMES:
                     with contextlib.suppress(OSError):  # the transaction is visible: a checkpoint can be done later
                         replica.checkpoint()
                 self._later(database)
-
-    def _giving_way(self, database: Database, pages: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """Between stretches of a large transaction other databases get their turn."""
-        for number, page in enumerate(pages, 1):
-            yield page
-            if number % _GIVE_WAY_PAGES == 0:
-                self._worker.give_way(database.name)
 
     def _drop_files(self, database: Database) -> None:
         if database.replica is not None:

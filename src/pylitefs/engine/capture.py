@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from pylitefs.engine.commit_points import CommitPoints
@@ -37,7 +37,6 @@ _ATTEMPTS = 8
 _MAX_COLLECTED = 4
 _RESTLESS_S = 0.01
 _RETRY_S = 1.0  # after an error of the disk
-_GIVE_WAY_PAGES = 256
 
 
 class _Schedule:
@@ -300,7 +299,7 @@ class Capture(CommitPoints):
         if batch.gap:
             database.emit("gap", cursor=str(wal.cursor), found=str(batch.committed))
         entry = database.record(
-            batch.change, self._giving_way(database, batch.pages), batch.read_missing,
+            batch.change, self._worker.giving_way(database.name, batch.pages), batch.read_missing,
             lambda: wal.is_stable(batch), "repair" if batch.gap else "capture",
         )  # fmt: skip
         wal.advance(batch)
@@ -331,13 +330,6 @@ class Capture(CommitPoints):
             wal.mutex.release()
         self._worker.post(self._look, database, database=database.name)
         return True
-
-    def _giving_way(self, database: Database, pages: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """The pages of a batch; between stretches of a large one other databases get their turn."""
-        for number, page in enumerate(pages, 1):
-            yield page
-            if number % _GIVE_WAY_PAGES == 0:
-                self._worker.give_way(database.name)
 
 
 def _same_file(fd: int, path: str) -> bool:

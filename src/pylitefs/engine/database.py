@@ -27,7 +27,7 @@ from pylitefs.engine.transaction import Change, Pages, ReadPage, TransactionWrit
 from pylitefs.engine.wal_capture import WalCapture
 from pylitefs.errors import FormatError
 from pylitefs.events import Event, EventBus
-from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position
+from pylitefs.formats.ltx.format import Header, Position
 from pylitefs.formats.sqlite.header import DatabaseHeader
 from pylitefs.ports import FileKind
 
@@ -311,11 +311,6 @@ class Database:
                 os.unlink(self.files.backing(kind))
             except FileNotFoundError:
                 continue
-
-
-def empty_position_after(position: Position) -> Position:
-    """The position of a database that was dropped in the transaction after `position`."""
-    return Position(position.txid + 1, CHECKSUM_FLAG)
 
 
 def note_position(files: DatabaseFiles, position: Position) -> None:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 from pylitefs.engine.apply import Apply
-from pylitefs.engine.commit_points import finish
+from pylitefs.engine.commit_points import finish, wal_in_use
 from pylitefs.engine.database import Database
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.store import Store
@@ -195,7 +195,7 @@ class EngineHooks:
             database.app_handles = max(0, database.app_handles - 1)
             raw = writable and not hooked
             database.raw_writers = max(0, database.raw_writers - raw)
-        if raw and self._store.is_primary and not self._wal_in_use(database) and not self._in_wal_mode(ref):
+        if raw and self._store.is_primary and not wal_in_use(database) and not self._in_wal_mode(ref):
             database.rollback.suspect = True
         if writable:
             database.rollback.replacing = False
@@ -241,7 +241,7 @@ class EngineHooks:
         return os.pwrite(fd, data, offset)
 
     def _write_database(self, database: Database, fd: int, data: memoryview, offset: int) -> int:
-        if self._wal_in_use(database):
+        if wal_in_use(database):
             return os.pwrite(fd, data, offset)  # a checkpoint: the WAL has told us these pages
         with database.lock:
             if database.rollback.starts_transaction():
@@ -249,10 +249,6 @@ class EngineHooks:
             written = os.pwrite(fd, data, offset)
             database.rollback.note(offset, written)
             return written
-
-    @staticmethod
-    def _wal_in_use(database: Database) -> bool:
-        return _has_bytes(database.files.wal)
 
     def before_truncate(self, ref: FileRef, size_bytes: int, then: Then) -> None:
         database = self._database(ref)
@@ -310,7 +306,7 @@ class EngineHooks:
     def after_fsync(self, ref: FileRef) -> None:
         if ref.kind in (FileKind.DATABASE, FileKind.JOURNAL) and self._store.is_primary:
             database = self._database(ref)
-            if database is None or self._wal_in_use(database):
+            if database is None or wal_in_use(database):
                 return
             with database.lock:
                 if ref.kind is FileKind.DATABASE and database.raw_writers:
@@ -325,7 +321,7 @@ class EngineHooks:
     def _commit(self, database: Database, then: Then) -> None:
         """The journal goes away: the transaction is committed, or rolled back (then no page has changed)."""
         with database.lock:
-            if database.raw_writers and not self._wal_in_use(database):
+            if database.raw_writers and not wal_in_use(database):
                 database.rollback.suspect = True
             large = database.rollback.suspect and database.size_bytes > _LARGE_BYTES
         if large:

@@ -19,7 +19,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,6 +40,7 @@ class Timer:
 
 
 _MAX_NESTING = 4
+_GIVE_WAY_ITEMS = 256
 
 
 class Job(NamedTuple):
@@ -120,6 +121,13 @@ class Worker:
             self._jobs.extendleft(reversed(kept))
         finally:
             self._in_way.pop()
+
+    def giving_way(self, database: str, items: Iterable[T]) -> Iterator[T]:
+        """`items` as they are; between stretches of a long job of `database` others get their turn."""
+        for number, item in enumerate(items, 1):
+            yield item
+            if number % _GIVE_WAY_ITEMS == 0:
+                self.give_way(database)
 
     def _post(self, job: Job) -> None:
         self._jobs.append(job)

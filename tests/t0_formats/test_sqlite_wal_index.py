@@ -220,7 +220,8 @@ def test_truncate_and_clear_leave_no_trace(runs: list[list[int]], keep: int) -> 
         assert mine == expected
         pgnos += more
     last = {pgno: frame for frame, pgno in enumerate(pgnos, 1)}
-    assert tables.latest_frames(1, len(pgnos)) == last
+    pages, frames = tables.latest_frames(1, len(pgnos))
+    assert dict(zip(pages.tolist(), frames.tolist(), strict=True)) == last
     assert all(tables.lookup(pgno) == frame for pgno, frame in last.items())
     tables.clear()
     assert (tables.mx_frame, tables.lookup(5), tables.truncate(0)) == (0, 0, [])

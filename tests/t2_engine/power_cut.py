@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class Recorder:
     base: dict[int, bytes] = field(default_factory=dict)
     base_names: dict[str, int] = field(default_factory=dict)
     _last: dict[int, bytes] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         for path in sorted(self.root.rglob("*")):
@@ -71,11 +73,13 @@ class Recorder:
         return None if name is None else self.names.get(name)
 
     def created(self, path: str) -> None:
+        """Any thread: the log's next file is made on one of its own."""
         name = self.relative(path)
-        if name is not None and name not in self.names:
-            self.names[name] = self._next
-            self._next += 1
-            self.ops.append(Op("link", self.names[name], name))
+        with self._lock:
+            if name is not None and name not in self.names:
+                self.names[name] = self._next
+                self._next += 1
+                self.ops.append(Op("link", self.names[name], name))
 
     def write(self, path: str, data: bytes, offset: int) -> None:
         if (number := self._number(path)) is not None:

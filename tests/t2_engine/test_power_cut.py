@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,6 +135,9 @@ class Run:
                 db.execute("PRAGMA journal_mode = WAL")
         database.rollback.suspect = True
         assert self.node.store.capture.commit_point(database)
+        idle = threading.Event()  # the log's next file is made on another thread: the recorder must know of it
+        self.node.store.opener.do(idle.set)
+        assert idle.wait(10)
 
     def _connect(self) -> sqlite3.Connection:
         uri = f"file:{self.database.files.database}?vfs={self.vfs._name.decode()}"

@@ -28,7 +28,7 @@ from pylitefs.engine.opener import Opener
 from pylitefs.engine.replica_wal import ReplicaWal
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import FormatError, PositionMismatch
-from pylitefs.formats.ltx.checksum import page_checksum
+from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.decoder import Reader, decode
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, Trailer
 from pylitefs.ports import FileKind, Notifier, Then
@@ -150,7 +150,7 @@ class Apply:
         started = time.monotonic()
         ltx = decode(data)
         pgnos = np.array([pgno for pgno, _ in ltx.pages], dtype=np.uint32)
-        sums = np.array([page_checksum(pgno, page) for pgno, page in ltx.pages], dtype=np.uint64)
+        sums = checksums_of(ltx.pages)
         check(database, ltx.header, ltx.trailer, pgnos, sums)
         temporary = database.log.temporary()
         try:

@@ -1,6 +1,6 @@
 """Capture on the primary: when to look, and what to do with what is found.
 
-    woken by   inotify on the mount          -> soon; from 2,000 transactions/s on in batches of 25 ms
+    woken by   inotify on the mount          -> soon; from 2,000 transactions/s on in batches of 50 ms
                fsync, unlink, truncate hooks -> now, before the application is answered (`flush`)
                a position is asked for       -> now (`flush`)
 A WAL commit becomes visible by a store to shared memory, which raises no event. So a pass that follows an event is
@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from pylitefs.engine.batches import Batch
 from pylitefs.engine.commit_points import CommitPoints
 from pylitefs.engine.database import Database
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.transaction import UnstableSource
-from pylitefs.engine.wal_capture import BARRIER_FRAMES, COLLECT_FRAMES, Batch, WalCapture, wait_stable
+from pylitefs.engine.wal_capture import BARRIER_FRAMES, COLLECT_FRAMES, WalCapture, wait_stable
 from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.worker import Timer, Worker
 from pylitefs.errors import FormatError, Unavailable
@@ -32,10 +33,11 @@ log = logging.getLogger("litefs.capture")
 _LOOK_AGAIN_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _PACE = 3.0
 _PAUSE_S = 0.0005  # for each transaction of the last pass: above 2,000/s batches grow to the longest pause
-_MAX_PAUSE_S = 0.025
+_MAX_PAUSE_S = 0.05
 _ATTEMPTS = 8
 _MAX_COLLECTED = 4
 _RESTLESS_S = 0.01
+_MUTEX_S = 0.02  # longer than a batch takes to collect
 _RETRY_S = 1.0  # after an error of the disk
 
 
@@ -282,8 +284,9 @@ class Capture(CommitPoints):
         try:
             with database.lock:  # one at a time takes from the queue
                 while collected:
-                    batch = collected[0]
-                    database.record(batch.change, batch.pages, batch.read_missing, lambda: True, "capture")
+                    taken = collected[0]
+                    pages = taken.close()
+                    database.record(taken.change, pages, taken.read_missing, lambda: True, "capture")
                     collected.popleft()
                     self._opener.do(database.log.make_spare)
                     found = True
@@ -308,12 +311,28 @@ class Capture(CommitPoints):
             database.emit("repair", pages=batch.change.commit)
         return True
 
+    def checkpoint_begins(self, database: Database) -> bool:
+        """Note what a checkpoint, whose first fsync this is, must not end without (FUSE thread). False if only now is
+        the time to take it: without a wal-index nothing tells how far the checkpoint goes."""
+        wal = database.wal
+        if wal.shm_fd < 0 or not database.files.reads_shm_directly or not wal.mutex.acquire(timeout=_MUTEX_S):
+            return False
+        try:
+            if not wal.view.has_index():
+                return False
+            wal.await_checkpoint()
+            return True
+        except OSError:
+            return False
+        finally:
+            wal.mutex.release()
+
     def collect_now(self, database: Database) -> bool:
         """Take everything committed into memory, without the worker (FUSE thread); False if that cannot be done now."""
         wal = database.wal
         if database.failing is not None or not database.files.reads_shm_directly or not database.exists:
             return False
-        if not wal.mutex.acquire(blocking=False):
+        if not wal.mutex.acquire(timeout=_MUTEX_S):
             return False
         try:
             if wal.backlog() > COLLECT_FRAMES or len(wal.collected) >= _MAX_COLLECTED:
@@ -328,7 +347,8 @@ class Capture(CommitPoints):
             return False
         finally:
             wal.mutex.release()
-        self._worker.post(self._look, database, database=database.name)
+        hurry = len(wal.collected) >= _MAX_COLLECTED - 1
+        self._worker.post(self._look if hurry else self.wake, database, database=database.name)
         return True
 
 

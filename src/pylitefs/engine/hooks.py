@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable
 
 from pylitefs.engine.apply import Apply
+from pylitefs.engine.checkpoints import Checkpoints
 from pylitefs.engine.commit_points import finish, wal_in_use
 from pylitefs.engine.database import Database
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.store import Store
-from pylitefs.engine.wal_capture import BARRIER_FRAMES
 from pylitefs.engine.wal_seed import seed
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader, is_sqlite
@@ -43,6 +43,7 @@ class EngineHooks:
     def __init__(self, store: Store, apply: Apply) -> None:
         self._store = store
         self._apply = apply
+        self._checkpoints = Checkpoints(store)
         self._engine_renames: set[tuple[str, str]] = set()
 
     # -- names -----------------------------------------------------------------------------------------------
@@ -271,37 +272,13 @@ class EngineHooks:
         return
 
     def before_fsync(self, ref: FileRef, then: Then) -> None:
-        database = self._database(ref) if ref.kind is FileKind.WAL else None
-        checkpoint = database is not None and self._store.is_primary and database.wal.checkpoint_running()
-        if database is not None and checkpoint and not self._store.capture.collect_now(database):
-            self._store.worker.post(self._before_checkpoint, database, then, database=database.name)
+        database = self._database(ref) if self._store.is_primary else None
+        if database is not None and ref.kind is FileKind.WAL:
+            self._checkpoints.before_wal_fsync(database, then)
+        elif database is not None and ref.kind is FileKind.DATABASE:
+            self._checkpoints.before_database_fsync(database, then)
         else:
             then(None)
-
-    def _before_checkpoint(self, database: Database, then: Then) -> None:
-        """A checkpoint begins with this fsync, after which frames may be overwritten: capture them first. A backlog
-        that would take long is protected by the barrier instead, unless the checkpoint wants the WAL to itself."""
-        wal, capture = database.wal, self._store.capture
-        capture.open_shm(database)
-
-        def work() -> None:
-            capture.flush_if_possible(database)
-            wal.mark_synced()
-            capture.let_restart(database)
-
-        def protected(held: bool) -> None:
-            if held:
-                then(None)
-                capture.wake(database)
-            else:
-                finish(then, work)
-
-        with wal.mutex:
-            large = wal.backlog() > BARRIER_FRAMES
-        if large and not wal.checkpoint_restarts():
-            capture.with_barrier(database, protected)
-        else:
-            finish(then, work)
 
     def after_fsync(self, ref: FileRef) -> None:
         if ref.kind in (FileKind.DATABASE, FileKind.JOURNAL) and self._store.is_primary:

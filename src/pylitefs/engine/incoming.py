@@ -14,9 +14,10 @@ from pylitefs.engine.database import Database
 from pylitefs.engine.files import write_at
 from pylitefs.engine.leftovers import WalEnd
 from pylitefs.engine.recovery import apply_entries
-from pylitefs.engine.replica_wal import ReplicaWal
+from pylitefs.engine.replica_wal import RUN_FRAMES, ReplicaWal
+from pylitefs.engine.transaction import runs
 from pylitefs.errors import FormatError, PositionMismatch
-from pylitefs.formats.ltx.checksum import page_checksum
+from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.decoder import Decoder, Reader
 from pylitefs.formats.ltx.format import Header, Position
 
@@ -44,9 +45,8 @@ class IncomingFile:
         pages = self._decoder.feed(data)
         if self._live is None and not self._pgnos and self._decoder.header is not None:
             self._live = self._begin(self._decoder.header)
-        for pgno, page in pages:
-            self._pgnos.append(pgno)
-            self._sums.append(page_checksum(pgno, page))
+        self._pgnos.extend([pgno for pgno, _ in pages])
+        self._sums.frombytes(checksums_of(pages).tobytes())
         if self._live is not None:
             self._append(self._live, pages)
 
@@ -62,8 +62,7 @@ class IncomingFile:
 
     def _append(self, live: ReplicaWal, pages: list[tuple[int, bytes]]) -> None:
         try:
-            for pgno, page in pages:
-                live.add(pgno, page)
+            live.extend(pages)
         except OSError:  # no room: `finish` does it from the file, when there is
             live.roll_back()
             self._live = None
@@ -106,9 +105,9 @@ def give_back(database: Database, path: str, wal_end: WalEnd | None) -> Position
     database that is ahead of the replica is never taken back. PositionMismatch, FormatError change nothing."""
     pgnos, sums = array("I"), array("Q")
     reader = Reader(file_chunks(path))
-    for pgno, page in reader:
-        pgnos.append(pgno)
-        sums.append(page_checksum(pgno, page))
+    for run in runs(reader, RUN_FRAMES):
+        pgnos.extend([pgno for pgno, _ in run])
+        sums.frombytes(checksums_of(run).tobytes())
     header, trailer = reader.header, reader.trailer
     if trailer is None:
         raise FormatError("LTX file has no trailer")

@@ -22,6 +22,8 @@ from collections.abc import Iterable
 
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.files import DatabaseFiles, read_at, write_at
+from pylitefs.engine.transaction import runs
+from pylitefs.engine.wal_view import read_frames
 from pylitefs.errors import DatabaseBusy
 from pylitefs.formats.sqlite.locks import (
     CKPT,
@@ -50,6 +52,7 @@ from pylitefs.formats.sqlite.wal_index import (
 from pylitefs.ports import FileKind
 
 RUN_FRAMES = 256
+_COPY_PAGES = 1024  # of a checkpoint at a time in memory
 _U32 = struct.Struct("=I")
 
 
@@ -143,8 +146,8 @@ class ReplicaWal:
         self.begin()
         first = self.mx_frame
         try:
-            for pgno, page in pages:
-                self.add(pgno, page)
+            for run in runs(pages, RUN_FRAMES):
+                self.extend(run)
             self.finish(commit)
         except BaseException:
             self.roll_back()
@@ -152,23 +155,26 @@ class ReplicaWal:
         return self.mx_frame - first
 
     def begin(self) -> None:
-        """Begin a transaction whose pages come one by one (`add`); nobody sees them before `finish`."""
+        """Begin a transaction whose pages come in pieces (`extend`); nobody sees them before `finish`."""
         if self._before is not None:
             raise RuntimeError("a transaction is being appended already")
         if self.mx_frame == 0:
             self._restart_if_used()
         self._before = (self.mx_frame, self._s0, self._s1)
 
-    def add(self, pgno: int, page: bytes) -> None:
-        if len(self._held) == RUN_FRAMES:
-            self._write_run(0)
-        self._held.append((pgno, page))
+    def extend(self, pages: list[tuple[int, bytes]]) -> None:
+        """The next pages. The last ones are held back: one of them becomes the commit frame."""
+        self._held += pages
+        while len(self._held) > RUN_FRAMES:
+            self._write_run(self._held[:RUN_FRAMES], 0)
+            self._held = self._held[RUN_FRAMES:]
 
     def finish(self, commit: int) -> None:
         """Commit. After an error (OSError) either call it again or `roll_back`."""
         if not self._held:  # only the size changed: a commit needs a frame to stand in
             self._held = [(1, self.read_page(1))]
-        self._write_run(commit)
+        self._write_run(self._held, commit)
+        self._held = []
         self._before = None
         self.commit = commit
         self._change = (self._change + 1) & 0xFFFFFFFF
@@ -185,15 +191,14 @@ class ReplicaWal:
         for offset, patch in self._tables.truncate(before):
             write_at(self._shm, patch, offset)
 
-    def _write_run(self, commit: int) -> None:
-        pgnos = [pgno for pgno, _ in self._held]
-        data = [page for _, page in self._held]
+    def _write_run(self, run: list[tuple[int, bytes]], commit: int) -> None:
+        pgnos = [pgno for pgno, _ in run]
+        data = [page for _, page in run]
         frames, s0, s1 = encode_frames(self._header, pgnos, data, commit, self._s0, self._s1)
         write_at(self._wal, frames, frame_offset(self.mx_frame + 1, self.page_size))
         for offset, patch in self._tables.append(pgnos):
             write_at(self._shm, patch, offset)
         self._s0, self._s1 = s0, s1
-        self._held = []
 
     def _write_wal_header(self) -> None:
         write_at(self._wal, self._header.pack(), 0)
@@ -262,19 +267,29 @@ class ReplicaWal:
         try:
             write_at(self._shm, _U32.pack(safe), BACKFILL_ATTEMPTED_OFFSET)
             self.sync()
-            size = self.page_size
-            newest = self._tables.latest_frames(self.backfill + 1, safe)
-            for pgno in sorted(newest):
-                if pgno <= self.commit:
-                    page = read_at(self._wal, size, page_offset(newest[pgno], size))
-                    write_at(self._database, page, (pgno - 1) * size)
+            self._copy_frames(self.backfill + 1, safe)
             if safe == self.mx_frame:
-                os.ftruncate(self._database, self.commit * size)
+                os.ftruncate(self._database, self.commit * self.page_size)
             os.fsync(self._database)
             self.backfill = safe
             write_at(self._shm, _U32.pack(safe), BACKFILL_OFFSET)
         finally:
             ofd_locks.unlock(self._shm, READ0)
+
+    def _copy_frames(self, first: int, last: int) -> None:
+        """Each page's newest of these frames to its place in the database; neighbours in one write."""
+        size = self.page_size
+        pgnos, frames = self._tables.latest_frames(first, last)
+        for at in range(0, len(pgnos), _COPY_PAGES):
+            part = slice(at, at + _COPY_PAGES)
+            pages = read_frames(self._wal, pgnos[part], frames[part], size)
+            wanted = sorted(pgno for pgno in pages if pgno <= self.commit)
+            start = 0
+            for end in range(1, len(wanted) + 1):
+                if end == len(wanted) or wanted[end] != wanted[end - 1] + 1:
+                    run = b"".join([pages[pgno] for pgno in wanted[start:end]])
+                    write_at(self._database, run, (wanted[start] - 1) * size)
+                    start = end
 
     def _restart(self) -> bool:
         """walRestartHdr: new salts, no frames. Only if no reader holds a slot that points into the WAL."""

@@ -7,10 +7,14 @@ to the copy makes it the state of the last of them.
 Every page is checked against the checksum table. One that does not match was changed by a commit that was not in the
 log yet: after a capture it is in an entry after `start`, so what was read of it does not matter. Or it is torn, and is
 read again. So a snapshot also finds pages that the disk has damaged, and a busy writer does not hold it up.
+
+In the rollback modes SQLite may write pages of a transaction that it has not committed (its cache is full), and
+nothing but the end of that transaction gives the committed ones back. Only then does a snapshot wait.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 
@@ -21,13 +25,15 @@ from pylitefs.engine.database import Database
 from pylitefs.engine.files import write_at
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_view import WalView
-from pylitefs.errors import DatabaseError
+from pylitefs.errors import DatabaseBusy, DatabaseError
 from pylitefs.formats.ltx.checksum import page_checksums
 from pylitefs.formats.ltx.decoder import Reader
 from pylitefs.formats.ltx.format import Position, lock_pgno
 from pylitefs.formats.sqlite.wal_index import latest_frames
 
 CHUNK_BYTES = 1 << 20
+CHUNK_WAIT_S = 0.1  # for a transaction to end, in one call of `next_chunk`
+COPY_WAIT_S = 20.0  # the same for each chunk of `copy_to`
 _ATTEMPTS = 40
 
 
@@ -48,25 +54,40 @@ class SnapshotReader:
     def next_chunk(self) -> list[tuple[int, bytes]] | None:
         """About 1 MB of (pgno, page); an empty list if nothing of this stretch differs; None at the end.
 
+        DatabaseBusy if a transaction that is not committed has written here: the call may be repeated.
         DatabaseError if a page stays different from what the log says (it is damaged on disk).
         """
         first = self._next
         if first > self._commit:
             return None
         count = min(self._run, self._commit - first + 1)
-        self._next += count
-        for attempt in range(_ATTEMPTS):
+        until_s, unexplained = time.monotonic() + CHUNK_WAIT_S, 0
+        for attempt in itertools.count():
             if self._database.page_size != self.page_size:
                 raise DatabaseError(f"{self._database.name}: the page size changed during a snapshot; it is begun anew")
             pages = self._read(first, count)
             if pages is not None:
+                self._next += count
                 return pages
+            if not self._is_being_written():
+                unexplained += 1
+                if unexplained == _ATTEMPTS:
+                    break
+            elif time.monotonic() >= until_s:
+                raise DatabaseBusy(
+                    f"{self._database.name}: a transaction that is not committed has written to the database file: "
+                    "end it, or open the database once if its process is gone"
+                )
             self._database.flush().result()
             time.sleep(min(0.001 * (1 << min(attempt, 6)), 0.05))
         raise DatabaseError(
             f"{self._database.name}: pages {first}..{first + count - 1} do not match their checksums: "
             "restore the database from a replica or a backup"
         )
+
+    def _is_being_written(self) -> bool:
+        """Whether the file may hold pages of a transaction in a rollback mode that has not come to its end."""
+        return self._database.rollback.pending or self._database.rollback.journal_in_use()
 
     def _read(self, first: int, count: int) -> list[tuple[int, bytes]] | None:
         """The pages of one stretch that differ from the receiver's; None if some do not match the table now."""
@@ -125,7 +146,7 @@ def copy_to(database: Database, path: str) -> Position:
     reader = SnapshotReader(database, None)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        while (pages := reader.next_chunk()) is not None:
+        while (pages := _patiently(reader)) is not None:
             for pgno, page in pages:
                 write_at(fd, page, (pgno - 1) * reader.page_size)
         position, commit = redo_after(database, reader.start, fd)
@@ -135,6 +156,16 @@ def copy_to(database: Database, path: str) -> Position:
     finally:
         os.close(fd)
         reader.close()
+
+
+def _patiently(reader: SnapshotReader) -> list[tuple[int, bytes]] | None:
+    until_s = time.monotonic() + COPY_WAIT_S
+    while True:
+        try:
+            return reader.next_chunk()
+        except DatabaseBusy:
+            if time.monotonic() >= until_s:
+                raise
 
 
 def redo_after(database: Database, start: Position, fd: int) -> tuple[Position, int]:

@@ -10,20 +10,21 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pylitefs.engine.ltx_log import LogEntry, LtxLog
 from pylitefs.engine.page_checksums import PageChecksums
-from pylitefs.formats.ltx.checksum import page_checksum
+from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.encoder import Encoder
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, lock_pgno
 
-WRITE_BYTES = 1 << 18
-_MAX_PARTS = 512  # below the kernel's limit of buffers for one writev
+_RUN_PAGES, _RUN_BYTES = 256, 4 << 20
+_MAX_PARTS = 1000  # below the kernel's limit of buffers for one writev
 
 Pages = Iterable[tuple[int, bytes]]
 ReadPage = Callable[[int], bytes]
@@ -73,8 +74,9 @@ class TransactionWriter:
             wal_salt2=change.wal_salts[1] if change.wal_offset else 0,
         )
         self._encoder = Encoder(self.header, compress=compress)
-        self._pgnos = array("I")
-        self._sums = array("Q")
+        self._pgnos: list[NDArray[np.uint32]] = []
+        self._sums: list[NDArray[np.uint64]] = []
+        self.page_count = 0
         self.bytes_written = 0
 
     def write(self, pages: Pages, read_missing: ReadPage, is_stable: Callable[[], bool]) -> LogEntry | None:
@@ -91,7 +93,7 @@ class TransactionWriter:
                 rest = self._write_pages(fd, self._with_missing(pages, read_missing))
                 if not is_stable():
                     raise UnstableSource
-                if not self._pgnos and self._change.commit == self._old_commit and not self._rebuilt:
+                if not self.page_count and self._change.commit == self._old_commit and not self._rebuilt:
                     return None
                 rest.append(self._encoder.finish(self._checksum))
                 self._write_parts(fd, rest)
@@ -105,10 +107,6 @@ class TransactionWriter:
                     os.unlink(temporary)
         self._update_table()
         return entry
-
-    @property
-    def page_count(self) -> int:
-        return len(self._pgnos)
 
     def _with_missing(self, pages: Pages, read_missing: ReadPage) -> Pages:
         """`pages` and those of old_commit+1..commit that are not among them, in order."""
@@ -131,30 +129,34 @@ class TransactionWriter:
     def _write_pages(self, fd: int, pages: Pages) -> list[bytes]:
         """Encode the pages that changed; returns what is not written yet (all of it, for a small transaction)."""
         self._table.reserve(max(self._change.commit, self._old_commit))
-        values, old_commit = self._table.values, self._old_commit
-        encode, checksum = self._encoder.page, self._checksum
         parts: list[bytes] = [self._encoder.begin()]
-        size = 0
-        for pgno, page in pages:
-            new = page_checksum(pgno, page)
-            if pgno <= old_commit:
-                old = int(values[pgno - 1])
-                if old == new:
-                    continue
-                checksum ^= old
-            checksum ^= new
-            self._pgnos.append(pgno)
-            self._sums.append(new)
-            part = encode(pgno, page)
-            parts.append(part)
-            size += len(part)
-            if size >= WRITE_BYTES or len(parts) >= _MAX_PARTS:
+        for run in runs(pages, min(_RUN_PAGES, _RUN_BYTES // self._change.page_size)):
+            if len(parts) + 2 * len(run) > _MAX_PARTS:
                 self._write_parts(fd, parts)
-                parts, size = [], 0
-        if self._change.commit < old_commit:
-            checksum ^= int(np.bitwise_xor.reduce(values[self._change.commit : old_commit]))
-        self._checksum = checksum | CHECKSUM_FLAG
+                parts = []
+            parts += self._encoder.run(self._changed(run))
+        if self._change.commit < self._old_commit:
+            gone = self._table.values[self._change.commit : self._old_commit]
+            self._checksum ^= int(np.bitwise_xor.reduce(gone))
+        self._checksum |= CHECKSUM_FLAG
         return parts
+
+    def _changed(self, run: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        """Those that are not as the table says, exchanged in the database's checksum."""
+        pgnos = np.fromiter((pgno for pgno, _ in run), np.uint32, len(run))
+        new = checksums_of(run)
+        old = np.zeros(len(run), dtype=np.uint64)
+        known = int(np.searchsorted(pgnos, self._old_commit, side="right"))  # they ascend
+        old[:known] = self._table.values[pgnos[:known] - 1]
+        differs = new != old
+        if not differs.all():
+            run = [item for item, changed in zip(run, differs.tolist(), strict=True) if changed]
+            pgnos, new, old = pgnos[differs], new[differs], old[differs]
+        self._checksum ^= int(np.bitwise_xor.reduce(new)) ^ int(np.bitwise_xor.reduce(old))
+        self._pgnos.append(pgnos)
+        self._sums.append(new)
+        self.page_count += len(run)
+        return run
 
     def _write_parts(self, fd: int, parts: list[bytes]) -> None:
         written, total = os.writev(fd, parts), sum(map(len, parts))
@@ -167,8 +169,7 @@ class TransactionWriter:
     def _update_table(self) -> None:
         values = self._table.values
         if self._pgnos:
-            at = np.frombuffer(self._pgnos, dtype=np.uint32) - 1
-            values[at] = np.frombuffer(self._sums, dtype=np.uint64)
+            values[np.concatenate(self._pgnos) - 1] = np.concatenate(self._sums)
         if self._rebuilt:
             lock = lock_pgno(self._change.page_size)
             if lock <= self._change.commit:
@@ -176,3 +177,10 @@ class TransactionWriter:
             values[self._change.commit :] = 0
         else:
             values[self._change.commit : self._old_commit] = 0
+
+
+def runs(pages: Pages, count: int) -> Iterator[list[tuple[int, bytes]]]:
+    """`pages` in lists of up to `count`."""
+    rest = iter(pages)
+    while run := list(islice(rest, count)):
+        yield run

@@ -18,15 +18,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.barrier import Barrier
+from pylitefs.engine.batches import COLLECT_BYTES, FRESH, NONE, Batch, Collected, Cursor
 from pylitefs.engine.files import DatabaseFiles
-from pylitefs.engine.transaction import Change, Pages, ReadPage, UnstableSource
+from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.wal_view import Committed, WalView
 from pylitefs.formats.ltx.checksum import page_checksums
@@ -40,39 +40,8 @@ from pylitefs.ports import FileKind
 
 BARRIER_FRAMES = 4096
 COLLECT_FRAMES = 4096  # a batch of so many frames may be held in memory
-_COLLECT_BYTES = 16 << 20
 _DIFF_BYTES = 1 << 20
-_NONE: NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
 _U32 = 1 << 32
-
-
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """Frames 1..frame under `salts` are in the log. salts None: no generation seen yet. `change`: SQLite's commit
-    counter at the cursor; None if unknown."""
-
-    salts: tuple[int, int] | None
-    frame: int
-    change: int | None
-
-
-FRESH = Cursor(None, 0, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One pass: what to write, and where the cursor is afterwards. `gap`: transactions before it were missed."""
-
-    change: Change
-    pages: Pages
-    read_missing: ReadPage
-    committed: Committed
-    cursor: Cursor
-    frames: int
-    gap: bool = False
-    pgnos: NDArray[np.uint32] = field(default_factory=lambda: _NONE)  # the pages, and the frames they are in
-    numbers: NDArray[np.uint32] = field(default_factory=lambda: _NONE)
-    from_file: NDArray[np.uint32] = field(default_factory=lambda: _NONE)  # pages a diff took from the database file
 
 
 class WalCapture:
@@ -87,7 +56,8 @@ class WalCapture:
         self.barrier = Barrier()
         self.shm_fd = -1  # the mount's -shm: to ask for locks with; in cached mode also to read it
         self.mutex = threading.RLock()  # guards cursor, view and `collected`
-        self.collected: deque[Batch] = deque()  # taken into memory, not in the log yet
+        self.collected: deque[Collected] = deque()  # taken into memory, not in the log yet
+        self._awaited: Committed | None = None  # what a checkpoint that runs may overwrite afterwards
         self._synced: Cursor | None = None
         self._seeded: tuple[int, int] | None = None  # salts of a WAL that was begun by us, see `wal_seed`
 
@@ -263,7 +233,7 @@ class WalCapture:
         later = self.view.committed()
         if later is None or later.salts != now.salts or later.page_size != now.page_size:
             raise UnstableSource
-        framed = np.unique(self.view.pgnos(1, later.mx_frame)) if later.mx_frame else _NONE
+        framed = np.unique(self.view.pgnos(1, later.mx_frame)) if later.mx_frame else NONE
         from_file = np.setdiff1d(differs, framed)
         wanted = np.union1d(from_file, framed).astype(np.uint32)
         wanted = wanted[(wanted <= later.commit) & (wanted != lock_pgno(later.page_size))]
@@ -275,7 +245,7 @@ class WalCapture:
     def _pages_that_differ(self, now: Committed) -> NDArray[np.uint32]:
         """Pages of the database file whose checksum is not the table's."""
         known = self._known_sums()
-        found = [_NONE]
+        found = [NONE]
         run = max(1, _DIFF_BYTES // now.page_size)
         for first in range(1, now.commit + 1, run):
             count = min(run, now.commit - first + 1)
@@ -307,14 +277,15 @@ class WalCapture:
         return (
             not batch.gap
             and batch.frames <= COLLECT_FRAMES
-            and batch.frames * batch.change.page_size <= _COLLECT_BYTES
+            and batch.frames * batch.change.page_size <= COLLECT_BYTES
         )
 
     def collect(self, batch: Batch, known_commit: int) -> None:
         """Take a small batch's pages into memory and move the cursor past it: its frames may be overwritten from now
         on, the log gets them later. `known_commit`: the size in pages of the state before. Raises UnstableSource."""
-        if self.collected:
-            known_commit = self.collected[-1].change.commit
+        last = self.collected[-1] if self.collected else None
+        if last is not None:
+            known_commit = last.change.commit
         pages = self.view.read_frames(batch.pgnos, batch.numbers, batch.change.page_size)
         commit = batch.change.commit
         if commit > known_commit:  # a page that was allocated and freed at once has no frame
@@ -324,7 +295,8 @@ class WalCapture:
                     pages[pgno] = batch.read_missing(pgno)
         if not self.is_stable(batch):
             raise UnstableSource
-        self.collected.append(replace(batch, pages=sorted(pages.items())))
+        if last is None or not last.take_in(batch, pages):
+            self.collected.append(Collected(batch.change, pages, batch.read_missing))
         self.cursor = batch.cursor
 
     def doubt(self) -> None:
@@ -338,6 +310,17 @@ class WalCapture:
     def mark_synced(self) -> None:
         """The WAL was fsynced, and everything before that is in the log."""
         self._synced = self.cursor
+
+    # -- a checkpoint that runs ------------------------------------------------------------------------------
+
+    def await_checkpoint(self) -> None:
+        """A checkpoint begins; the frames committed so far must be taken before it ends (`is_awaited`)."""
+        self._awaited = self.view.committed()
+
+    def is_awaited(self) -> bool:
+        """Whether a checkpoint has to wait for us before it ends. Any thread."""
+        awaited, cursor = self._awaited, self.cursor
+        return awaited is not None and (cursor.salts != awaited.salts or cursor.frame < awaited.mx_frame)
 
     # -- the barrier -----------------------------------------------------------------------------------------
 

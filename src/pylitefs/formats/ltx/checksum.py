@@ -12,6 +12,7 @@ Source: superfly/ltx, checksum.go.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +22,29 @@ from pylitefs.errors import FormatError
 from pylitefs.formats.cursor import Buffer
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, lock_pgno
 
-__all__ = ["CHECKSUM_FLAG", "combine", "crc64", "database_checksum", "page_checksum", "page_checksums"]
+__all__ = [
+    "CHECKSUM_FLAG", "checksums_of", "combine", "crc64", "database_checksum", "go_iso", "page_checksum",
+    "page_checksums",
+]  # fmt: skip
 
 _pack_pgno = struct.Struct(">I").pack
 
 
 def crc64(data: Buffer, crc: int = 0) -> int:
-    """Continue the plain CRC `crc` over `data`: crc64(b, crc64(a)) == crc64(a + b), and crc64(b"") == 0."""
+    """Continue the plain CRC `crc` over `data`: crc64(b, crc64(a)) == crc64(a + b), and crc64(b"") == 0. The same as
+    `go_iso`, which loops over pages call directly."""
     return go_iso(data, crc)
 
 
 def page_checksum(pgno: int, page: Buffer) -> int:
     return go_iso(page, go_iso(_pack_pgno(pgno))) | CHECKSUM_FLAG
+
+
+def checksums_of(pages: Sequence[tuple[int, Buffer]]) -> npt.NDArray[np.uint64]:
+    """The checksums of pages given as (pgno, page), shape (pages,)."""
+    out = np.fromiter((go_iso(page, go_iso(_pack_pgno(pgno))) for pgno, page in pages), np.uint64, len(pages))
+    out |= np.uint64(CHECKSUM_FLAG)
+    return out
 
 
 def combine(database_checksum: int, old: int, new: int) -> int:

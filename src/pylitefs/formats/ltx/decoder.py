@@ -17,9 +17,11 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from pylitefs.errors import FormatError, TruncatedError
 from pylitefs.formats.cursor import Buffer
-from pylitefs.formats.ltx.checksum import combine, crc64, page_checksum
+from pylitefs.formats.ltx.checksum import checksums_of, crc64, go_iso
 from pylitefs.formats.ltx.format import (
     CHECKSUM_FLAG,
     HEADER_SIZE,
@@ -131,55 +133,54 @@ class Decoder:
         """Decode the complete frames from `position` on; returns where the first incomplete one begins."""
         header = self.header
         assert header is not None
-        page_size = header.page_size
+        page_size, commit, lock = header.page_size, header.commit, lock_pgno(header.page_size)
         limit = payload_limit(page_size)
         unpack_head = FRAME_HEADER.unpack_from
-        view = memoryview(data)
-        end = len(data)
+        is_snapshot = header.min_txid == 1
+        previous, crc = self._pgnos[-1] if self._pgnos else 0, self._crc
+        pgnos, sizes, first_new = self._pgnos.append, self._sizes.append, len(pages)
+        view, end = memoryview(data), len(data)
         while True:
             # Any frame and any end of pages has at least this many bytes after it begins.
             if end - position < FRAME_HEADER_SIZE:
                 self._need = FRAME_HEADER_SIZE
-                return position
+                break
             pgno, flags, size = unpack_head(data, position)
             if flags == PAGE_FLAG_SIZE and 0 < size <= limit and pgno:
-                payload = position + FRAME_HEADER_SIZE
-                frame_end = payload + size
+                hashed_end = position + FRAME_HEADER_SIZE
+                frame_end = hashed_end + size
                 if frame_end > end:
                     self._need = frame_end - position
-                    return position
-                page = decompress_page(view[payload:frame_end], page_size, pgno)
-                hashed_end = payload
+                    break
+                page = decompress_page(view[hashed_end:frame_end], page_size, pgno)
             elif pgno == 0 and flags == 0:
-                return self._end_pages(header, position)
+                self._part = _Part.TAIL
+                break
             else:
                 if flags == 0 and end - position < _OLD_HEAD_SIZE:
                     self._need = _OLD_HEAD_SIZE
-                    return position
+                    break
                 layout = frame_layout(data, position, page_size)
                 frame_end = position + layout.size
                 if frame_end > end:
                     self._need = layout.size
-                    return position
+                    break
                 page = unpack_payload(view, position, layout, page_size)
                 hashed_end = position + layout.hashed_size
-            self._add_page(header, pgno, page, frame_end - position)
-            self._crc = crc64(page, crc64(view[position:hashed_end], self._crc))
+            if not previous < pgno <= commit or pgno == lock:
+                raise FormatError(f"LTX page {pgno}: after page {previous} in a database of {commit} pages")
+            if is_snapshot and pgno != previous + 1 and not (previous + 1 == lock and pgno == lock + 1):
+                raise FormatError(f"LTX page {pgno}: after page {previous} in a snapshot, which may skip none")
+            crc = go_iso(page, go_iso(view[position:hashed_end], crc))
+            pgnos(pgno)
+            sizes(frame_end - position)
             pages.append((pgno, page))
-            position = frame_end
-
-    def _add_page(self, header: Header, pgno: int, page: bytes, frame_size: int) -> None:
-        """Check the page's place and remember it for the index."""
-        previous = self._pgnos[-1] if self._pgnos else 0
-        lock = lock_pgno(header.page_size)
-        if not previous < pgno <= header.commit or pgno == lock:
-            raise FormatError(f"LTX page {pgno}: after page {previous} in a database of {header.commit} pages")
-        if header.min_txid == 1 and pgno != previous + 1 and not (previous + 1 == lock and pgno == lock + 1):
-            raise FormatError(f"LTX page {pgno}: after page {previous} in a snapshot, which may skip none")
-        self._pgnos.append(pgno)
-        self._sizes.append(frame_size)
-        if self._checksum is not None:
-            self._checksum = combine(self._checksum, 0, page_checksum(pgno, page))
+            previous, position = pgno, frame_end
+        self._crc = crc
+        if self._checksum is not None and len(pages) > first_new:
+            self._checksum ^= int(np.bitwise_xor.reduce(checksums_of(pages[first_new:])))
+            self._checksum |= CHECKSUM_FLAG
+        return self._end_pages(header, position) if self._part is _Part.TAIL else position
 
     def _end_pages(self, header: Header, position: int) -> int:
         """Step over the end of pages at `position` and prepare what has to follow."""
@@ -188,7 +189,6 @@ class Decoder:
             raise FormatError(f"LTX snapshot ends with page {last} of {header.commit}")
         self._tail = encode_index(self._pgnos, self._sizes)
         self._crc = crc64(self._tail, crc64(END_OF_PAGES, self._crc))
-        self._part = _Part.TAIL
         self._need = len(self._tail) + TRAILER_SIZE
         return position + PAGE_HEADER_SIZE
 

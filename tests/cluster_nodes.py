@@ -91,7 +91,7 @@ class Node:
             lease |= {"hostname": PRIMARY_NAME, "advertise-url": primary.url, "reconnect-delay": "100ms"}
         self.config: dict[str, dict[str, Any]] = {
             "data": {"dir": str(self.data)},
-            "fuse": {"dir": str(self.mount), "passthrough": passthrough},
+            "fuse": {"dir": str(self.mount), "passthrough": passthrough, "io-uring": passthrough},
             "http": {"addr": f"127.0.0.1:{self.port}"},
             "lease": lease,
         }

@@ -115,6 +115,15 @@ class FuseConfig:
         "`off` never.",
         new=True,
     )
+    io_uring: str = _key(
+        "io-uring",
+        choice("auto", "off"),
+        "auto",
+        "`auto` takes the kernel's requests through io_uring where it can (Linux 6.14 or later, at most 16 "
+        "processors), which saves a wake-up of another processor for each; as root the daemon allows it in the kernel "
+        "(module parameter `enable_uring` of `fuse`) if that is not done. `off`: only through /dev/fuse.",
+        new=True,
+    )
     uid: int | None = _key(
         "uid", optional(ID, "none"), None, "Owner of every file in the mount. None: whoever created it.", new=True
     )

@@ -234,6 +234,7 @@ class Daemon:
             self._config.data.dir,
             hooks,
             passthrough=fuse.passthrough == "auto",
+            io_uring=fuse.io_uring == "auto",
             allow_other=os.geteuid() == 0 if fuse.allow_other is None else fuse.allow_other,
             uid=fuse.uid,
             gid=fuse.gid,
@@ -250,7 +251,7 @@ class Daemon:
         )
         await asyncio.wrap_future(mounted)
         self._store.start_upkeep()
-        log.info("mounted", extra={"dir": fuse.dir, "passthrough": session.passthrough})
+        log.info("mounted", extra={"dir": fuse.dir, "passthrough": session.passthrough, "io_uring": session.io_uring})
 
     def _unmount(self) -> None:
         assert self._session is not None

@@ -35,6 +35,7 @@ fuse:
   allow-other: no
   debug: true
   passthrough: off
+  io-uring: off
   uid: 1000
   gid: 100
   mode: 0640
@@ -75,7 +76,7 @@ def test_every_key_is_read() -> None:
         strict_verify=True,
         exec=(ExecCommand("/app migrate --all", if_candidate=True), ExecCommand("/app serve")),
         data=config.DataConfig("/data", False, 5400.0, 0.5, 3 << 29),
-        fuse=config.FuseConfig("/mnt/db", False, True, "off", 1000, 100, 0o640),
+        fuse=config.FuseConfig("/mnt/db", False, True, "off", "off", 1000, 100, 0o640),
         http=config.HttpConfig("127.0.0.1:8000", 120.0, 10 << 30),
         lease=LeaseConfig(
             "static", "123456789012", "https://db1:20202/", False, True, 0.25, 5.0, ("a.db", "b.db"), 0.0
@@ -129,6 +130,7 @@ def test_new_keys_and_their_defaults() -> None:
     assert shown == {
         "data.max-log-size": "1GB",
         "fuse.passthrough": "auto",
+        "fuse.io-uring": "auto",
         "fuse.uid": "none",
         "fuse.gid": "none",
         "fuse.mode": "0666",

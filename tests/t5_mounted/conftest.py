@@ -11,9 +11,9 @@ import pytest
 from mounted import PlainMount, start_plain, stop_plain
 
 
-@pytest.fixture(params=["passthrough", "cached"])
+@pytest.fixture(params=["passthrough", "passthrough-readers", "cached"])
 def plain_mount(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[PlainMount]:
-    """A mounted directory of plain files, in both modes, open to all users."""
+    """A mounted directory of plain files, in all modes, open to all users."""
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("needs root and /dev/fuse")
     for parent in (tmp_path, *tmp_path.parents):

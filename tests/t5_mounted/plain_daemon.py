@@ -1,6 +1,6 @@
 """A daemon for tests: mounts DATA at MOUNT with `PlainHooks`, prints "ready passthrough=0|1", ends on SIGTERM.
 
-usage: plain_daemon.py MOUNT DATA cached|passthrough
+usage: plain_daemon.py MOUNT DATA cached|passthrough|passthrough-readers
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def main() -> int:
     hooks = PlainHooks(data_dir)
     hooks.calls = collections.deque(maxlen=1)  # type: ignore[assignment]
     session = Session(
-        mount_dir, data_dir, hooks, passthrough=mode == "passthrough", allow_other=True,
-        log=lambda line: print(line, file=sys.stderr, flush=True), on_gone=ended.set,
+        mount_dir, data_dir, hooks, passthrough=mode.startswith("passthrough"), io_uring=not mode.endswith("readers"),
+        allow_other=True, log=lambda line: print(line, file=sys.stderr, flush=True), on_gone=ended.set,
     )  # fmt: skip
     try:
         session.start()

@@ -1,7 +1,7 @@
 """/dev/fuse of one mount: the first handshake, replies, notifications, backing files.
 
-Reading is the session's (several threads); everything here may be called from any thread. A reply whose request the
-kernel has given up (ENOENT) or whose mount is gone (ENODEV) is lost without harm.
+Reading is the session's (several threads, or `rings`); everything here may be called from any thread. A reply whose
+request the kernel has given up (ENOENT) or whose mount is gone (ENODEV) is lost without harm.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 
 from pylitefs.errors import FormatError, MountError
+from pylitefs.filesystem.rings import Answer
 from pylitefs.formats.fuse import abi, replies, requests
 
 MAX_WRITE = 256 * 1024  # bytes of one READ or WRITE; passthrough leaves few of them
@@ -44,6 +45,10 @@ class Negotiated:
         return self.flags & abi.PASSTHROUGH != 0
 
     @property
+    def io_uring(self) -> bool:
+        return self.flags & abi.OVER_IO_URING != 0
+
+    @property
     def expire_only(self) -> bool:
         return self.flags & abi.HAS_EXPIRE_ONLY != 0
 
@@ -53,8 +58,9 @@ class Device:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.awaited: dict[int, Answer] = {}  # requests that came through a ring, by `unique`
 
-    def negotiate(self, *, passthrough: bool, max_stack_depth: int) -> Negotiated:
+    def negotiate(self, *, passthrough: bool, max_stack_depth: int, io_uring: bool = False) -> Negotiated:
         """Answer the kernel's INIT, which must be the first request. MountError if the kernel is too old."""
         unique, offer = self._greeting()
         while offer.major > abi.MAJOR:  # answered with our major version, it asks again
@@ -68,7 +74,7 @@ class Device:
                 f"the kernel speaks FUSE {offer.major}.{offer.minor}, at least {abi.MAJOR}.{abi.MINOR_REQUIRED} is "
                 "needed: use Linux 5.4 or newer"
             )
-        flags = offer.flags & (WANTED | abi.PASSTHROUGH * passthrough)
+        flags = offer.flags & (WANTED | abi.PASSTHROUGH * passthrough | abi.OVER_IO_URING * io_uring)
         depth = max_stack_depth if flags & abi.PASSTHROUGH else 0
         self.reply(unique, replies.pack_init(
             min(abi.MINOR, offer.minor), flags, max_readahead=offer.max_readahead, max_write=MAX_WRITE,
@@ -96,9 +102,17 @@ class Device:
 
     def reply(self, unique: int, body: bytes) -> bool:
         """Answer a request; False if the kernel no longer waits for it."""
+        answer = self.awaited.pop(unique, None)
+        if answer is not None:
+            answer.give(0, body)
+            return True
         return self._write(_pack_header(_HEADER_SIZE + len(body), 0, unique) + body)
 
     def fail(self, unique: int, code: int) -> bool:
+        answer = self.awaited.pop(unique, None)
+        if answer is not None:
+            answer.give(code, b"")
+            return True
         return self._write(_pack_header(_HEADER_SIZE, -code, unique))
 
     def notify(self, message: bytes) -> bool:

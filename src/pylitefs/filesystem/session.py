@@ -3,14 +3,16 @@
 `Dispatcher` turns requests into replies and knows nothing of mounts or threads; `Session` runs it.
 
 Threads: readers take requests from /dev/fuse, each into its own buffer. When the last idle one takes a request another
-is started, up to `THREADS_MAX`, so that requests waiting for the disk never stop others. The notifier has a thread of
-its own. A handler never waits for another request: what must wait is finished by whoever calls its `then`.
+is started, up to `THREADS_MAX`, so that requests waiting for the disk never stop others. Where the kernel can do it
+most requests come through `rings` instead, and one reader is left. The notifier has a thread of its own. A handler
+never waits for another request: what must wait is finished by whoever calls its `then`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from pylitefs.filesystem.files import FileRequests, Handler
 from pylitefs.filesystem.handles import BackingFiles, Handles
 from pylitefs.filesystem.names import NameRequests
 from pylitefs.filesystem.notify import KernelNotifier, NotifyTarget
+from pylitefs.filesystem.rings import Rings, enable
 from pylitefs.filesystem.tree import RootStat, Tree
 from pylitefs.filesystem.volume import Request, Volume
 from pylitefs.formats.fuse import abi
@@ -130,6 +133,7 @@ class Session:
         hooks: FileHooks,
         *,
         passthrough: bool = True,
+        io_uring: bool = True,
         allow_other: bool = False,
         uid: int | None = None,
         gid: int | None = None,
@@ -142,6 +146,7 @@ class Session:
         self._data_dir = os.path.realpath(data_dir)
         self._hooks = hooks
         self._want_passthrough = passthrough
+        self._want_io_uring = io_uring
         self._allow_other = allow_other
         self._uid = os.geteuid() if uid is None else uid
         self._gid = os.getegid() if gid is None else gid
@@ -159,11 +164,18 @@ class Session:
         self._mount_device = ""
         self._device: Device | None = None
         self._dispatcher: Dispatcher | None = None
+        self._rings: Rings | None = None
+        self._rings_stop_fd = -1
 
     @property
     def passthrough(self) -> bool:
         """Whether newly opened files are passed through to their backing files."""
         return self._dispatcher is not None and self._dispatcher.handles.passthrough
+
+    @property
+    def io_uring(self) -> bool:
+        """Whether requests come through io_uring."""
+        return self._rings is not None
 
     @property
     def notifier(self) -> Notifier:
@@ -186,12 +198,15 @@ class Session:
             if self._device is not None or self._stopping:
                 raise RuntimeError("a session is started once")
             self._path = mount.prepare(self._mount_dir, self._log)
+            io_uring = self._want_io_uring and enable()
             device = Device(mount.mount(self._path, allow_other=self._allow_other, max_read=MAX_WRITE))
             try:
                 entry = mount.mount_at(self._path)
                 self._mount_device = entry.device if entry else ""
                 depth = 2 if mount.fs_type_of(self._data_dir) == "overlay" else 1
-                agreed = device.negotiate(passthrough=self._want_passthrough, max_stack_depth=depth)
+                agreed = device.negotiate(
+                    passthrough=self._want_passthrough, max_stack_depth=depth, io_uring=io_uring
+                )
             except BaseException:
                 mount.detach(self._path)
                 device.close()
@@ -204,8 +219,21 @@ class Session:
                 expire_only=agreed.expire_only, uid=self._uid, gid=self._gid, debug=self._debug,
             )  # fmt: skip
             self._dispatcher.notifier.start()
+            if agreed.io_uring:
+                self._thread_count = 1
+                self._rings = Rings(
+                    device.fd, BUFFER_SIZE, device.awaited, self._dispatcher.dispatch, self._without_rings, self._path
+                )
+                self._rings_stop_fd = self._rings.stop_fd
+                self._rings.start()
             for _ in range(self._thread_count):
                 self._add_thread()
+
+    def _without_rings(self, error: OSError) -> None:
+        """A ring's thread could not begin: the kernel goes on through /dev/fuse, unless it is late for that."""
+        if not self._stopping:
+            self._log(str(error))
+            self._add_thread()
 
     def _add_thread(self) -> None:
         with self._threads_lock:
@@ -222,9 +250,12 @@ class Session:
         fd, readv = device.fd, os.readv
         buffer = bytearray(BUFFER_SIZE)
         buffers, rq = [buffer], Request(buffer)
+        poll = self._poll_beside_rings(fd)
         while not self._stopping:
             idle.append(None)
             try:
+                if poll is not None and self._rings_stop_fd in dict(poll.poll()):
+                    return
                 size = readv(fd, buffers)
             except OSError as error:
                 if error.errno in RETRIED:
@@ -238,6 +269,16 @@ class Session:
             if not idle:
                 self._add_thread()
             dispatch(rq, size)
+
+    def _poll_beside_rings(self, fd: int) -> select.poll | None:
+        """With rings a reader has little to do, and nothing to wake up on when it has to end: it waits for both."""
+        if self._rings is None:
+            return None
+        os.set_blocking(fd, False)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.register(self._rings_stop_fd, select.POLLIN)
+        return poll
 
     def _lost(self) -> None:
         """The mount is gone. If nobody here asked for that, tell so, once."""
@@ -265,6 +306,8 @@ class Session:
                 self._log(f"{self._path} has open files: they end with the mount")
                 self._end_busy_mount()
             self._stopping = True
+            if self._rings is not None:
+                self._rings.stop()
             self._join()
             device.close()
             dispatcher.notifier.stop(STOP_TIMEOUT_S)
@@ -279,7 +322,7 @@ class Session:
             root = -1
         mount.detach(self._path)
         self._stopping = True
-        if root < 0:
+        if root < 0 or self._rings is not None:
             return
         for _ in list(self._threads):
             waker = threading.Thread(target=_ask, args=(root,), name="fuse-wake", daemon=True)

@@ -96,6 +96,7 @@ HANDLE_KILLPRIV_V2: Final = 1 << 28
 INIT_EXT: Final = 1 << 30
 HAS_EXPIRE_ONLY: Final = 1 << 35
 PASSTHROUGH: Final = 1 << 37
+OVER_IO_URING: Final = 1 << 41
 
 # flags of an OPEN or CREATE reply
 FOPEN_DIRECT_IO: Final = 1 << 0

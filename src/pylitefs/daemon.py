@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import gc
 import logging
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pylitefs import __version__
 from pylitefs.cluster.primary import Replicas
@@ -80,6 +81,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self._signalled, signum)
+        loop.set_exception_handler(_loop_error)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         _keep_memory_small()
         _raise_file_limit()
@@ -242,9 +244,11 @@ class Daemon:
             log=logging.getLogger("litefs.fuse").info,
             on_gone=gone,
         )
-        self._stack.callback(MountGuard(fuse.dir).stop)
+        guard = MountGuard(fuse.dir)
+        self._stack.callback(guard.stop)
         await _blocking(session.start)
         self._stack.push_async_callback(_blocking, self._unmount)
+        guard.hold(session.device_fd)
         self._mounted = True
         mounted = self._store.worker.submit(
             self._store.mounted, os.path.realpath(fuse.dir), session.passthrough, session.notifier
@@ -406,8 +410,17 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody awaited. A connection that cannot be accepted for want of a descriptor is tried again each second."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        log.warning("a connection waits to be accepted: %s", error.strerror)
+    else:
+        loop.default_exception_handler(context)
+
+
 _QUIET = frozenset({"tx", "init", "primaryChange"})
-_LOUD = frozenset({"setAside", "lost", "corruptLog", "diskFull", "busyAfterCrash"})
+_LOUD = frozenset({"setAside", "lost", "corruptLog", "diskFull", "logFailing", "busyAfterCrash"})
 
 
 def _log_event(event: Event) -> None:

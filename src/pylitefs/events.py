@@ -17,7 +17,7 @@ A lower layer emits; it knows nothing of the listeners. `EventBus` is the one pl
     snapshotSent      a snapshot went to a replica               node_id, bytes
     replicaConnected, replicaLost                                node_id, address
     corruptLog        a log entry does not verify                path
-    diskFull, diskFreed, busyAfterCrash, recovered
+    diskFull, diskFreed, logFailing, logWorks, busyAfterCrash, recovered
 """
 
 from __future__ import annotations

@@ -3,19 +3,36 @@
 A process that is killed while one of its threads waits for an answer from its own mount cannot end: the thread waits
 for the FUSE connection, the connection for the last descriptor of /dev/fuse, the descriptor for the thread. All that
 use the mount hang with it. This little program waits beside the daemon; the kernel signals it when the daemon's main
-thread dies (PR_SET_PDEATHSIG), and it aborts the connection, so that everybody gets an error and can go on.
+thread dies (PR_SET_PDEATHSIG), and it ends the connection, so that everybody gets an error and can go on:
+
+1. it writes to the connection's `abort` in fusectl, which its owner may do, where that is mounted;
+2. as root, it unmounts by force, which aborts too;
+3. else it answers in the daemon's place, with an error, until the daemon's threads are gone. For that the daemon has
+   sent it a second descriptor of /dev/fuse, which lies in the socket that is its standard input until then. A request
+   that the daemon had read is known to nobody, but requests have numbers: those before the newest are all answered.
 
 It imports nothing of the package and little of the standard library: it runs as long as the node.
 """
 
 import ctypes
+import errno
 import os
 import signal
+import struct
 import sys
+import time
 
 PR_SET_PDEATHSIG = 1
 MNT_FORCE, MNT_DETACH = 1, 2
 DIED = signal.SIGUSR1
+HELPER = "fusermount3"
+ANSWER_S = 10.0
+_LOOK_MS = 20
+_BUFFER_SIZE = 1 << 20  # for any request: a smaller buffer is refused
+_INTERRUPT = 36
+_NO_REPLY = frozenset({2, 42})  # FORGET, BATCH_FORGET
+_STEP = 2  # from one request's number to the next
+_OLDER_MAX = 1_000_000  # requests; about a second
 
 
 def main(daemon_pid: int, mount_dir: str) -> None:
@@ -27,27 +44,122 @@ def main(daemon_pid: int, mount_dir: str) -> None:
     if os.getppid() == daemon_pid:
         print("ready", flush=True)
         signal.sigwait({DIED})
-    end(libc, mount_dir)
+    end(libc, mount_dir, daemon_pid)
 
 
-def end(libc: ctypes.CDLL, mount_dir: str) -> None:
+def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int) -> None:
     """Abort the connection of the mount, then take it away."""
-    device = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split()
-            if fields[4] == mount_dir.replace(" ", "\\040") and fields[fields.index("-") + 2] == "litefs":
-                device = fields[2]
+    device = device_of(mount_dir)
     if device is None:
         return
-    try:  # for those who are not root
+    aborted = abort(device)
+    path = os.fsencode(mount_dir)
+    if libc.umount2(path, MNT_FORCE) == 0 or libc.umount2(path, MNT_DETACH) == 0:
+        return
+    if not aborted:
+        answer_for(daemon_pid, mount_dir)
+    if device_of(mount_dir) == device:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)  # and the descriptor of /dev/fuse in it is gone, if it is still there
+        os.dup2(null, 2)
+        os.execvp(HELPER, [HELPER, "-u", "-z", "--", mount_dir])
+
+
+def device_of(mount_dir: str) -> str | None:
+    """The device number, as "major:minor", of our mount that one sees at `mount_dir`; None if there is none."""
+    for char in "\\ \t\n":
+        mount_dir = mount_dir.replace(char, f"\\{ord(char):03o}")
+    device = None
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            fields = line.split(" ")
+            if fields[4] == mount_dir:
+                device = fields[2] if fields[fields.index("-", 6) + 2] == "litefs" else None
+    return device
+
+
+def abort(device: str) -> bool:
+    try:
         with open(f"/sys/fs/fuse/connections/{device.partition(':')[2]}/abort", "w") as file:
             file.write("1")
+        return True
     except OSError:
-        pass
-    path = os.fsencode(mount_dir)
-    if libc.umount2(path, MNT_FORCE) != 0:
-        libc.umount2(path, MNT_DETACH)
+        return False
+
+
+def answer_for(daemon_pid: int, mount_dir: str) -> None:
+    """Fail all requests that the daemon has not answered and those that come, until none of its threads is left."""
+    import select
+    import socket
+
+    try:
+        _, fds, _, _ = socket.recv_fds(socket.socket(fileno=os.dup(0)), 1, 1, socket.MSG_DONTWAIT)
+    except OSError:
+        return
+    if not fds:
+        return
+    device = fds[0]
+    poll = select.poll()
+    poll.register(device, select.POLLIN)
+    asked, newest = False, 0
+    deadline = time.monotonic() + ANSWER_S
+    while lives(daemon_pid) and time.monotonic() < deadline:
+        if not poll.poll(_LOOK_MS):
+            if not asked:
+                asked = True
+                ask(device, mount_dir)
+            continue
+        try:
+            opcode, unique = struct.unpack_from("=4xIQ", os.read(device, _BUFFER_SIZE))
+        except OSError as error:
+            if error.errno in (errno.EINTR, errno.ENOENT, errno.EAGAIN):
+                continue
+            break  # the connection has ended
+        if opcode == _INTERRUPT:
+            fail(device, unique & ~1)  # the request that it concerns
+            continue
+        if opcode not in _NO_REPLY:
+            fail(device, unique)
+        if not newest:
+            newest = unique
+            for older in range(newest - _STEP, max(0, newest - _STEP * _OLDER_MAX), -_STEP):
+                fail(device, older)
+    os.close(device)
+
+
+def ask(device: int, mount_dir: str) -> None:
+    """Send the mount a request, from another process, so that there is a newest one."""
+    if os.fork() == 0:
+        try:
+            os.close(device)
+            os.statvfs(mount_dir)
+        finally:
+            os._exit(0)
+
+
+def fail(device: int, unique: int) -> None:
+    try:
+        os.write(device, struct.pack("=IiQ", 16, -errno.ECONNABORTED, unique))
+    except OSError:
+        pass  # it was answered before
+
+
+def lives(pid: int) -> bool:
+    """Whether the process has a thread that has not ended."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    return any(state_of(pid, thread) not in b"ZX" for thread in threads)
+
+
+def state_of(pid: int, thread: str) -> bytes:
+    """The letter of proc(5), Z for a thread that has ended meanwhile."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0]
+    except OSError:
+        return b"Z"
 
 
 if __name__ == "__main__":

@@ -98,8 +98,9 @@ class FileHooks(Protocol):
     def write(self, ref: FileRef, fd: int, data: memoryview, offset: int) -> int:
         """A write that was not passed through; writes to `fd` (the backing file) and takes note. Raises OSError."""
 
-    def before_truncate(self, ref: FileRef, size_bytes: int, then: Then) -> None:
-        """Before SETATTR(size), which the filesystem performs in `then`."""
+    def before_truncate(self, ref: FileRef, size_bytes: int, then: Then, by_daemon: bool) -> None:
+        """Before SETATTR(size), which the filesystem performs in `then`. On a replica only the daemon itself may
+        shorten the files of a database."""
 
     def after_truncate(self, ref: FileRef, size_bytes: int) -> None: ...
 
@@ -109,9 +110,13 @@ class FileHooks(Protocol):
     def after_fsync(self, ref: FileRef) -> None:
         """After it was fsynced, before the caller is answered."""
 
-    def before_unlink(self, ref: FileRef, then: Then) -> None:
+    def fsync_failed(self, ref: FileRef) -> None:
+        """Instead of `after_fsync`: the caller is told of the error."""
+
+    def before_unlink(self, ref: FileRef, by_daemon: bool, then: Then) -> None:
         """Before UNLINK of any file; for a DATABASE the engine itself drops it (removes all its files)
-        and the filesystem, in `then`, unlinks nothing but forgets its nodes."""
+        and the filesystem, in `then`, unlinks nothing but forgets its nodes. On a replica only the daemon itself may
+        remove files of a database."""
 
     def before_rename(self, old: FileRef, new: FileRef, then: Then) -> None:
         """RENAME. If neither is a database or part of one, and `old` has no SQLite header, calls `then(None)` and the

@@ -216,6 +216,7 @@ def test_the_table_is_a_cache(start: Start, how: str) -> None:
 def test_a_hot_journal_is_rolled_back(tmp_path: Path, mode: str) -> None:
     start = Start(tmp_path / "node", "DELETE")
     try:
+        start.node.store.note_boot()
         start.insert(3)
         assert start.sql is not None
         start.sql(f"PRAGMA journal_mode = {mode}")

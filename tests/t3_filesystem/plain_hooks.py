@@ -88,7 +88,7 @@ class PlainHooks:
         self.calls.append(("write", ref.name, offset, len(data)))
         return os.pwrite(fd, data, offset)
 
-    def before_truncate(self, ref: FileRef, size_bytes: int, then: Then) -> None:
+    def before_truncate(self, ref: FileRef, size_bytes: int, then: Then, by_daemon: bool) -> None:
         self._go_on("before_truncate", ref, then)
 
     def created(self, ref: FileRef) -> None:
@@ -103,7 +103,10 @@ class PlainHooks:
     def after_fsync(self, ref: FileRef) -> None:
         self.calls.append(("after_fsync", ref.name))
 
-    def before_unlink(self, ref: FileRef, then: Then) -> None:
+    def fsync_failed(self, ref: FileRef) -> None:
+        self.calls.append(("fsync_failed", ref.name))
+
+    def before_unlink(self, ref: FileRef, by_daemon: bool, then: Then) -> None:
         if ref.kind is FileKind.DATABASE:
             for name in os.listdir(self.directory):
                 if name.startswith(ref.name):

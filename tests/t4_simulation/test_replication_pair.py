@@ -127,7 +127,7 @@ async def test_a_large_transaction_travels_in_pieces(pair: Pair) -> None:
         database = pair.primary.get_or_create("a.db")
         for _ in range(2):
             database.write({n: page(pair.rng, noise=True) for n in range(1, 3 * MAX_CHUNK // PAGE)})
-        await pair.until_equal()
+            await pair.until_equal()
     assert sum(isinstance(m, stream.LtxData) for m in messages) >= 6
     assert stream.Ltx not in kinds(messages)
 

@@ -63,7 +63,7 @@ def test_a_killed_daemon_is_cleaned_up_after(plain_mount: PlainMount) -> None:
     (plain_mount.dir / "f").write_text("before")
     plain_mount.process.send_signal(signal.SIGKILL)
     plain_mount.process.wait(20)
-    with pytest.raises(OSError, match="not connected|connection abort"):
+    with pytest.raises(OSError):  # not connected, aborted, or the guard has taken the mount away already
         (plain_mount.dir / "f").read_text()
     again = start_plain(plain_mount.dir, plain_mount.data, plain_mount.mode)
     try:

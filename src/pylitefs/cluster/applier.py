@@ -2,7 +2,12 @@
 
 The worker takes one message of each database in turn, so a large snapshot of one does not hold up the transactions of
 another. It works for SLICE_S at a time, so that the worker's other jobs get their turn. One wake-up of the loop reports
-all that was done in a slice. What cannot be written (disk full) stays first in its queue and is tried again.
+all that was done in a slice; pieces of which nothing has come yet are reported with what comes of them.
+
+What cannot be written stays first in its queue and is tried again. If the disk is full all databases wait, and the
+primary waits with them. If it is one database only (a process of an earlier mount still has its files open), the others
+must not wait for it: what comes for it is dropped, all but the one message that is tried again, and once that one can
+be applied the pages that differ are fetched.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from pylitefs.cluster.ports import IncomingFile, PageSums, Resync, Store
 from pylitefs.errors import DatabaseBusy, FormatError, LitefsError, PositionMismatch, Unavailable
 from pylitefs.events import Event
 from pylitefs.formats import stream
-from pylitefs.formats.ltx.decoder import Decoder
+from pylitefs.formats.ltx.decoder import Decoder, small_chunks
 from pylitefs.formats.ltx.format import Position
 from pylitefs.formats.stream import Ltx, LtxBegin, LtxData, LtxEnd, SetAside, SnapshotBegin, SnapshotEnd, SnapshotPages
 from pylitefs.formats.stream_fields import MAX_HISTORY, ResyncReason
@@ -32,8 +37,17 @@ from pylitefs.formats.stream_fields import MAX_HISTORY, ResyncReason
 log = logging.getLogger("litefs.replication")
 
 SLICE_S = 0.010
+APPLYING = "\0applying"
+"""What the work here is for, to the worker: no database has this name, so it goes on while a long job on one of them
+waits for something; that one's own queue is out of the ring meanwhile."""
+
+REPORT_BYTES = 1 << 20
+"""So much of something that comes in pieces may be done before the loop is told."""
+
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 5.0
+STUCK_TRIES = 3
+"""After so many tries a database that cannot be written is not waited for."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,9 @@ class PrepareResync:
     name: str
     reason: ResyncReason
 
+
+_PIECES = (LtxBegin, LtxData, SnapshotBegin, SnapshotPages)
+"""Messages after which more of the same must come."""
 
 Item: TypeAlias = (
     Ltx | LtxBegin | LtxData | LtxEnd | SnapshotBegin | SnapshotPages | SnapshotEnd | SetAside | PrepareResync
@@ -78,6 +95,13 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Stuck:
+    """The database cannot be written now; what has come for it, and what comes, is dropped."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Violation:
     """The primary has broken the protocol: the connection must end."""
 
@@ -85,7 +109,7 @@ class Violation:
     text: str
 
 
-Outcome: TypeAlias = Applied | Unfit | Prepared | Violation
+Outcome: TypeAlias = Applied | Unfit | Prepared | Stuck | Violation
 
 
 class _Disorder(Exception):
@@ -140,6 +164,10 @@ class Sink:
             if part is not None:
                 with contextlib.suppress(OSError, LitefsError):
                     part.abort()
+
+    def missed(self) -> Unfit:
+        """Something that came for it was dropped."""
+        return self._unfit(ResyncReason.LOCAL, Unavailable("it can be written again, and has missed transactions"))
 
     def _unfit(self, reason: ResyncReason, error: Exception) -> Unfit:
         self.abort()
@@ -199,7 +227,8 @@ class Sink:
         if self._incoming is not None:
             self._incoming.write(data)
         elif self._decoder is not None and self._resync is not None:
-            self._resync.pages(self._decoder.feed(data))
+            for piece in small_chunks((data,)):
+                self._resync.pages(self._decoder.feed(piece))
         self._left -= len(data)
 
     def _end_file(self, whole: bool) -> Outcome | None:
@@ -262,7 +291,7 @@ class Sink:
         """The end of something that came in pieces. It cannot be tried again: what is missing is fetched anew."""
         try:
             return Applied(self.name, finish().txid)
-        except OSError as error:
+        except (OSError, DatabaseBusy, Unavailable) as error:
             if _is_disk_full(error):
                 self._store.events.emit(Event("diskFull", self.name, {"error": str(error)}))
             return self._unfit(ResyncReason.LOCAL, error)
@@ -288,6 +317,9 @@ class _Queue:
     items: deque[tuple[int, Item, int]] = field(default_factory=deque)  # (sequence, item, size in bytes)
     scheduled: bool = False  # in the ring, being worked on, or waiting to be tried again
     failures: int = 0
+    disk_full: bool = False
+    stuck: Item | None = None  # is tried again; the loop was told that it is done, as everything that comes after it
+    missed: bool = False  # something was dropped
 
 
 Report = Callable[[list[Outcome], list[int], int], None]
@@ -304,24 +336,30 @@ class Applier:
         self._lock = threading.Lock()  # guards all below, and the queues; held for a few operations only
         self._queues: dict[str, _Queue] = {}
         self._ring: deque[_Queue] = deque()
-        self._busy = False  # a job is submitted or running
+        self._asked = False  # a job is submitted, and has not begun
         self._closed = False
         self._sequence = 0
+        self._results = _Results()  # on the worker: not told yet
 
     def put(self, item: Item, size: int) -> int:
-        """Queue an item; its sequence number."""
+        """Queue an item; its sequence number, or 0 if it was dropped, because its database cannot be written."""
         with self._lock:
             queue = self._queues.get(item.name)
             if queue is None:
                 queue = self._queues[item.name] = _Queue(Sink(self._store, item.name))
+            if queue.stuck is not None:
+                queue.missed = True
+                return 0
             self._sequence += 1
             queue.items.append((self._sequence, item, size))
             if not queue.scheduled:
                 queue.scheduled = True
                 self._ring.append(queue)
-            submit, self._busy = not self._busy, True
+            if isinstance(item, LtxBegin):  # its first piece follows at once: one wake-up does for both
+                return self._sequence
+            submit, self._asked = not self._asked, True
         if submit:
-            self._store.worker.submit(self._work)
+            self._store.worker.submit(self._work, database=APPLYING)
         return self._sequence
 
     async def close(self) -> None:
@@ -332,6 +370,7 @@ class Applier:
             queues = list(self._queues.values())
             for queue in queues:
                 queue.items.clear()
+                queue.stuck = None
 
         def abort() -> None:
             for queue in queues:
@@ -343,20 +382,18 @@ class Applier:
 
     def _work(self) -> None:
         until = time.monotonic() + SLICE_S
-        outcomes: list[Outcome] = []
-        done: list[int] = []
-        freed = 0
+        with self._lock:
+            self._asked = False
         while True:
             with self._lock:
                 if not self._ring:
-                    self._busy = False
                     again = False
                     break
-                again = time.monotonic() >= until
-                if again:
+                if time.monotonic() >= until:
+                    again, self._asked = not self._asked, True
                     break
                 queue = self._ring.popleft()
-                sequence, item, size = queue.items[0]
+                item = queue.stuck or queue.items[0][1]
             try:
                 outcome = queue.sink.take(item)
             except (OSError, DatabaseBusy, Unavailable) as error:
@@ -364,43 +401,80 @@ class Applier:
                 continue
             self._succeeded(queue)
             with self._lock:
-                if queue.items:  # else it was closed meanwhile
-                    queue.items.popleft()
+                if queue.stuck is not None:
+                    queue.stuck = None
+                    outcome = queue.sink.missed() if queue.missed else outcome
+                    queue.missed = False
+                elif queue.items:  # else it was closed meanwhile
+                    self._results.done(queue.items.popleft())
                 queue.scheduled = bool(queue.items)
                 if queue.items:
                     self._ring.append(queue)
-            done.append(sequence)
-            freed += size
             if outcome is not None:
-                outcomes.append(outcome)
-        if done and not self._closed:
+                self._results.outcomes.append(outcome)
+                self._results.are_due = True
+        results = self._results
+        if results.are_due and not self._closed:
+            self._results = _Results()
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                self._loop.call_soon_threadsafe(self._report, outcomes, done, freed)
+                self._loop.call_soon_threadsafe(self._report, results.outcomes, results.sequences, results.freed)
         if again:
-            self._store.worker.submit(self._work)
+            self._store.worker.submit(self._work, database=APPLYING)
 
     def _failed(self, queue: _Queue, error: Exception) -> None:
         delay_s = min(RETRY_MAX_S, RETRY_MIN_S * 2**queue.failures)
         queue.failures = min(queue.failures + 1, 16)
         if queue.failures == 1:
             log.warning("%s: cannot be applied now, will be tried again: %s", queue.sink.name, error)
-            if _is_disk_full(error):
+        if _is_disk_full(error):
+            if not queue.disk_full:
+                queue.disk_full = True
                 self._store.events.emit(Event("diskFull", queue.sink.name, {"error": str(error)}))
+        elif _is_held(error) or queue.failures >= STUCK_TRIES:
+            with self._lock:
+                if queue.stuck is None and queue.items:
+                    queue.stuck, queue.missed = queue.items[0][1], len(queue.items) > 1
+                    while queue.items:
+                        self._results.done(queue.items.popleft())
+                    self._results.outcomes.append(Stuck(queue.sink.name))
+                    self._results.are_due = True
         self._store.worker.call_later(delay_s, self._resume, queue)
 
     def _resume(self, queue: _Queue) -> None:
         with self._lock:
-            if self._closed or not queue.items:
+            if self._closed or not (queue.items or queue.stuck is not None):
                 return
             self._ring.append(queue)
-            submit, self._busy = not self._busy, True
+            submit, self._asked = not self._asked, True
         if submit:
             self._work()
 
     def _succeeded(self, queue: _Queue) -> None:
-        if queue.failures:
-            queue.failures = 0
+        queue.failures = 0
+        if queue.disk_full:
+            queue.disk_full = False
             self._store.events.emit(Event("diskFreed", queue.sink.name))
+
+
+@dataclass
+class _Results:
+    """What the loop is to be told of one slice of work."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    freed: int = 0
+    are_due: bool = False
+
+    def done(self, queued: tuple[int, Item, int]) -> None:
+        sequence, item, size = queued
+        self.sequences.append(sequence)
+        self.freed += size
+        self.are_due |= self.freed >= REPORT_BYTES or not isinstance(item, _PIECES)
+
+
+def _is_held(error: Exception) -> bool:
+    """Whether a process of an earlier mount has the database open, which may last."""
+    return isinstance(error, OSError) and error.errno == errno.EBUSY
 
 
 def _is_disk_full(error: Exception) -> bool:

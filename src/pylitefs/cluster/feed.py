@@ -15,9 +15,8 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
@@ -34,11 +33,12 @@ from pylitefs.cluster.decisions import (
     branch_point,
     decide,
 )
-from pylitefs.cluster.ports import Database, Log, LogEntry, PageSums, SnapshotReader, Store
+from pylitefs.cluster.outlet import Outlet, Turn, send
+from pylitefs.cluster.ports import Database, Log, LogEntry, PageSums, SnapshotReader
 from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.cluster.roles import Refused
-from pylitefs.cluster.transfer import COMPACT_MIN, BadLogEntry, Blocking, Ends, merge, send_entry, small_run
-from pylitefs.errors import DatabaseError, FormatError, LitefsError
+from pylitefs.cluster.transfer import COMPACT_MIN, BadLogEntry, Ends, merge, send_entry, small_run
+from pylitefs.errors import DatabaseBusy, DatabaseError, FormatError, LitefsError
 from pylitefs.events import Event
 from pylitefs.formats import stream
 from pylitefs.formats.ltx.format import Position
@@ -64,28 +64,13 @@ WINDOW = 64
 RETRY_S = 10.0
 """How long a database that this node cannot read is left alone."""
 
+BUSY_S = 60.0
+"""How long a snapshot waits for a transaction that has written to the file before its commit (rollback modes)."""
+
+BUSY_PAUSE_S = 0.2
+
 ATTEMPTS = 3
 """How often something that the next transaction may spoil is tried before the connection is given up."""
-
-
-class Outlet(Protocol):
-    """The session a feed belongs to."""
-
-    store: Store
-    recovery: RecoveryWait | None
-    snapshot_slots: asyncio.Semaphore
-    snapshot_timeout_s: float
-
-    @property
-    def blocking(self) -> Blocking: ...
-    async def send(self, message: Message) -> None: ...
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> bool: ...
-    def examined(self, name: str) -> None:
-        """The first decision about this database is made, and it is not to ask for transactions."""
-
-    def caught_up(self, name: str) -> None: ...
-    @property
-    def replica_id(self) -> int: ...
 
 
 class _Superseded(Exception):
@@ -135,6 +120,7 @@ class Feed:
         self.progress = Progress(name, position.txid, position.txid, position.txid)
         self.state = "connecting"
         self._outlet = outlet
+        self._turn = Turn(outlet)
         self._live = False  # what was sent last came from the log, and the log goes on from there
         self._running = False
         self._behind_since_ms = _now_ms()
@@ -259,7 +245,7 @@ class Feed:
             case AdoptTxid(position):
                 await self._adopt(position)
             case SetAside():
-                await outlet.send(stream.SetAside(self.name))
+                await send(outlet, stream.SetAside(self.name))
                 self._moved_to(NOTHING)
         return True
 
@@ -311,8 +297,9 @@ class Feed:
                     await self._changed.wait()
                     self._changed.clear()
                     continue
-                if entries.head.txid - self.sent.txid < COMPACT_MIN or not await self._send_merged(entries, entry):
-                    await self._send_one(entries, entry)
+                async with self._turn:
+                    if entries.head.txid - self.sent.txid < COMPACT_MIN or not await self._send_merged(entries, entry):
+                        await self._send_one(entries, entry)
                 progressed = True
         return progressed
 
@@ -323,7 +310,7 @@ class Feed:
                 raise _NotFollowing
 
         try:
-            ends = await send_entry(self._outlet.send, self._outlet.blocking, self.name, entry, check)
+            ends = await send_entry(self._turn.send, self._turn.blocking, self.name, entry, check, self._turn.ready)
         except FileNotFoundError:
             still = entries.after(self.sent.txid)
             if still is not None and still.path == entry.path:
@@ -338,12 +325,12 @@ class Feed:
         if len(run) < COMPACT_MIN:
             return False
         self.state = "catch-up"
-        merged = await self._outlet.blocking(merge, run, self.sent)
+        merged = await self._turn.blocking(merge, run, self.sent)
         self._check()
         if merged is None:
             return False
         data, ends = merged
-        await self._outlet.send(Ltx(self.name, data))
+        await self._turn.send(Ltx(self.name, data))
         self._was_sent(ends)
         return True
 
@@ -357,7 +344,7 @@ class Feed:
     async def _ask_checksums(self, reason: ResyncReason) -> None:
         self._live, self.state = False, "resync"
         if self._incoming is None:
-            await self._outlet.send(stream.SendChecksums(self.name, reason))
+            await send(self._outlet, stream.SendChecksums(self.name, reason))
         while self._incoming is None:
             await self._changed.wait()
             self._changed.clear()
@@ -386,7 +373,7 @@ class Feed:
         """Send the database as it is now, or what of it differs from the replica's copy."""
         database = self._outlet.store.get(self.name)
         if database is None or database.log.head.txid == 0:
-            await self._outlet.send(stream.SetAside(self.name))
+            await send(self._outlet, stream.SetAside(self.name))
             self._moved_to(NOTHING)
             return
         branch = None
@@ -418,12 +405,12 @@ class Feed:
                 self.name, request, reader.page_size, reader.start, branch is not None, branch or 0
             )
             self._check()
-            await outlet.send(begin)
+            await send(outlet, begin)
             size_bytes = 0
             while (messages := await self._next_pages(database, reader)) is not None:
                 for message in messages:
                     self._check()
-                    await outlet.send(message)
+                    await send(outlet, message)
                     size_bytes += len(message.packed)
             await asyncio.wrap_future(database.flush())
             position, commit = await asyncio.wrap_future(
@@ -431,7 +418,7 @@ class Feed:
             )
             if not await self._send_between(database.log, reader.page_size, reader.start, position):
                 return False
-            await outlet.send(stream.SnapshotEnd(self.name, position, commit))
+            await send(outlet, stream.SnapshotEnd(self.name, position, commit))
         except _NotFollowing:
             return False
         finally:
@@ -443,12 +430,19 @@ class Feed:
         return True
 
     async def _next_pages(self, database: Database, reader: SnapshotReader) -> list[stream.SnapshotPages] | None:
-        try:
-            return await self._outlet.blocking(_next_pages, self.name, reader)
-        except DatabaseError:
-            if database.page_size != reader.page_size:
-                raise _NotFollowing from None
-            raise
+        until_s = time.monotonic() + BUSY_S
+        while True:
+            try:
+                return await self._outlet.blocking(_next_pages, self.name, reader)
+            except DatabaseBusy:
+                if time.monotonic() >= until_s:
+                    raise
+            except DatabaseError:
+                if database.page_size != reader.page_size:
+                    raise _NotFollowing from None
+                raise
+            self._check()
+            await asyncio.sleep(BUSY_PAUSE_S)
 
     async def _send_between(self, entries: Log, page_size: int, start: Position, end: Position) -> bool:
         """The log from `start` to `end`, as part of a snapshot. False if it is not there."""
@@ -464,7 +458,10 @@ class Feed:
             if entry is None or entry.max_txid > end.txid:
                 return False
             try:
-                ends = await send_entry(self._outlet.send, self._outlet.blocking, self.name, entry, check)
+                async with self._turn:
+                    ends = await send_entry(
+                        self._turn.send, self._turn.blocking, self.name, entry, check, self._turn.ready
+                    )
             except (_NotFollowing, OSError):
                 return False
             at = ends.after
@@ -490,7 +487,7 @@ class Feed:
         self._tail = asyncio.Queue(maxsize=16)
         try:
             with recovery.receiving():
-                await self._outlet.send(GiveBack(self.name, after))
+                await send(self._outlet, GiveBack(self.name, after))
                 problem = await _TailReceiver(self._outlet, self.name, self._tail, recovery).run()
         finally:
             self._tail = None

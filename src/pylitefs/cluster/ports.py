@@ -27,8 +27,9 @@ PageSums = npt.NDArray[np.uint64]
 
 
 class Worker(Protocol):
-    def submit(self, call: Callable[..., T], /, *args: object) -> Future[T]:
-        """Run `call` on the worker, after everything submitted before."""
+    def submit(self, call: Callable[..., T], /, *args: object, database: str = "") -> Future[T]:
+        """Run `call` on the worker, after everything submitted before. `database`: what it is for; it may run while a
+        long job of another one waits."""
 
     def call_later(self, delay_s: float, call: Callable[..., object], /, *args: object) -> object:
         """[W] Run `call` on the worker once `delay_s` seconds have passed."""

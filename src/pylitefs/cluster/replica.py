@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pylitefs.cluster.applier import Applied, Applier, Item, Outcome, Prepared, PrepareResync, Unfit, Violation
+from pylitefs.cluster.applier import Applied, Applier, Item, Outcome, Prepared, PrepareResync, Stuck, Unfit, Violation
 from pylitefs.cluster.backoff import Backoff
 from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
 from pylitefs.cluster.ports import Link, LinkClosed, Store
@@ -47,6 +47,8 @@ from pylitefs.formats.stream import (
 from pylitefs.formats.stream_fields import ErrorCode, is_database_name
 
 log = logging.getLogger("litefs.replication")
+
+SYNCING_MAX = 4
 
 IN_FLIGHT_BYTES = 8 << 20
 """What may have arrived and wait to be applied; beyond it the connection is not read."""
@@ -206,6 +208,7 @@ class ReplicaLink:
         self._open: dict[int, None] = {}  # sequence numbers that are not done, in order
         self._marks: deque[tuple[int, Callable[[], None]]] = deque()  # (sequence, what to do when all up to it is done)
         self._resyncs: dict[str, tuple[int, float]] = {}  # name: (how many lately, when the last one)
+        self._requests: dict[str, int] = {}  # name: the newest RESYNC
         self._acks = Acks(self._store, self._channel, self._timings)
 
     async def run(self) -> Exception:
@@ -281,6 +284,8 @@ class ReplicaLink:
         match message:
             case Ltx(name, data):
                 sequence = self._put(message, size)
+                if not sequence:
+                    return
                 with contextlib.suppress(FormatError):  # the worker will find it, and knows what to do
                     header = Header.unpack(data)
                     self._acks.received(name, header.max_txid)
@@ -300,12 +305,14 @@ class ReplicaLink:
                 raise unexpected(message)
 
     def _put(self, item: Item, size: int) -> int:
+        """Its sequence number; 0 if it was dropped."""
         wanted = self._replica.databases
         if wanted and item.name not in wanted:
             raise Refused(ErrorCode.PROTOCOL, f'the database "{item.name}" was not asked for')
-        self._in_flight += size
         sequence = self._applier.put(item, size)
-        self._open[sequence] = None
+        if sequence:
+            self._in_flight += size
+            self._open[sequence] = None
         return sequence
 
     # --- what comes of it -------------------------------------------------------------------------------------------
@@ -346,8 +353,11 @@ class ReplicaLink:
                     self._acks.applied(name, txid)
                 case Unfit(name, reason, text):
                     self._tasks.start(self._ask_again(name, reason, text))
-                case Prepared():
+                case Prepared(message):
+                    self._requests[message.name] = message.request
                     self._tasks.start(self._send_resync(outcome))
+                case Stuck(name):
+                    self._acks.dropped(name)
                 case Violation(name, text):
                     self._tasks.fail(Refused(ErrorCode.PROTOCOL, f'database "{name}": {text}'))
         self._pass_marks()
@@ -369,6 +379,8 @@ class ReplicaLink:
         message, sums = prepared.message, prepared.checksums
         await self._channel.send(message)
         for part in checksum_messages(message.name, message.request, sums):
+            if self._requests[message.name] != message.request:
+                return  # there is a newer one, whose checksums count
             await self._channel.send(part)
 
     async def _give_back(self, name: str, after: Position) -> None:
@@ -405,6 +417,7 @@ class Acks:
         self._durable: dict[str, int] = {}
         self._changed: set[str] = set()
         self._undurable: set[str] = set()
+        self._syncing: set[str] = set()  # are being made durable
         self._wake = asyncio.Event()
 
     def begin(self, positions: dict[str, Position]) -> None:
@@ -424,14 +437,23 @@ class Acks:
         self._changed.add(name)
         self._undurable.add(name)
 
+    def dropped(self, name: str) -> None:
+        """What was received and not applied is not held any more."""
+        self._received[name] = self._applied.get(name, 0)
+        self._changed.add(name)
+
     def hurry(self) -> None:
         """Send what is new as soon as the pace allows."""
         if self._changed:
             self._wake.set()
 
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_s = 0.0
         while True:
             await self._wake.wait()
+            if (pause_s := next_s - loop.time()) > 0:
+                await asyncio.sleep(pause_s)
             self._wake.clear()
             changed, self._changed = self._changed, set()
             entries = [
@@ -441,27 +463,37 @@ class Acks:
             if entries:
                 for part in batches(entries):
                     await self._channel.send(Ack(part))
-                await asyncio.sleep(self._timings.ack_s)
+                next_s = loop.time() + self._timings.ack_s
 
     async def make_durable(self) -> None:
-        """One database after the other, so that their transactions get in between."""
-        while True:
-            await asyncio.sleep(self._timings.durable_s)
-            names, self._undurable = self._undurable, set()
-            for name in sorted(names):
-                database = self._store.get(name)
-                if database is None:
-                    continue
-                try:
-                    txid = await asyncio.wrap_future(self._store.worker.submit(database.durable))
-                except (OSError, LitefsError) as error:
-                    log.warning("%s: cannot be made durable now: %s", name, error)
-                    self._undurable.add(name)
-                    continue
-                self._durable[name] = min(txid, self._applied.get(name, txid))
-                self._changed.add(name)
-            if self._changed:
-                self._wake.set()
+        """A few databases at a time, so that their transactions get in between and none waits for a stuck one."""
+        running: set[asyncio.Task[None]] = set()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await asyncio.sleep(self._timings.durable_s)
+                for name in sorted(self._undurable - self._syncing):
+                    if len(running) >= SYNCING_MAX:
+                        _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    self._undurable.discard(name)
+                    self._syncing.add(name)
+                    running.add(group.create_task(self._make_durable(name)))
+                running = {task for task in running if not task.done()}
+
+    async def _make_durable(self, name: str) -> None:
+        try:
+            database = self._store.get(name)
+            if database is None:
+                return
+            txid = await asyncio.wrap_future(self._store.worker.submit(database.durable, database=name))
+        except (OSError, LitefsError) as error:
+            log.warning("%s: cannot be made durable now: %s", name, error)
+            self._undurable.add(name)
+        else:
+            self._durable[name] = min(txid, self._applied.get(name, txid))
+            self._changed.add(name)
+            self._wake.set()
+        finally:
+            self._syncing.discard(name)
 
 
 async def _blocking(call: Callable[..., T], /, *args: Any) -> T:

@@ -50,7 +50,6 @@ class Apply:
         self._opener = opener
         self._file_mode = file_mode
         self.notifier: Notifier | None = None
-        self._own: set[str] = set()
         self._opening: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -62,7 +61,8 @@ class Apply:
             self._opening[database.name] = self._opening.get(database.name, 0) + 1
 
         def work() -> None:
-            self.activate(database)
+            if database.set_aside_reason is None:  # else its WAL is all there is of what it holds
+                self.activate(database)
 
         def done(error: BaseException | None) -> None:
             then(error)
@@ -72,11 +72,13 @@ class Apply:
         self._worker.post(finish, done, work, database=database.name)
 
     def activate(self, database: Database) -> ReplicaWal:
+        """Raises DatabaseBusy, OSError; PositionMismatch for a database that was set aside."""
+        if database.set_aside_reason is not None:
+            raise _is_set_aside(database)
         if database.replica is None:
             replica = ReplicaWal(database.files, database.page_size, database.commit, self._file_mode)
-            with self._changing(database):
-                self._remove(database, FileKind.WAL, FileKind.SHM)
-                replica.open()
+            self._remove(database, FileKind.WAL, FileKind.SHM)
+            replica.open()
             database.replica = replica
             self._later(database)
         return database.replica
@@ -98,9 +100,8 @@ class Apply:
             return
         quiet_s = time.monotonic() - database.applied_s
         try:
-            with self._changing(database):
-                if quiet_s >= _SETTLE_S * 0.9 and replica.backfill < replica.mx_frame:
-                    replica.checkpoint()
+            if quiet_s >= _SETTLE_S * 0.9 and replica.backfill < replica.mx_frame:
+                replica.checkpoint()
             if quiet_s >= _REST_S and self._is_unused(database) and self.rest(database):
                 return
         except OSError as error:
@@ -118,24 +119,11 @@ class Apply:
         replica = database.replica
         if replica is None:
             return True
-        with self._changing(database):
-            if not replica.checkpoint():
-                return False
-            replica.close(remove=True)
-            database.replica = None
+        if not replica.checkpoint():
+            return False
+        replica.close(remove=True)
+        database.replica = None
         return True
-
-    def is_own_change(self, database: Database) -> bool:
-        """Whether the daemon itself is changing this database's files through the mount just now. Any thread."""
-        return database.name in self._own
-
-    @contextlib.contextmanager
-    def _changing(self, database: Database) -> Iterator[None]:
-        self._own.add(database.name)
-        try:
-            yield
-        finally:
-            self._own.discard(database.name)
 
     @staticmethod
     def _remove(database: Database, *kinds: FileKind) -> None:
@@ -192,20 +180,19 @@ class Apply:
         return database.position
 
     def _write(self, database: Database, header: Header, entry: LogEntry, pages: Iterable[tuple[int, bytes]]) -> None:
-        with self._changing(database):
-            if header.commit == 0:
-                self._drop_files(database)
-            elif not database.exists:
-                self._create_files(database, entry)
-            elif header.page_size != database.page_size:
-                self._change_page_size(database, header, entry)
-            else:
-                replica = self.activate(database)
-                replica.append(self._worker.giving_way(database.name, pages), header.commit)
-                if replica.mx_frame - replica.backfill >= _CHECKPOINT_FRAMES:
-                    with contextlib.suppress(OSError):  # the transaction is visible: a checkpoint can be done later
-                        replica.checkpoint()
-                self._later(database)
+        if header.commit == 0:
+            self._drop_files(database)
+        elif not database.exists:
+            self._create_files(database, entry)
+        elif header.page_size != database.page_size:
+            self._change_page_size(database, header, entry)
+        else:
+            replica = self.activate(database)
+            replica.append(self._worker.giving_way(database.name, pages), header.commit)
+            if replica.mx_frame - replica.backfill >= _CHECKPOINT_FRAMES:
+                with contextlib.suppress(OSError):  # the transaction is visible: a checkpoint can be done later
+                    replica.checkpoint()
+            self._later(database)
 
     def _drop_files(self, database: Database) -> None:
         if database.replica is not None:
@@ -234,9 +221,9 @@ class Apply:
         deadline = time.monotonic() + _REPLACE_TRIES_S
         while not replica.checkpoint() or not replica.replace(Reader(entry.chunks()), header.page_size, header.commit):
             if time.monotonic() > deadline:
-                replica.close(remove=True)
-                database.replica = None
-                self._create_files(database, entry)
+                with Building(database) as building:
+                    building.write(Reader(entry.chunks()), header)
+                    self.replace_files(database, building)
                 return
             self._worker.give_way(database.name)
             time.sleep(0.01)
@@ -259,32 +246,30 @@ class Apply:
 
     def install(self, database: Database, pages: Iterable[tuple[int, bytes]], page_size: int, commit: int) -> None:
         """Make `pages` (those that differ) visible as one transaction on top of what is here."""
-        with self._changing(database):
-            if not database.exists or page_size != database.page_size:
-                raise FormatError(f"{database.name}: only a database of the same page size can be patched")
-            replica = self.activate(database)
-            replica.append(pages, commit)
-            self._later(database)
+        if not database.exists or page_size != database.page_size:
+            raise FormatError(f"{database.name}: only a database of the same page size can be patched")
+        replica = self.activate(database)
+        replica.append(pages, commit)
+        self._later(database)
 
     def replace_files(self, database: Database, building: Building) -> None:
         """Put a whole new database file in place."""
-        with self._changing(database):
-            if database.replica is not None:
-                database.replica.close(remove=True)
-                database.replica = None
-            building.publish(self._file_mode)
+        building.sync()
+        if database.replica is not None:  # its WAL need not be in the old file: the log has what it holds
+            database.replica.close(remove=True)
+            database.replica = None
+        building.publish(self._file_mode)
 
     def let_go(self, database: Database) -> None:
         """Close the live WAL; what it holds is checkpointed where readers allow."""
         if database.replica is not None:
-            with self._changing(database), contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
                 database.replica.checkpoint()
             database.replica.close(remove=False)
             database.replica = None
 
     def remove_files(self, database: Database) -> None:
-        with self._changing(database):
-            self._drop_files(database)
+        self._drop_files(database)
 
 
 def _inode(path: str) -> int | None:
@@ -299,6 +284,8 @@ def check(
     database: Database, header: Header, trailer: Trailer, pgnos: NDArray[np.uint32], sums: NDArray[np.uint64]
 ) -> None:
     """Whether a transaction follows our position and leads where it says. Raises PositionMismatch."""
+    if database.set_aside_reason is not None:
+        raise _is_set_aside(database)
     position = database.position
     follows = header.min_txid == position.txid + 1
     if not follows or (position.txid and header.pre_apply_checksum != position.checksum):
@@ -309,6 +296,10 @@ def check(
         raise PositionMismatch(
             f"{database.name}: transaction {header.max_txid:016x} would not lead to the checksum it states"
         )
+
+
+def _is_set_aside(database: Database) -> PositionMismatch:
+    return PositionMismatch(f"{database.name}: it was set aside ({database.set_aside_reason}), only a new copy helps")
 
 
 def predict(database: Database, header: Header, pgnos: NDArray[np.uint32], sums: NDArray[np.uint64]) -> int:
@@ -352,9 +343,13 @@ class Building:
             write_at(self.fd, page, (pgno - 1) * header.page_size)
         os.ftruncate(self.fd, header.commit * header.page_size)
 
+    def sync(self) -> None:
+        """After it nothing that `publish` does needs room on the disk."""
+        os.fsync(self.fd)
+
     def publish(self, mode: int) -> None:
         os.fchmod(self.fd, mode)
-        os.fsync(self.fd)
+        self.sync()
         files = self._database.files
         for kind in (FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):
             with contextlib.suppress(FileNotFoundError):

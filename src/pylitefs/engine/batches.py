@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pylitefs.engine.transaction import Change, Pages, ReadPage
+from pylitefs.engine.transaction import Change, Pages, ReadPage, UnstableSource
 from pylitefs.engine.wal_view import Committed
 
 COLLECT_BYTES = 16 << 20  # of pages that may be held in memory as one transaction
@@ -26,6 +27,7 @@ class Cursor:
 
 
 FRESH = Cursor(None, 0, None)
+IN_DOUBT = Cursor((-1, -1), 1, None)  # of no generation there is: the next pass compares the whole database
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,11 @@ class Batch:
     from_file: NDArray[np.uint32] = field(default_factory=lambda: NONE)  # pages a diff took from the database file
 
 
-@dataclass(slots=True)
+class Missed(UnstableSource):
+    """Transactions were missed: only a comparison of the whole database helps, and this is not the time for it."""
+
+
+@dataclass(slots=True, eq=False)
 class Collected:
     """Pages in memory that are to become one transaction of the log; none of them can be missing from the state
     before (`Batch.read_missing` is for a log that began anew meanwhile)."""
@@ -77,3 +83,41 @@ class Collected:
             )
             self.read_missing = batch.read_missing
             return True
+
+
+class CollectedQueue:
+    """What is in memory and not in the log yet, oldest first. One puts in and clears (who has `WalCapture.mutex`), one
+    takes out (who has `Database.lock`), at the same time. `commit`: the size in pages of the newest state that was put
+    in, also when it is in the log by now; None if something else came into the log after it."""
+
+    def __init__(self) -> None:
+        self._items: deque[Collected] = deque()
+        self._lock = threading.Lock()  # innermost
+        self.commit: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, batch: Batch, pages: dict[int, bytes]) -> None:
+        """Put in what was committed after all that is here."""
+        with self._lock:
+            last = self._items[-1] if self._items else None
+            if last is None or not last.take_in(batch, pages):
+                self._items.append(Collected(batch.change, pages, batch.read_missing))
+            self.commit = batch.change.commit
+
+    def first(self) -> Collected | None:
+        """The oldest. It stays here until it is `done`."""
+        with self._lock:
+            return self._items[0] if self._items else None
+
+    def done(self, item: Collected) -> None:
+        """It is in the log."""
+        with self._lock:
+            if self._items and self._items[0] is item:
+                self._items.popleft()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._items.clear()
+            self.commit = None

@@ -3,20 +3,21 @@
     woken by   inotify on the mount          -> soon; from 2,000 transactions/s on in batches of 50 ms
                fsync, unlink, truncate hooks -> now, before the application is answered (`flush`)
                a position is asked for       -> now (`flush`)
-A WAL commit becomes visible by a store to shared memory, which raises no event. So a pass that follows an event is
-followed by a few more, later and later, and does not end while frames stand in the WAL that may still be committed.
+A WAL commit becomes visible by a store to shared memory, which raises no event. So as long as frames stand in the WAL
+that may still be committed we look again, later and later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from pylitefs.engine.batches import Batch
+from pylitefs.engine.batches import Batch, Missed
 from pylitefs.engine.commit_points import CommitPoints
 from pylitefs.engine.database import Database
 from pylitefs.engine.opener import Opener
@@ -39,6 +40,8 @@ _MAX_COLLECTED = 4
 _RESTLESS_S = 0.01
 _MUTEX_S = 0.02  # longer than a batch takes to collect
 _RETRY_S = 1.0  # after an error of the disk
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_EVENTS = {True: ("diskFull", "diskFreed"), False: ("logFailing", "logWorks")}  # by whether the disk is full
 
 
 class _Schedule:
@@ -60,6 +63,8 @@ class Capture(CommitPoints):
         self._schedules: dict[str, _Schedule] = {}
         self._opening: set[str] = set()
         self._restless: set[str] = set()  # could not be read while it was written to
+        self._failures: dict[str, str] = {}  # the event that tells the end of what was told
+        self._surprised = False
 
     # -- when ------------------------------------------------------------------------------------------------
 
@@ -121,13 +126,14 @@ class Capture(CommitPoints):
             transactions = database.position.txid - before
             pause = min(max(took * _PACE, _PAUSE_S * transactions), _MAX_PAUSE_S)
             schedule.not_before_s = started + took + pause
+        if not self._commit_may_follow(database):
+            return  # before another commit something is written, which wakes us
+        if found:
             self._look_in(database, schedule, pause)
-            return
-        if schedule.step < len(_LOOK_AGAIN_S):
-            self._look_in(database, schedule, _LOOK_AGAIN_S[schedule.step])
+        else:
+            step = min(schedule.step, len(_LOOK_AGAIN_S) - 1)  # the last: a slow fsync before the commit is published
+            self._look_in(database, schedule, _LOOK_AGAIN_S[step])
             schedule.step += 1
-        elif self._commit_may_follow(database):
-            self._look_in(database, schedule, _LOOK_AGAIN_S[-1])  # a slow fsync before the commit is published
 
     @staticmethod
     def _commit_may_follow(database: Database) -> bool:
@@ -192,14 +198,27 @@ class Capture(CommitPoints):
         self.wake(database)
 
     def removed(self, database: Database, kind: FileKind) -> None:
+        """An application removes its -wal or -shm, and what they held was taken."""
         with database.wal.mutex:
             fds = database.wal.removed(kind)
+            unsure = kind is FileKind.WAL and database.wal.in_doubt
         self._opener.close(fds)
+        if unsure:
+            with database.lock:
+                database.rollback.suspect = True
+            self.wake_rollback(database)
 
     def forget_files(self, database: Database) -> None:
         with database.wal.mutex:
             fds = database.wal.forget_all()
         self._opener.close(fds)
+
+    def replaced(self, database: Database) -> None:
+        """Other files have its names now, or none: what was seen in the old ones does not count any more."""
+        with database.wal.mutex:
+            self.forget_files(database)
+            database.wal.collected.clear()
+            database.wal.begin_here()
 
     # -- flush -----------------------------------------------------------------------------------------------
 
@@ -247,14 +266,21 @@ class Capture(CommitPoints):
         try:
             found = self._wal_pass(database)
         except OSError as error:
-            if database.failing is None:
-                database.failing = error.strerror or str(error)  # not the exception: its traceback holds buffers
-                database.emit("diskFull", error=str(error))
+            begins, ends = _EVENTS[error.errno in _FULL]
+            if self._failures.get(database.name) != ends:
+                self._told_end(database)
+                database.emit(begins, error=str(error))
+                self._failures[database.name] = ends
+            database.failing = error.strerror or str(error)  # not the exception: its traceback holds buffers
             raise
-        if database.failing is not None:
-            database.failing = None
-            database.emit("diskFreed")
+        database.failing = None
+        self._told_end(database)
         return found
+
+    def _told_end(self, database: Database) -> None:
+        ends = self._failures.pop(database.name, None)
+        if ends is not None:
+            database.emit(ends)
 
     # -- WAL -------------------------------------------------------------------------------------------------
 
@@ -265,7 +291,7 @@ class Capture(CommitPoints):
             wal = database.wal
             try:
                 with wal.mutex:
-                    batch = wal.next_batch()
+                    batch = self._next_batch(database)
                     if batch is not None and wal.is_collectable(batch) and database.exists:
                         wal.collect(batch, database.commit)
                     elif batch is not None:
@@ -277,17 +303,24 @@ class Capture(CommitPoints):
         self._worker.post(self.wake, database, database=database.name)
         raise UnstableSource(f"{database.name}: the WAL changed faster than it could be read; it will be tried again")
 
+    def _next_batch(self, database: Database) -> Batch | None:
+        """If transactions were missed, the log gets what was seen of them before it is compared."""
+        try:
+            return database.wal.next_batch(diff=False)
+        except Missed:
+            self._record_collected(database)
+            return database.wal.next_batch()
+
     def _record_collected(self, database: Database) -> bool:
         """Write collected batches into the log, in order. One that fails stays for the next try."""
         collected = database.wal.collected
         found = False
         try:
             with database.lock:  # one at a time takes from the queue
-                while collected:
-                    taken = collected[0]
+                while (taken := collected.first()) is not None:
                     pages = taken.close()
                     database.record(taken.change, pages, taken.read_missing, lambda: True, "capture")
-                    collected.popleft()
+                    collected.done(taken)
                     self._opener.do(database.log.make_spare)
                     found = True
         except FormatError as error:
@@ -311,39 +344,44 @@ class Capture(CommitPoints):
             database.emit("repair", pages=batch.change.commit)
         return True
 
-    def checkpoint_begins(self, database: Database) -> bool:
-        """Note what a checkpoint, whose first fsync this is, must not end without (FUSE thread). False if only now is
-        the time to take it: without a wal-index nothing tells how far the checkpoint goes."""
+    def checkpoint_begins(self, database: Database) -> None:
+        """Note what a checkpoint, whose first fsync this is, must not end without (FUSE thread). Where nobody can look
+        now, or nothing tells how far the checkpoint goes (no wal-index), that is everything."""
         wal = database.wal
-        if wal.shm_fd < 0 or not database.files.reads_shm_directly or not wal.mutex.acquire(timeout=_MUTEX_S):
-            return False
-        try:
-            if not wal.view.has_index():
-                return False
-            wal.await_checkpoint()
-            return True
-        except OSError:
-            return False
-        finally:
-            wal.mutex.release()
+        if wal.shm_fd >= 0 and database.files.reads_shm_directly and wal.mutex.acquire(timeout=_MUTEX_S):
+            try:
+                if wal.view.has_index():
+                    wal.await_checkpoint()
+                    return
+            except OSError:
+                pass
+            finally:
+                wal.mutex.release()
+        wal.await_everything()
 
-    def collect_now(self, database: Database) -> bool:
-        """Take everything committed into memory, without the worker (FUSE thread); False if that cannot be done now."""
+    def collect_now(self, database: Database, *, ends: bool = True) -> bool:
+        """Take everything committed into memory, without the worker (FUSE thread); False if that cannot be done now.
+        `ends`: a checkpoint ends with the answer."""
         wal = database.wal
-        if database.failing is not None or not database.files.reads_shm_directly or not database.exists:
+        if database.failing is not None or not database.files.reads_shm_directly:
             return False
         if not wal.mutex.acquire(timeout=_MUTEX_S):
             return False
         try:
-            if wal.backlog() > COLLECT_FRAMES or len(wal.collected) >= _MAX_COLLECTED:
+            if not database.exists or wal.backlog() > COLLECT_FRAMES or len(wal.collected) >= _MAX_COLLECTED:
                 return False
-            batch = wal.next_batch()
+            batch = wal.next_batch(diff=False)
             if batch is not None:
                 if not wal.is_collectable(batch):
                     return False
                 wal.collect(batch, database.commit)
-            wal.mark_synced()
+            wal.mark_synced(ends=ends)
         except (UnstableSource, OSError):
+            return False
+        except Exception:
+            if not self._surprised:
+                log.exception("%s: a commit could not be taken at once, the worker takes it", database.name)
+            self._surprised = True
             return False
         finally:
             wal.mutex.release()

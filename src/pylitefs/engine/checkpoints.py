@@ -5,13 +5,15 @@ are, fsyncs the database and only then notes that all is copied. Frames are over
 So the frames are taken into memory while the checkpoint copies, and the fsync of the database waits for what is left.
 A checkpoint that does not get to the end has no such fsync, and its frames stay.
 
-Without a wal-index to look at (`locking_mode=EXCLUSIVE`) nobody can tell how far a checkpoint goes, and every fsync of
-the WAL waits. With synchronous=OFF there are no fsyncs: see the gap detector in `wal_capture`.
+Without a wal-index to look at (`locking_mode=EXCLUSIVE`) nobody can tell a commit from a checkpoint, nor how far that
+goes: then everything is awaited at its end. So an fsync of the WAL never waits, and is never refused: it may be a
+commit's. The last fsync of a checkpoint is, while the log cannot be written: SQLite leaves the WAL as it is, and tries
+again. With synchronous=OFF there are no fsyncs: see the gap detector in `wal_capture`.
 """
 
 from __future__ import annotations
 
-from pylitefs.engine.commit_points import finish
+from pylitefs.engine.commit_points import finish, wal_in_use
 from pylitefs.engine.database import Database
 from pylitefs.engine.store import Store
 from pylitefs.engine.wal_capture import BARRIER_FRAMES
@@ -27,20 +29,15 @@ class Checkpoints:
     def before_wal_fsync(self, database: Database, then: Then) -> None:
         if not database.wal.checkpoint_running():
             then(None)
-        elif self._store.capture.checkpoint_begins(database):
-            then(None)
-            self._store.capture.collect_now(database)
-        else:
-            self._capture_first(database, then)
+            return
+        self._store.capture.checkpoint_begins(database)
+        then(None)
+        self._store.capture.collect_now(database, ends=False)
 
     def before_database_fsync(self, database: Database, then: Then) -> None:
-        if database.wal.is_awaited():
-            self._capture_first(database, then)
-        else:
-            then(None)
-
-    def _capture_first(self, database: Database, then: Then) -> None:
-        if self._store.capture.collect_now(database):
+        wal = database.wal
+        awaited = wal.is_awaited() or (not wal.has_index() and wal_in_use(database))
+        if not awaited or self._store.capture.collect_now(database):
             then(None)
         else:
             self._store.worker.post(self._on_worker, database, then, database=database.name)
@@ -49,11 +46,11 @@ class Checkpoints:
         """A backlog that would take long is protected by the barrier instead, unless the checkpoint wants the WAL to
         itself."""
         wal, capture = database.wal, self._store.capture
-        capture.open_shm(database)
 
         def work() -> None:
             capture.flush_if_possible(database)
-            wal.mark_synced()
+            with wal.mutex:
+                wal.mark_synced()
             capture.let_restart(database)
 
         def protected(held: bool) -> None:
@@ -63,8 +60,13 @@ class Checkpoints:
             else:
                 finish(then, work)
 
-        with wal.mutex:
-            large = wal.backlog() > BARRIER_FRAMES
+        try:
+            capture.open_shm(database)
+            with wal.mutex:
+                large = wal.backlog() > BARRIER_FRAMES
+        except OSError as error:
+            then(error)
+            return
         if large and not wal.checkpoint_restarts():
             capture.with_barrier(database, protected)
         else:

@@ -28,7 +28,7 @@ from pylitefs.engine.wal_capture import WalCapture
 from pylitefs.errors import FormatError
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.format import Header, Position
-from pylitefs.formats.sqlite.header import DatabaseHeader
+from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
 from pylitefs.ports import FileKind
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Database:
         self.log = LtxLog(files.ltx)
         self._table: PageChecksums | None = None
         self._table_dirty = False
+        self._noted = (0, 0)  # size and time of the file when it was known where it stands, see `evidence`
         self.wal = WalCapture(files, self.page_checksums)
         self.rollback = RollbackCapture(files)
         self.replica: ReplicaWal | None = None
@@ -109,10 +110,17 @@ class Database:
 
     def _header(self) -> DatabaseHeader | None:
         try:
-            with open(self.files.database, "rb") as file:
-                return DatabaseHeader.unpack(file.read(100))
-        except (OSError, FormatError):
+            return DatabaseHeader.unpack(self.first_bytes())
+        except FormatError:
             return None
+
+    def first_bytes(self) -> bytes:
+        """The 100 bytes of the header in the database file; nothing if it cannot be read."""
+        try:
+            with open(self.files.database, "rb") as file:
+                return file.read(HEADER_SIZE)
+        except OSError:
+            return b""
 
     @property
     def table(self) -> PageChecksums:
@@ -176,6 +184,8 @@ class Database:
         """
         started = time.monotonic()
         with self.lock:
+            if not change.wal_size:  # the database file was written to, and its time may reach the disk later
+                self._forget_noted()
             self.unclean()
             writer = TransactionWriter(
                 self.log, self.table, self.position, self.page_size, self.commit, change, compress=self.compress
@@ -186,8 +196,19 @@ class Database:
             self.position = self.log.head
             self.page_size, self.commit = change.page_size, change.commit
             self.timestamp_ms = writer.header.timestamp_ms
-            self._announce(writer.header, entry, writer.page_count, source, time.monotonic() - started)
+            self.announce(writer.header, entry, writer.page_count, source, time.monotonic() - started)
             return entry
+
+    def record_file(self, header: Header, data: bytes, checksum: int) -> None:
+        """A whole LTX file that changes nothing but the position, to `checksum`. Raises OSError."""
+        path = self.log.temporary()
+        with self.lock:
+            self.unclean()
+            with open(path, "wb") as file:
+                file.write(data)
+            entry = self.log.publish(path, header, checksum)
+            self.position = self.log.head
+            self.announce(header, entry, 1, "repair", 0.0)
 
     def accept(
         self, header: Header, entry: LogEntry, pgnos: NDArray[np.uint32], sums: NDArray[np.uint64], started_s: float
@@ -206,7 +227,7 @@ class Database:
             self.position = self.log.head
             self.page_size, self.commit = header.page_size, header.commit
             self.timestamp_ms = header.timestamp_ms
-            self._announce(header, entry, len(pgnos), "apply", time.monotonic() - started_s)
+            self.announce(header, entry, len(pgnos), "apply", time.monotonic() - started_s)
 
     def reposition(self, position: Position, page_size: int, commit: int, sums: NDArray[np.uint64]) -> None:
         """Start over at a position that came from elsewhere, with the checksums of all pages."""
@@ -218,9 +239,11 @@ class Database:
             self.log.restart_at(position)
             self.position, self.page_size, self.commit = position, page_size, commit
             self.timestamp_ms = int(time.time() * 1000)
-            self.table.write_state(CleanState(page_size, commit, position, clean=False))
+            self._noted = (0, 0)
+            self._write_unclean()
 
-    def _announce(self, header: Header, entry: LogEntry, pages: int, source: str, seconds: float) -> None:
+    def announce(self, header: Header, entry: LogEntry, pages: int, source: str, seconds: float) -> None:
+        """Tell the listeners that the position has moved over an entry."""
         latency = {"latency_s": max(0.0, time.time() - header.timestamp_ms / 1000)} if source == "apply" else {}
         self.events.emit(
             Event(
@@ -248,7 +271,24 @@ class Database:
         """From now on the table does not describe the files by itself; noted on disk before the first change."""
         if not self._table_dirty:
             self._table_dirty = True
-            self.table.write_state(CleanState(self.page_size, self.commit, self.position, clean=False))
+            self._write_unclean()
+
+    def note_files(self) -> None:
+        """The database file is at `position`, and nobody has it open: as long as it is not written to, its size and
+        time prove to a later start that it stands there."""
+        with self.lock:
+            self.sync_log()
+            self._table_dirty = True
+            self._noted = stamp(self.files.database)
+            self._write_unclean()
+
+    def _forget_noted(self) -> None:
+        if self._noted != (0, 0):
+            self._noted, self._table_dirty = (0, 0), False
+
+    def _write_unclean(self) -> None:
+        state = CleanState(self.page_size, self.commit, self.position, clean=False, database=self._noted)
+        self.table.write_state(state)
 
     def close(self, *, clean: bool) -> None:
         """Release everything. `clean`: the log holds everything and no application can change the files any more."""
@@ -273,15 +313,21 @@ class Database:
     def adopt(self, state: CleanState) -> None:
         """Start from what an orderly stop wrote."""
         self.page_size, self.commit, self.position = state.page_size, state.commit, state.position
+        self._noted = state.database
         self.table.reserve(state.commit)  # it was opened when the size was not known yet
 
     def set_files(self, files: DatabaseFiles) -> None:
         """The live files are elsewhere now (mounted, unmounted)."""
-        self._close_now(self.wal.forget_all())
-        collected = self.wal.collected
+        self.release_files()
+        before = self.wal
         self.files = files
         self.wal = WalCapture(files, self.page_checksums)
-        self.wal.collected = collected
+        self.wal.collected, self.wal.cursor = before.collected, before.cursor
+
+    def release_files(self) -> None:
+        """Close what the capture has open of the live files. How far it has come is kept: what is missed is noticed."""
+        with self.wal.mutex:
+            self._close_now(self.wal.release())
 
     @staticmethod
     def _close_now(fds: list[int]) -> None:

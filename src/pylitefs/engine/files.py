@@ -34,12 +34,12 @@ class DatabaseFiles:
     passthrough: bool = True
 
     def backing(self, kind: FileKind) -> str:
-        return os.path.join(self.folder, kind.value)
+        return f"{self.folder}/{kind.value}"  # asked for all the time: os.path.join takes five times as long
 
     def live(self, kind: FileKind) -> str:
         if self.mount_dir is None:
             return self.backing(kind)
-        return os.path.join(self.mount_dir, self.name + SUFFIX_OF[kind])
+        return f"{self.mount_dir}/{self.name}{SUFFIX_OF[kind]}"
 
     @property
     def reads_shm_directly(self) -> bool:

@@ -123,7 +123,7 @@ class EngineHooks:
             then(None)
         elif flags & _WRITES and ref.kind is not FileKind.SHM:
             then(read_only())
-        elif ref.kind is FileKind.DATABASE:
+        elif ref.kind is FileKind.DATABASE and database.set_aside_reason is None:
             self._apply.before_open(database, then)
         else:
             then(None)
@@ -251,25 +251,34 @@ class EngineHooks:
             database.rollback.note(offset, written)
             return written
 
-    def before_truncate(self, ref: FileRef, size_bytes: int, then: Then) -> None:
+    def before_truncate(self, ref: FileRef, size_bytes: int, then: Then, by_daemon: bool) -> None:
         database = self._database(ref)
         if ref.kind is FileKind.PLAIN and size_bytes == 0 and self._store.is_primary:
             self._plain_commit(ref, then, leave_journal=False)
         elif database is None:
             then(None)
         elif not self._store.is_primary:
-            then(None if self._apply.is_own_change(database) else read_only())
-        elif ref.kind is FileKind.JOURNAL:
+            then(None if by_daemon else read_only())
+        elif ref.kind is FileKind.JOURNAL and size_bytes == 0:  # PERSIST cuts an old one's end off before a commit
             self._commit(database, then)
         elif ref.kind is FileKind.WAL:
             self._on_worker(database, lambda: self._store.capture.flush_if_possible(database), then)
         else:
             if ref.kind is FileKind.DATABASE and size_bytes == 0:
                 database.rollback.suspect = database.rollback.replacing = True
+            if ref.kind is FileKind.SHM:
+                database.wal.before_index_truncate()
             then(None)
 
     def after_truncate(self, ref: FileRef, size_bytes: int) -> None:
-        return
+        database = self._database(ref) if ref.kind is FileKind.SHM else None
+        if database is not None and self._store.is_primary:
+            database.wal.after_index_truncate()
+
+    def fsync_failed(self, ref: FileRef) -> None:
+        database = self._database(ref) if ref.kind is FileKind.WAL else None
+        if database is not None and self._store.is_primary:
+            database.wal.fsync_failed()
 
     def before_fsync(self, ref: FileRef, then: Then) -> None:
         database = self._database(ref) if self._store.is_primary else None
@@ -324,7 +333,7 @@ class EngineHooks:
 
     # -- names that go -----------------------------------------------------------------------------------------
 
-    def before_unlink(self, ref: FileRef, then: Then) -> None:
+    def before_unlink(self, ref: FileRef, by_daemon: bool, then: Then) -> None:
         database = self._database(ref)
         if ref.kind in VIRTUAL_KINDS:
             then(PermissionError(errno.EPERM, ref.name))
@@ -338,7 +347,7 @@ class EngineHooks:
         elif database.is_busy:
             then(_busy(database))
         elif not self._store.is_primary:
-            then(None if self._apply.is_own_change(database) else read_only())
+            then(None if by_daemon else read_only())
         elif ref.kind is FileKind.JOURNAL:
             self._commit(database, then)
         elif ref.kind is FileKind.DATABASE:
@@ -352,8 +361,11 @@ class EngineHooks:
         self._store.naming.drop(database)
 
     def _remove_side(self, database: Database, kind: FileKind, then: Then) -> None:
-        finish(then, lambda: self._store.capture.flush_if_possible(database))
-        self._store.capture.removed(database, kind)
+        def take() -> None:
+            self._store.capture.flush_if_possible(database)
+            self._store.capture.removed(database, kind)
+
+        finish(then, take)
 
     def before_rename(self, old: FileRef, new: FileRef, then: Then) -> None:
         kinds = {old.kind, new.kind}
@@ -392,7 +404,7 @@ class EngineHooks:
 
 
 def _busy(database: Database) -> OSError:
-    return OSError(errno.EBUSY, f"{database.name} is still open in a process of an earlier mount")
+    return OSError(errno.EBUSY, f"{database.name}: {database.set_aside_reason or 'busy'}")
 
 
 def _has_bytes(path: str) -> bool:

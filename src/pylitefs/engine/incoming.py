@@ -11,15 +11,16 @@ import numpy as np
 
 from pylitefs.engine.apply import Apply, check, file_chunks, predict
 from pylitefs.engine.database import Database
+from pylitefs.engine.evidence import Standing, counts_on, standing
 from pylitefs.engine.files import write_at
-from pylitefs.engine.leftovers import WalEnd
-from pylitefs.engine.recovery import apply_entries
+from pylitefs.engine.recovery import Recovered
+from pylitefs.engine.redo import apply_entries, redo_is_noted
 from pylitefs.engine.replica_wal import RUN_FRAMES, ReplicaWal
 from pylitefs.engine.transaction import runs
 from pylitefs.errors import FormatError, PositionMismatch
 from pylitefs.formats.ltx.checksum import checksums_of
-from pylitefs.formats.ltx.decoder import Decoder, Reader
-from pylitefs.formats.ltx.format import Header, Position
+from pylitefs.formats.ltx.decoder import Decoder, Reader, small_chunks
+from pylitefs.formats.ltx.format import HEADER_SIZE, Header, Position
 
 
 class IncomingFile:
@@ -35,20 +36,23 @@ class IncomingFile:
         self._pgnos = array("I")
         self._sums = array("Q")
         self._offset = 0
+        self._head = b""  # the file's header, as far as it has come
         self._started_s = time.monotonic()
         self._live: ReplicaWal | None = None  # has our transaction open
 
     def write(self, data: bytes) -> None:
-        """Raises FormatError; OSError (then the same piece may be written again)."""
+        """Raises FormatError; OSError, DatabaseBusy (then the same piece may be written again)."""
+        if self._offset < HEADER_SIZE <= self._offset + len(data):  # before anything of it counts: it may fail
+            self._live = self._live or self._begin(Header.unpack(self._head + data[: HEADER_SIZE - self._offset]))
         write_at(self._fd, data, self._offset)
+        self._head += data[: max(0, HEADER_SIZE - self._offset)]
         self._offset += len(data)
-        pages = self._decoder.feed(data)
-        if self._live is None and not self._pgnos and self._decoder.header is not None:
-            self._live = self._begin(self._decoder.header)
-        self._pgnos.extend([pgno for pgno, _ in pages])
-        self._sums.frombytes(checksums_of(pages).tobytes())
-        if self._live is not None:
-            self._append(self._live, pages)
+        for piece in small_chunks((data,)):
+            pages = self._decoder.feed(piece)
+            self._pgnos.extend([pgno for pgno, _ in pages])
+            self._sums.frombytes(checksums_of(pages).tobytes())
+            if self._live is not None:
+                self._append(self._live, pages)
 
     def _begin(self, header: Header) -> ReplicaWal | None:
         database = self._database
@@ -99,25 +103,47 @@ class IncomingFile:
             os.unlink(self._path)
 
 
-def give_back(database: Database, path: str, wal_end: WalEnd | None) -> Position:
+def give_back(database: Database, path: str, found: Recovered) -> Position:
     """Primary, before it takes writes: a transaction it had lost comes back from a replica (LTX file at `path`, which
-    is taken over). It must begin exactly where the database stands, or the database's WAL must have ended within it: a
-    database that is ahead of the replica is never taken back. PositionMismatch, FormatError change nothing."""
+    is taken over). It must be proven that the database is behind it: one that is ahead of the replica is never taken
+    back. PositionMismatch, FormatError change nothing."""
     pgnos, sums = array("I"), array("Q")
+    page_1 = b""
     reader = Reader(file_chunks(path))
     for run in runs(reader, RUN_FRAMES):
+        if run[0][0] == 1:
+            page_1 = run[0][1]
         pgnos.extend([pgno for pgno, _ in run])
         sums.frombytes(checksums_of(run).tobytes())
     header, trailer = reader.header, reader.trailer
     if trailer is None:
         raise FormatError("LTX file has no trailer")
-    position = database.position
-    follows = header.pre_apply_checksum == position.checksum or (wal_end is not None and wal_end.is_within(header))
+    position, head = database.position, database.log.head
     numbers, values = np.array(pgnos, dtype=np.uint32), np.array(sums, dtype=np.uint64)
     fits = predict(database, header, numbers, values) == trailer.post_apply_checksum
-    if not (follows and fits) or header.page_size != database.page_size or header.max_txid <= database.log.head.txid:
+    fits = fits and header.page_size == (database.page_size if database.exists else header.page_size)
+    if not fits or header.max_txid <= head.txid or not _follows(database, header, page_1, found):
         raise PositionMismatch(f"{database.name}: {header.max_txid:016x} cannot be given back to {position}")
     database.unclean()
     entry = database.log.publish(path, header, trailer.post_apply_checksum)
-    apply_entries(database, [entry])
+    try:
+        apply_entries(database, [entry])
+    except OSError:
+        if not redo_is_noted(database):  # nothing was written yet
+            database.log.take_back(entry, head)
+        raise
+    found.not_ahead = True
+    database.announce(header, entry, len(numbers), "repair", 0.0)  # other replicas may lack it
     return database.position
+
+
+def _follows(database: Database, header: Header, page_1: bytes, found: Recovered) -> bool:
+    """Whether it is proven that the database has not seen the end of this entry; see `evidence`."""
+    if found.not_ahead and header.pre_apply_position == database.log.head:
+        return True
+    if standing([header], found.wal_end) is Standing.BEHIND:
+        return True
+    transactions = header.max_txid - header.min_txid + 1
+    return header.pre_apply_checksum == database.position.checksum and counts_on(
+        database.first_bytes(), page_1, transactions
+    )

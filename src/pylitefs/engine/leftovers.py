@@ -6,37 +6,16 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from pylitefs.engine.evidence import WalEnd
 from pylitefs.engine.files import DatabaseFiles, sync_folder, write_at
 from pylitefs.engine.wal_view import WalView
 from pylitefs.errors import FormatError
-from pylitefs.formats.ltx.format import Header
 from pylitefs.formats.sqlite.journal import is_hot_header, read_super_journal_name, records
 from pylitefs.formats.sqlite.wal import frame_offset
 from pylitefs.formats.sqlite.wal_index import latest_frames
 
 Read = Callable[[int, int], bytes]
-
-
-@dataclass(frozen=True)
-class WalEnd:
-    """Where the WAL's committed frames ended when the node was started: the offset after the last one, in bytes.
-
-    An LTX entry says which part of which WAL it came from. Only this tells a database that is behind the log from one
-    that is ahead of it: their checksums cannot.
-    """
-
-    salts: tuple[int, int]
-    offset: int
-
-    def is_within(self, header: Header) -> bool:
-        """Whether the database has a part, not all, of what this entry holds."""
-        return (
-            header.wal_size > 0
-            and self.salts == (header.wal_salt1, header.wal_salt2)
-            and header.wal_offset <= self.offset < header.wal_offset + header.wal_size
-        )
 
 
 def is_held_elsewhere(path: str) -> bool:
@@ -80,6 +59,12 @@ def remove_wal(files: DatabaseFiles) -> None:
         sync_folder(files.folder)
 
 
+def forget_journal(files: DatabaseFiles) -> None:
+    """The transaction of this journal is in the database and stays there."""
+    os.unlink(files.journal)
+    sync_folder(files.folder)
+
+
 def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
     """Play a hot journal back and remove it; True if the database was changed."""
     try:
@@ -99,8 +84,7 @@ def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
                 changed = _play_back(files, read, size)
     finally:
         os.close(journal)
-    os.unlink(files.journal)
-    sync_folder(files.folder)
+    forget_journal(files)
     return changed
 
 

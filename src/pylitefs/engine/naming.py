@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
@@ -17,6 +18,17 @@ from pylitefs.engine.rollback_capture import is_complete_database
 from pylitefs.engine.transaction import Change
 from pylitefs.events import Event
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef
+
+
+@contextlib.contextmanager
+def _still(*databases: Database) -> Iterator[None]:
+    """Nobody looks at their files, takes from their WALs or moves their positions meanwhile."""
+    with contextlib.ExitStack() as stack:
+        for database in databases:
+            stack.enter_context(database.wal.mutex)
+        for database in databases:
+            stack.enter_context(database.lock)
+        yield
 
 
 class Naming:
@@ -30,11 +42,20 @@ class Naming:
         with self._registry.lock:
             if not self._registry.is_plain_database(name):
                 return False
-            self._move_to_database(name, leave_journal=leave_journal)
             database = self._registry.get_or_create(name)
-        with database.lock:
-            database.rollback.suspect = True
-            self._registry.capture.commit_point(database, "import")
+        try:
+            with self._registry.lock:
+                self._move_to_database(name, leave_journal=leave_journal)
+            with _still(database):
+                database.wal.begin_here()
+                database.rollback.suspect = True
+                self._registry.capture.commit_point(database, "import")
+        except OSError:  # no room for the log, no descriptors: it stays plain, and its next commit tries again
+            with self._registry.lock:
+                if not database.exists:
+                    database.rollback.clear()
+                    self._move_back(name)
+            raise
         self._registry.worker.post(self._registry.capture.wake, database, database=name)  # it may have a WAL
         self._tell_renamed(name)
         return True
@@ -55,6 +76,12 @@ class Naming:
                 os.rename(self._registry.plain_path(name + suffix), os.path.join(folder, kind.value))
         self._registry.set_owner(os.path.join(folder, "database"))
         sync_folder(folder)
+
+    def _move_back(self, name: str) -> None:
+        folder = os.path.join(self._registry.databases_dir, name)
+        for kind, suffix in SUFFIX_OF.items():
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(os.path.join(folder, kind.value), self._registry.plain_path(name + suffix))
 
     def finish_promotions(self) -> None:
         """Plain files that are databases: their import was cut off by a crash. Side files go with their database."""
@@ -79,7 +106,7 @@ class Naming:
 
     def drop(self, database: Database) -> None:
         """The database was removed: note it in the log, remove its files. On the worker, flushed before."""
-        with database.lock:
+        with _still(database):
             if not database.exists:
                 return
             self.record_drop(database)
@@ -98,10 +125,9 @@ class Naming:
 
     def _clear_live(self, database: Database) -> None:
         self._registry.capture.forget(database)
-        self._registry.capture.forget_files(database)
-        database.wal.collected.clear()
-        database.rollback.clear()
         database.remove_live_files()
+        self._registry.capture.replaced(database)
+        database.rollback.clear()
         sync_folder(database.files.folder)
         if self._registry.notifier is not None:
             for suffix in ("", "-wal", "-shm", "-journal"):
@@ -127,8 +153,7 @@ class Naming:
 
     def _replace_content(self, database: Database, path: str) -> None:
         """Another database file takes the place of this one; what was committed in its WAL is in the log already."""
-        with database.lock:
-            self._registry.capture.forget_files(database)
+        with _still(database):
             for kind in (FileKind.SHM, FileKind.WAL, FileKind.JOURNAL):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(database.files.backing(kind))
@@ -136,6 +161,7 @@ class Naming:
                     self._registry.notifier.forget_file(database.name + SUFFIX_OF[kind])
             os.rename(path, database.files.database)
             self._registry.set_owner(database.files.database)
+            self._registry.capture.replaced(database)
             database.rollback.suspect = True
             self._registry.capture.commit_point(database, "import")
 
@@ -144,14 +170,14 @@ class Naming:
         target = self._registry.get_or_create(name)
         if target.exists:
             self._registry.capture.flush(target)
-        with source.lock, target.lock:
-            self._registry.capture.forget_files(source)
-            self._registry.capture.forget_files(target)
+        with _still(source, target):
             self.record_drop(source)
             target.remove_live_files()
             for kind in SUFFIX_OF:
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(source.files.backing(kind), target.files.backing(kind))
+            self._registry.capture.replaced(source)
+            self._registry.capture.replaced(target)
             source.rollback.clear()
             target.rollback.suspect = True
             self._registry.capture.commit_point(target, "import")

@@ -1,14 +1,35 @@
 """Bringing a database to a known position when the node starts. Nothing is mounted yet.
 
-    1 clean     the checksum table was written by an orderly stop and the files are as they were then:
-                ready without reading the database
-    2 otherwise roll back a hot journal, copy the WAL's committed frames into the database, compute all page checksums
-      equals the head of the log                    ready
-      equals an earlier position of the log, or
-      the WAL ends within an entry of it            redo from there (the log was ahead of the database)
-      anything else, primary                        a difference, to be recorded as a new transaction
-      anything else, replica                        unknown position: the primary is asked for what differs
-A database that cannot be read is set aside with its reason; the others go on.
+Clean: the checksum table was written by an orderly stop and the files are as they were then. The database is not read.
+Otherwise the files are brought to what SQLite itself would see, all page checksums are computed, and:
+
+    found                                    done                  why nothing is lost that was committed
+    the database equals the log's head       ready                 the same pages
+    a hot journal, and the database as it    the journal goes      the log has that transaction whole: it was synced,
+    is equals the log's head                                       and only the unlink was missing
+    another hot journal                      rolled back, go on    as SQLite does
+    the WAL proves that the database is      redo                  the log's head is later (see `evidence`)
+    behind the log's head
+    no WAL, and the database was not         redo                  what the log has since came by a WAL that did not
+    written to since we noted where it                             reach the disk
+    stands
+    a note that the log was being applied    redo                  an earlier start was cut off
+    no database file or an empty one, and    redo                  nothing else is there
+    the log begins with TXID 1
+    no WAL, or one the log does not know     difference recorded   when the last connection closes, the database is
+                                                                   synced and the WAL removed; the log's tail is not
+                                                                   synced. So the database is behind in no such case,
+                                                                   and may be ahead: the files win
+    no restart of the machine since          difference recorded   the files have every write, the log may lack some
+    a table that says "clean", and other     difference recorded   somebody has put them there
+    files than it says
+    a replica, equal to an earlier position  redo                  every position of its log was the primary's, which
+                                                                   sends what follows
+    a replica, anything else                 position unknown      the primary sends what differs
+
+A redo takes the log's newest entries, back to where its result, which is predicted, is the log's head. A difference is
+recorded as a transaction, when no replica can give anything back any more (`Startup.settle`). What the files prove is
+kept until then: a start that is cut off leaves the next one as much as it had.
 
 While files are still held by a process of an earlier mount (its daemon was killed, the kernel still passes the
 process's writes through), nothing is touched: two sets of locks on one file would corrupt it.
@@ -16,9 +37,12 @@ process's writes through), nothing is touched: two sets of locks on one file wou
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,22 +50,24 @@ from numpy.typing import NDArray
 
 from pylitefs.engine.commit_points import file_pages
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import DatabaseFiles, read_at, sync_folder, write_at
-from pylitefs.engine.leftovers import WalEnd, is_held_elsewhere, normalise, remove_wal
+from pylitefs.engine.evidence import Standing, WalEnd, standing
+from pylitefs.engine.files import DatabaseFiles, read_at
+from pylitefs.engine.leftovers import forget_journal, is_held_elsewhere, normalise, remove_wal
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.page_checksums import CleanState, stamp
+from pylitefs.engine.redo import REDO_ENTRIES, forget_redo, redo, redo_is_noted
 from pylitefs.engine.rollback_capture import database_size, journal_in_use
 from pylitefs.engine.transaction import Change
 from pylitefs.errors import FormatError
-from pylitefs.formats.ltx.checksum import database_checksum, page_checksum, page_checksums
+from pylitefs.formats.ltx.checksum import database_checksum, page_checksums
 from pylitefs.formats.ltx.decoder import Reader
+from pylitefs.formats.ltx.encoder import encode
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position
 from pylitefs.ports import FileKind
 
 log = logging.getLogger("litefs.recovery")
 
 _SUM_BYTES = 4 << 20
-_REDO_ENTRIES = 4096
 
 
 class Outcome(enum.Enum):
@@ -63,20 +89,29 @@ class PreviousSums:
 
 @dataclass
 class Recovered:
-    """`dropped`: torn log entries that were removed. `previous`: see `record_difference`."""
+    """`dropped`: torn log entries that were removed. `previous`: see `record_difference`. `not_ahead`: the database
+    equals the log's head, and it is proven that it has seen nothing that comes later."""
 
     outcome: Outcome
     dropped: list[str]
     previous: PreviousSums | None = None
     wal_end: WalEnd | None = None
+    not_ahead: bool = False
 
 
-def recover(database: Database, *, super_journal_dirs: list[str], same_boot: bool = False) -> Recovered:
-    """Bring one database to a known state; see the table above. Raises FormatError, OSError if it cannot be read.
+@dataclass(frozen=True)
+class Circumstances:
+    """Of a start. `super_journal_dirs`: where a super-journal named in a rollback journal may lie (its base name is
+    looked up there). `same_boot`: the machine has not been restarted since the files were last written, so no write was
+    lost. `is_primary`: what the files hold is the truth."""
 
-    `super_journal_dirs`: where a super-journal named in a rollback journal may lie (base name is looked up there).
-    `same_boot`: the machine has not been restarted since the files were last written, so no write was lost.
-    """
+    super_journal_dirs: list[str]
+    same_boot: bool = False
+    is_primary: bool = True
+
+
+def recover(database: Database, start: Circumstances) -> Recovered:
+    """Bring one database to a known state; see the table above. Raises FormatError, OSError if it cannot be read."""
     files = database.files
     if any(is_held_elsewhere(files.backing(kind)) for kind in (FileKind.DATABASE, FileKind.WAL, FileKind.SHM)):
         database.log.open(verify=False)
@@ -89,11 +124,14 @@ def recover(database: Database, *, super_journal_dirs: list[str], same_boot: boo
             database.adopt(state)
             if database.log.head != state.position:
                 database.log.restart_at(state.position)
-            normalise(files, super_journal_dirs)
+            normalise(files, start.super_journal_dirs)
             remove_wal(files)
-            return Recovered(Outcome.CLEAN if state.commit else Outcome.EMPTY, [])
-    found = _recover_unclean(database, state, super_journal_dirs, same_boot)
-    if found.outcome is not Outcome.DIFFERS:
+            return Recovered(Outcome.CLEAN if state.commit else Outcome.EMPTY, [], not_ahead=not state.commit)
+    found = _recover_unclean(database, state, start)
+    forget_redo(database)
+    if found.not_ahead:
+        database.note_files()
+    elif found.outcome is not Outcome.DIFFERS:
         database.unclean()  # so that the next orderly stop writes down what was found out
     return found
 
@@ -107,33 +145,33 @@ def _is_untouched(files: DatabaseFiles, state: CleanState) -> bool:
     )
 
 
-def _recover_unclean(
-    database: Database, state: CleanState | None, super_journal_dirs: list[str], same_boot: bool
-) -> Recovered:
+def _recover_unclean(database: Database, state: CleanState | None, start: Circumstances) -> Recovered:
     files = database.files
     dropped = database.log.open(verify=True)
     if state is not None and database.log.head.txid < state.position.txid:
         database.log.restart_at(state.position)  # a position without log entries: from a snapshot
-    wal_end = normalise(files, super_journal_dirs)
-    database.position = head = database.log.head
     head_header = _head_header(database)
-    try:
-        size = os.stat(files.database).st_size
-    except FileNotFoundError:
-        size = 0
-    if size == 0:
-        remove_wal(files)
-        return Recovered(_recover_missing(database, head, head_header), dropped)
     previous = _previous_sums(database, head_header)
+    _keep_what_the_log_has(database, head_header)
+    is_as_noted = state is not None and not state.clean and stamp(files.database) == state.database
+    wal_end = normalise(files, start.super_journal_dirs)
+    database.position = head = database.log.head
+    if stamp(files.database)[0] == 0:
+        remove_wal(files)  # of another file, or of none
+        outcome = _recover_missing(database, head, head_header)
+        return Recovered(outcome, dropped, not_ahead=outcome is not Outcome.DIFFERS)
     page_size, commit = load_checksums(database)
     checksum = database_checksum(database.table.values[:commit])
     database.page_size, database.commit = page_size, commit
+    proven = standing(_newest_headers(database), wal_end)
+    if state is not None and is_as_noted and wal_end is None:
+        proven = Standing.BEHIND if checksum == state.position.checksum else Standing.UNKNOWN
     if head.txid and checksum == head.checksum:
-        remove_wal(files)
-        return Recovered(Outcome.VERIFIED, dropped)
-    if head.txid and _redo(database, checksum, wal_end, same_boot):
-        remove_wal(files)
-        return Recovered(Outcome.REDONE, dropped)
+        return Recovered(Outcome.VERIFIED, dropped, None, wal_end, start.same_boot or proven is not Standing.UNKNOWN)
+    if start.same_boot or (state is not None and state.clean):
+        proven = Standing.UNKNOWN
+    if head.txid and redo(database, _is_start_of_redo(database, checksum, proven, start)):
+        return Recovered(Outcome.REDONE, dropped, None, wal_end, not_ahead=True)
     database.position = Position(head.txid, checksum)
     return Recovered(Outcome.DIFFERS, dropped, previous, wal_end)
 
@@ -155,20 +193,54 @@ def _head_header(database: Database) -> Header | None:
     return entries[-1].header() if entries else None
 
 
+def _newest_headers(database: Database) -> Iterator[Header]:
+    for entry in reversed(database.log.entries()[-REDO_ENTRIES:]):
+        yield entry.header()
+
+
+def _keep_what_the_log_has(database: Database, header: Header | None) -> None:
+    """A hot journal whose transaction is the log's head, and whole in the database: its removal is the commit."""
+    files = database.files
+    if header is None or header.wal_size or not journal_in_use(files.journal) or stamp(files.wal)[0]:
+        return
+    with contextlib.suppress(FormatError, FileNotFoundError):
+        if _has_pages(database, database.log.entries()[-1]):
+            page_size, commit = load_checksums(database)
+            equal = database_checksum(database.table.values[:commit]) == database.log.head.checksum
+            if equal and stamp(files.database)[0] == page_size * commit:  # else pages were begun behind the old end
+                forget_journal(files)
+
+
+def _has_pages(database: Database, entry: LogEntry) -> bool:
+    """Whether the database file has every page of an entry as the entry has it."""
+    fd = os.open(database.files.database, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        reader = Reader(entry.chunks())
+        size = reader.header.page_size
+        return all(os.pread(fd, size, (pgno - 1) * size) == page for pgno, page in reader)
+    finally:
+        os.close(fd)
+
+
+def _is_start_of_redo(
+    database: Database, checksum: int, proven: Standing, start: Circumstances
+) -> Callable[[Header], bool] | None:
+    """What tells that a redo may begin with an entry; None if there must not be one."""
+    if proven is Standing.BEHIND or redo_is_noted(database):
+        return lambda header: True
+    return None if start.is_primary else lambda header: header.pre_apply_checksum == checksum
+
+
 def _recover_missing(database: Database, head: Position, header: Header | None) -> Outcome:
     """There is no database file. Right after a drop; otherwise it is lost, unless the log has all of it."""
     database.table.reset()
     database.page_size, database.commit = (header.page_size if header else 0), 0
     if head.txid == 0 or (header is not None and header.commit == 0):
         return Outcome.EMPTY
-    fd = os.open(database.files.database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    os.close(fd)
-    assert header is not None or database.log.count == 0
     if header is not None:
         database.page_size = header.page_size
-        if _redo(database, CHECKSUM_FLAG, None, False):
+        if redo(database, lambda header: header.is_snapshot):
             return Outcome.REDONE
-    os.unlink(database.files.database)
     database.position = Position(head.txid, CHECKSUM_FLAG)  # nothing is here, whatever the log says
     return Outcome.DIFFERS
 
@@ -193,94 +265,6 @@ def load_checksums(database: Database) -> tuple[int, int]:
         os.close(fd)
 
 
-# -- journal and WAL -----------------------------------------------------------------------------------------
-
-
-# -- redo ----------------------------------------------------------------------------------------------------
-
-
-def _redo(database: Database, checksum: int, wal_end: WalEnd | None, same_boot: bool) -> bool:
-    """Apply the newest log entries again if the database (its checksum, where its WAL ended) is provably behind the
-    log; False if it is not. What results is predicted before anything is written."""
-    entries = _redo_entries(database, checksum, wal_end, same_boot)
-    if entries:
-        apply_entries(database, entries)
-    return bool(entries)
-
-
-def _redo_entries(
-    database: Database, checksum: int, wal_end: WalEnd | None, same_boot: bool
-) -> list[LogEntry]:
-    newest: dict[int, int] = {}
-    chosen: list[LogEntry] = []
-    last: Header | None = None
-    for entry in reversed(database.log.entries()[-_REDO_ENTRIES:]):
-        reader = Reader(entry.chunks())
-        last = last or reader.header
-        if reader.header.page_size != database.page_size and not reader.header.is_snapshot:
-            return []
-        for pgno, page in reader:
-            newest.setdefault(pgno, page_checksum(pgno, page))
-        chosen.append(entry)
-        if _is_behind(database, reader.header, checksum, wal_end, same_boot):
-            reaches = _predicted(database, newest, last.commit) == database.log.head.checksum
-            return chosen[::-1] if reaches else []
-    return []
-
-
-def _is_behind(database: Database, header: Header, checksum: int, wal_end: WalEnd | None, same_boot: bool) -> bool:
-    """Whether the database stands right before this entry, or within it, and not somewhere after the log's head.
-
-    Equal checksums alone do not prove it in WAL mode: a row that is changed back gives the same pages. There the
-    WAL's end decides, and that a killed process (`same_boot`) takes nothing of what it wrote with it: only a power
-    cut does.
-    """
-    if header.is_snapshot and not database.commit:
-        return True
-    if header.wal_size and wal_end is not None and wal_end.salts == (header.wal_salt1, header.wal_salt2):
-        return wal_end.offset < header.wal_offset + header.wal_size and (
-            wal_end.is_within(header) or header.pre_apply_checksum == checksum
-        )
-    return header.pre_apply_checksum == checksum and not (header.wal_size and same_boot)
-
-
-def _predicted(database: Database, newest: dict[int, int], commit: int) -> int:
-    """The database checksum after these pages were written and the database has `commit` pages."""
-    values = np.zeros(commit, dtype=np.uint64)
-    known = min(commit, len(database.table.values))
-    values[:known] = database.table.values[:known]
-    for pgno, checksum in newest.items():
-        if pgno <= commit:
-            values[pgno - 1] = checksum
-    return database_checksum(values)
-
-
-def apply_entries(database: Database, entries: list[LogEntry]) -> None:
-    """Write the pages of log entries straight into the database file (nobody has it open); idempotent."""
-    for entry in entries:  # the log first: once the database is changed, only the log can finish the work
-        with open(entry.path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(database.files.ltx)
-    fd = os.open(database.files.database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        for entry in entries:
-            reader = Reader(entry.chunks())
-            header = reader.header
-            table = database.table
-            table.reserve(header.commit)
-            for pgno, page in reader:
-                write_at(fd, page, (pgno - 1) * header.page_size)
-                table.values[pgno - 1] = page_checksum(pgno, page)
-            table.values[header.commit :] = 0
-            os.ftruncate(fd, header.commit * header.page_size)
-            database.page_size, database.commit = header.page_size, header.commit
-            database.timestamp_ms = header.timestamp_ms
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    database.position = database.log.head
-
-
 def record_difference(database: Database, previous: PreviousSums | None, txid: int | None = None) -> None:
     """Primary: what the files hold is the truth. Record how it differs from the log's head as a transaction, up to
     `txid` (a replica's, if it has exactly this state) or the next one. Without `previous` the entry holds every
@@ -303,3 +287,17 @@ def record_difference(database: Database, previous: PreviousSums | None, txid: i
             )  # fmt: skip
         finally:
             os.close(fd)
+
+
+def begin_branch(database: Database) -> None:
+    """Primary: the database equals the log's head, but has perhaps seen more, which came back to the same pages and is
+    lost from the log. Take the next TXID for the same content: what a replica has under it is no continuation."""
+    with database.lock:
+        head = database.log.head
+        header = Header(
+            flags=0, page_size=database.page_size, commit=database.commit, min_txid=head.txid + 1,
+            max_txid=head.txid + 1, timestamp_ms=int(time.time() * 1000), pre_apply_checksum=head.checksum,
+        )  # fmt: skip
+        with open(database.files.database, "rb") as file:
+            page = file.read(database.page_size)
+        database.record_file(header, encode(header, [(1, page)], head.checksum), head.checksum)

@@ -118,6 +118,17 @@ class Registry:
                 self.databases[name] = database
             return database
 
+    def forget(self, database: Database) -> None:
+        """One that was made by `get_or_create` and came to nothing."""
+        with self.lock:
+            self.databases.pop(database.name, None)
+            database.close(clean=False)
+            with contextlib.suppress(OSError):
+                os.unlink(database.files.checksums)
+            with contextlib.suppress(OSError):  # whatever else is there stays
+                os.rmdir(database.files.ltx)
+                os.rmdir(database.files.folder)
+
     def all_names(self) -> list[str]:
         """Every database with a position, also dropped ones."""
         with self.lock:

@@ -330,6 +330,7 @@ class ReplicaWal:
         if not ofd_locks.try_lock(self._shm, READ0, 5, exclusive=True):
             return False
         try:
+            self._make_room(commit * page_size)
             for pgno, page in pages:
                 write_at(self._database, page, (pgno - 1) * page_size)
             os.ftruncate(self._database, commit * page_size)
@@ -340,3 +341,11 @@ class ReplicaWal:
         finally:
             ofd_locks.unlock(self._shm, READ0, 5)
         return True
+
+    def _make_room(self, size_bytes: int) -> None:
+        """So that a full disk is found before anything is overwritten."""
+        try:
+            os.posix_fallocate(self._database, 0, size_bytes)
+        except OSError:
+            os.ftruncate(self._database, self.commit * self.page_size)
+            raise

@@ -57,4 +57,4 @@ class StoreServices:
 def _free(database: Database) -> None:
     """Nobody may write to a database that a process of an earlier mount still has open: to be tried again."""
     if database.is_busy:
-        raise OSError(errno.EBUSY, f"{database.name} is still open in a process of an earlier mount")
+        raise OSError(errno.EBUSY, f"{database.name}: {database.set_aside_reason or 'busy'}")

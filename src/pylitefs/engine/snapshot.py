@@ -48,7 +48,7 @@ class SnapshotReader:
         self._commit = database.commit
         self._known = known
         self._next = 1
-        self._view = WalView(database.files)
+        self._view = WalView(database.files, database.wal.has_index)
         self._run = max(1, CHUNK_BYTES // max(512, self.page_size))
 
     def next_chunk(self) -> list[tuple[int, bytes]] | None:

@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
+import time
 
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, publish_file
 from pylitefs.engine.incoming import give_back
 from pylitefs.engine.leftovers import is_held_elsewhere, normalise, remove_wal
 from pylitefs.engine.naming import Naming
-from pylitefs.engine.recovery import (
-    Outcome,
-    Recovered,
-    record_difference,
-    recover,
-)
+from pylitefs.engine.recovery import Circumstances, Outcome, Recovered, begin_branch, record_difference, recover
+from pylitefs.engine.redo import redo_is_noted
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.rollback_capture import journal_in_use
-from pylitefs.errors import FormatError, LitefsError, PositionMismatch
-from pylitefs.formats.ltx.format import Position
+from pylitefs.engine.transaction import UnstableSource
+from pylitefs.errors import FormatError, LitefsError, PositionMismatch, Unavailable
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 from pylitefs.ports import FileKind
 
 log = logging.getLogger("litefs.store")
 
 _BUSY_RETRY_S = 0.5
+_DISK_RETRY_S = 30.0  # at most, between two tries of what the disk refuses
+_STOPPED = "stopped"
+_BOOT_SIZE = 64  # bytes of DATA/boot at most
 
 
 class Startup:
-    """Recovery of all databases. `started_unclean`: some were not left in order."""
+    """Recovery of all databases. `started_unclean`: the node was not stopped in order, or some of them were not left
+    in order."""
 
     def __init__(self, registry: Registry, naming: Naming) -> None:
         self._registry, self._naming = registry, naming
-        self._unsettled: dict[str, Recovered] = {}
+        self._unsettled: dict[str, Recovered] = {}  # primary: what was found, until `settle`
+        self._put_off: dict[str, tuple[int, float]] = {}  # the disk refused: (how often, when to try again)
         self.started_unclean = False
         self._same_boot = False
         self._boot = ""
+        self._noted_boot = False
 
     def _prepare(self) -> list[str]:
         """Make the folders, read what the last run left; returns the names of the databases that are there."""
@@ -63,84 +68,144 @@ class Startup:
                 )
 
     def _load_one(self, database: Database) -> bool:
-        """True unless an old process still holds its files."""
+        """True unless it has to be tried again: an old process still holds its files, or the disk fails."""
         database.set_aside_reason = None
+        start = Circumstances([self._registry.plain_dir], self._same_boot, self._registry.is_primary)
         try:
-            found = recover(database, super_journal_dirs=[self._registry.plain_dir], same_boot=self._same_boot)
-        except (FormatError, OSError) as error:
-            database.set_aside_reason = str(error)
-            database.page_size, database.commit = database.page_size or DEFAULT_PAGE_SIZE, max(1, database.commit)
-            log.error("%s: set aside, read-only: %s", database.name, error)
-            database.emit("setAside", reason=str(error))
+            found = recover(database, start)
+        except FormatError as error:
+            self._set_aside(database, error)
             return True
+        except OSError as error:
+            self._try_later(database, error)
+            return False
         for path in found.dropped:
             database.emit("corruptLog", path=path)
         if found.outcome is Outcome.BUSY:
-            database.page_size, database.commit = DEFAULT_PAGE_SIZE, 1  # it exists, and may not be created anew
             if not database.is_busy:
-                database.is_busy = True
                 who = holders(os.path.join(self._registry.options.mount_dir, database.name))
                 database.emit("busyAfterCrash", reason=f"held open through a mount whose litefs died: restart {who}")
-            database.set_aside_reason = "still open in a process of an earlier mount"
+            self._keep_away(database, "still open in a process of an earlier mount")
             return False
         if found.outcome not in (Outcome.CLEAN, Outcome.EMPTY):
             self.started_unclean = True
             database.emit("recovered", outcome=found.outcome.value, txid=database.position.txid)
-        if found.outcome is Outcome.DIFFERS and self._registry.is_primary:
+        if self._registry.is_primary:
             self._unsettled[database.name] = found
+        else:
+            remove_wal(database.files)
         return True
 
+    def _set_aside(self, database: Database, error: LitefsError) -> None:
+        """It is served as it is, read-only. What it holds is at no position of the log, whatever that says."""
+        database.position = Position(database.log.head.txid, CHECKSUM_FLAG)
+        database.page_size, database.commit = database.page_size or DEFAULT_PAGE_SIZE, max(1, database.commit)
+        database.set_aside_reason = str(error)
+        log.error("%s: set aside, read-only: %s", database.name, error)
+        database.emit("setAside", reason=str(error))
+
+    def _keep_away(self, database: Database, reason: str) -> None:
+        """Nobody may use it before it was recovered: without its WAL it would miss rows that were committed."""
+        database.page_size, database.commit = DEFAULT_PAGE_SIZE, 1  # it exists, and may not be created anew
+        database.is_busy = True
+        database.set_aside_reason = reason
+
+    def _try_later(self, database: Database, error: OSError) -> None:
+        """The disk is full, or fails: nothing is wrong with the database."""
+        times, _ = self._put_off.get(database.name, (0, 0.0))
+        self._put_off[database.name] = (times + 1, time.monotonic() + min(_DISK_RETRY_S, _BUSY_RETRY_S * 2**times))
+        if not times:
+            log.error("%s: cannot be recovered now, will be tried again: %s", database.name, error)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                database.emit("diskFull", error=str(error))
+            else:
+                database.emit("setAside", reason=f"it will be tried again: {error}")
+        self._unsettled.pop(database.name, None)
+        database.position = database.log.head
+        self._keep_away(database, f"cannot be recovered now: {error}")
+
     def retry_busy(self) -> None:
-        """Databases that an old process held: recover them once it has let go. On the worker."""
-        waiting = [database for database in self._registry.databases.values() if database.is_busy]
-        for database in waiting:
-            if self._load_one(database):
-                self.settle()
+        """Databases that an old process held, or the disk refused: recover them once that is over. On the worker."""
+        self.look_again()
+        if any(database.is_busy for database in self._registry.databases.values()):
+            self._registry.worker.call_later(_BUSY_RETRY_S, self.retry_busy)
+
+    def look_again(self, *, at_once: bool = False) -> None:
+        """Those that are due, or all `at_once`."""
+        for database in list(self._registry.databases.values()):
+            due_s = self._put_off.get(database.name, (0, 0.0))[1]
+            if not database.is_busy or (due_s > time.monotonic() and not at_once):
+                continue
+            if self._load_one(database) and self._settle_one(database):
+                self._put_off.pop(database.name, None)
                 database.is_busy = False
                 if self._registry.notifier is not None:
                     for suffix in SUFFIX_OF.values():
                         self._registry.notifier.invalidate_entry(database.name + suffix)
                 database.emit("recovered", outcome="released", txid=database.position.txid)
-        if any(database.is_busy for database in waiting):
-            self._registry.worker.call_later(_BUSY_RETRY_S, self.retry_busy)
 
     def settle(self) -> None:
         """Primary: nobody gives anything back any more; what the files hold is recorded as it is."""
-        for name, found in self._unsettled.items():
-            database = self._registry.databases[name]
-            try:
-                if os.path.exists(database.files.database):
+        for name in list(self._unsettled):
+            self._settle_one(self._registry.databases[name])
+
+    def _settle_one(self, database: Database) -> bool:
+        """False if the disk refuses, and it will be tried again."""
+        found = self._unsettled.pop(database.name, None)
+        if found is None:
+            return True
+        try:
+            if not found.not_ahead and found.outcome is not Outcome.CLEAN:
+                if found.outcome is Outcome.VERIFIED:
+                    begin_branch(database)
+                elif os.path.exists(database.files.database):
                     record_difference(database, found.previous)
                 else:
-                    self._record_missing(database)
-                remove_wal(database.files)
-            except (LitefsError, OSError) as error:
-                database.set_aside_reason = str(error)
-                database.emit("setAside", reason=str(error))
-        self._unsettled.clear()
-
-    def _record_missing(self, database: Database) -> None:
-        """The file is gone, and the log does not hold all of it: it was removed."""
-        database.position, database.commit = database.log.head, 0
-        self._naming.record_drop(database)
-        database.emit("lost", reason="the database file was missing at the start", folder=database.files.ltx)
+                    raise Unavailable(_missing(database))
+                database.note_files()
+            remove_wal(database.files)
+        except OSError as error:
+            self._try_later(database, error)
+            return False
+        except LitefsError as error:
+            self._set_aside(database, error)
+        return True
 
     def give_back(self, name: str, data: bytes | str) -> Position:
-        """Primary, before it takes writes: a transaction it had lost (an LTX file, or the path of one)."""
-        database = self._registry.find(name)
+        """Primary, before it takes writes: a transaction it had lost (an LTX file, or the path of one). A database that
+        is not here at all begins with its first one."""
+        is_new = self._registry.get(name) is None
+        database = self._registry.get_or_create(name)
+        try:
+            if database.set_aside_reason is not None:
+                raise Unavailable(f"{name}: {database.set_aside_reason}")
+            return self._give_back(database, data)
+        finally:
+            if is_new and not database.exists:
+                self._registry.forget(database)
+
+    def _give_back(self, database: Database, data: bytes | str) -> Position:
         path = database.log.temporary()
         if isinstance(data, bytes):
             with open(path, "wb") as file:
                 file.write(data)
         else:
             shutil.copyfile(data, path)
+        found = self._unsettled.get(database.name) or Recovered(
+            Outcome.EMPTY, [], not_ahead=database.log.head.txid == 0 and not database.exists
+        )
         try:
-            found = self._unsettled.get(name)
-            position = give_back(database, path, found.wal_end if found is not None else None)
+            position = give_back(database, path, found)
+        except OSError as error:
+            if redo_is_noted(database):  # it was begun: the next recovery does the rest
+                self._try_later(database, error)
+            raise
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        self._unsettled.pop(name, None)
+        self._unsettled[database.name] = found
+        self._registry.set_owner(database.files.database)
+        database.note_files()
         remove_wal(database.files)
         return position
 
@@ -149,42 +214,87 @@ class Startup:
         database = self._registry.find(name)
         if database.position.checksum != position.checksum or database.log.head.txid >= position.txid:
             raise PositionMismatch(f"{name}: {position} is not the state here, {database.position}")
-        if name in self._unsettled:
-            record_difference(database, self._unsettled.pop(name).previous, position.txid)
+        found = self._unsettled.get(name)
+        if found is not None and found.outcome is Outcome.DIFFERS and not found.not_ahead:
+            record_difference(database, found.previous, position.txid)
+            found.outcome = Outcome.VERIFIED  # but not proven to have seen nothing more
         return database.position
 
     def _read_boot(self) -> None:
-        """Find out whether the machine was restarted since this node last ran (then unsynced writes may be lost)."""
+        """Find out how this node last ran. If it was not stopped in order and the machine was restarted since, unsynced
+        writes may be lost, and with them whole databases, of which nothing here could tell."""
         with open("/proc/sys/kernel/random/boot_id") as file:
             self._boot = file.read().strip()
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(self._registry.data_dir, "boot")) as file:
-            self._same_boot = file.read(64).strip() == self._boot
+        with contextlib.suppress(FileNotFoundError), open(self._boot_path) as file:
+            boot, _, state = file.read(_BOOT_SIZE).strip().partition(" ")
+            self._same_boot = boot == self._boot
+            self.started_unclean = state != _STOPPED
+
+    @property
+    def _boot_path(self) -> str:
+        return os.path.join(self._registry.data_dir, "boot")
 
     def note_boot(self) -> None:
         """All databases are recovered: from now on only what this boot writes counts."""
-        if not self._same_boot:
-            publish_file(os.path.join(self._registry.data_dir, "boot"), f"{self._boot}\n".encode())
-            self._same_boot = True
+        self._write_boot(self._boot)
+        self._same_boot = self._noted_boot = True
+
+    def note_stop(self) -> None:
+        """The node stops in order, and everything is on the disk. Not if it had not come to `note_boot`."""
+        if self._noted_boot:
+            self._write_boot(f"{self._boot} {_STOPPED}")
+
+    def _write_boot(self, text: str) -> None:
+        """On a full disk in the old one's place (one sector), or not at all: then the next start takes nothing for
+        granted."""
+        try:
+            publish_file(self._boot_path, f"{text}\n".encode())
+        except OSError:
+            try:
+                with open(self._boot_path, "r+b", buffering=0) as file:
+                    file.write(text.encode().ljust(_BOOT_SIZE - 1) + b"\n")
+                    os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._boot_path)
 
     def leave_in_order(self, database: Database) -> bool:
         """Nothing is mounted any more. Capture what is not in the log yet, from the files themselves (an application
         that was cut off may have committed to the WAL without telling the wal-index), and leave one plain file. True
-        if the log and the file are now the same state for certain."""
+        if the log and the file are now the same state for certain. What was found at the start and not settled stays
+        as it is."""
         files = database.files
-        if database.is_busy or database.set_aside_reason is not None:
+        if database.is_busy or database.set_aside_reason is not None or database.name in self._unsettled:
             return False
+        database.release_files()
         if any(is_held_elsewhere(files.backing(kind)) for kind in (FileKind.DATABASE, FileKind.WAL, FileKind.SHM)):
             return False
-        self._registry.capture.forget_files(database)
         if self._registry.is_primary:
             if database.rollback.pending and not journal_in_use(files.journal):
                 self._registry.capture.commit_point(database)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(files.shm)
-            self._registry.capture.flush(database)
+            try:
+                self._registry.capture.flush(database)  # with the wal-index, which tells whether anything was missed
+                database.release_files()
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(files.shm)
+                self._registry.capture.flush(database)
+            except UnstableSource:
+                return False
+            database.release_files()
             normalise(files, [self._registry.plain_dir])
             remove_wal(files)
+            if database.wal.in_doubt:
+                return False
         return database.failing is None and not os.path.exists(files.wal) and not journal_in_use(files.journal)
+
+
+def _missing(database: Database) -> str:
+    """The file is gone and the log does not hold all of it. That is no reason to remove the replicas' copies too."""
+    files = database.files
+    return (
+        f"its file {files.database} is missing: stop litefs, put a copy there (litefs export, on a replica) and start "
+        f"again; or remove {files.folder} if it is to go"
+    )
 
 
 def holders(path: str) -> str:

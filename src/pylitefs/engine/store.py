@@ -16,6 +16,7 @@ from pylitefs.engine.naming import Naming
 from pylitefs.engine.registry import Registry, StoreOptions
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.startup import Startup
+from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.verifier import Verifier
 from pylitefs.errors import LitefsError
 from pylitefs.events import Event, EventBus
@@ -133,10 +134,27 @@ class Store(Registry):
             self.opener.open([os.path.join(self.mount_dir, name)], os.O_RDONLY, opened)
 
     def unmounted(self) -> None:
+        """Applications see the files no more. On the worker."""
+        unsure = [database for database in list(self.databases.values()) if not self._is_captured(database)]
         self.mount_dir, self.notifier, self.apply.notifier = None, None, None
         with self.lock:
             for database in self.databases.values():
                 database.set_files(self.files_of(database.name))
+                if self.is_primary and not self.passthrough and not database.is_busy:
+                    with contextlib.suppress(FileNotFoundError):  # its pages may be older: the frames tell
+                        os.unlink(database.files.shm)
+            for database in unsure:
+                with database.wal.mutex:
+                    database.wal.doubt()
+
+    def _is_captured(self, database: Database) -> bool:
+        """Take what is committed, and notice what was missed, while it is known how far the capture had come."""
+        if self.is_primary and self.passthrough:  # else only the mount has shown what the wal-index says
+            try:
+                self.capture.flush(database)
+            except (OSError, UnstableSource):
+                return False
+        return True
 
     def flush(self, database: Database) -> Future[Position]:
         """The position after everything that was committed before the call."""
@@ -217,6 +235,9 @@ class Store(Registry):
         for database in self.databases.values():
             with contextlib.suppress(OSError):
                 database.close(clean=orderly.get(database.name, False))
+        if clean:
+            with contextlib.suppress(OSError):
+                self._startup.note_stop()
 
 
 __all__ = ["Store", "StoreOptions"]

@@ -9,38 +9,39 @@ reaches us, and is answered only when the capture has reached the end: so in gen
 Where it does not suffice (synchronous=OFF, or a backlog too large to wait for) there is the *barrier*, a shared
 lock on a read slot whose mark is "not used": it stops a WAL restart and limits no checkpoint.
 Whatever was missed all the same is noticed: SQLite's commit counter must have grown by exactly the commits seen
-(*gap detector*). Then the database itself is compared with the checksum table (*repair by diff*).
+(*gap detector*). Then the database itself is compared with the checksum table (*repair by diff*). The counter begins
+anew with a new wal-index, or one that a process makes anew; without any, a restart of the WAL is believed to have
+taken nothing away only if the capture was at the end when the checkpoint before it ended, and it is the next restart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.barrier import Barrier
-from pylitefs.engine.batches import COLLECT_BYTES, FRESH, NONE, Batch, Collected, Cursor
+from pylitefs.engine.batches import COLLECT_BYTES, FRESH, IN_DOUBT, Batch, CollectedQueue, Cursor, Missed
 from pylitefs.engine.files import DatabaseFiles
+from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.transaction import Change, UnstableSource
+from pylitefs.engine.wal_compare import WalPages
 from pylitefs.engine.wal_seed import Seed
-from pylitefs.engine.wal_view import Committed, WalView
-from pylitefs.formats.ltx.checksum import page_checksums
+from pylitefs.engine.wal_view import Committed, WalView, index_in_use
 from pylitefs.formats.ltx.format import lock_pgno
 from pylitefs.formats.sqlite.locks import CKPT, WRITE
 from pylitefs.formats.sqlite.wal import FRAME_HEADER_SIZE, frame_offset
-from pylitefs.formats.sqlite.wal_index import (
-    latest_frames,
-)
+from pylitefs.formats.sqlite.wal_index import latest_frames
 from pylitefs.ports import FileKind
 
 BARRIER_FRAMES = 4096
 COLLECT_FRAMES = 4096  # a batch of so many frames may be held in memory
-_DIFF_BYTES = 1 << 20
 _U32 = 1 << 32
 
 
@@ -52,13 +53,19 @@ class WalCapture:
         self.files = files
         self._known_sums = known_sums
         self.view = WalView(files)
+        self._pages = WalPages(self.view)
         self.cursor = FRESH
         self.barrier = Barrier()
         self.shm_fd = -1  # the mount's -shm: to ask for locks with; in cached mode also to read it
-        self.mutex = threading.RLock()  # guards cursor, view and `collected`
-        self.collected: deque[Collected] = deque()  # taken into memory, not in the log yet
+        self.mutex = threading.RLock()  # guards cursor and view, and what goes into `collected`
+        self.collected = CollectedQueue()  # taken into memory, not in the log yet
         self._awaited: Committed | None = None  # what a checkpoint that runs may overwrite afterwards
+        self._asked = self._answered = 0  # checkpoints of which that is not known, and those that had everything
         self._synced: Cursor | None = None
+        self._left = FRESH  # the end of the generation before, while its successor stands in the wal-index only
+        self._index_had_bytes = self._index_is_new = False
+        self._fsync_failed = False
+        self._refused: tuple[int, int] | None = None  # salts under which an fsync failed
         self._seeded: tuple[int, int] | None = None  # salts of a WAL that was begun by us, see `wal_seed`
 
     # -- what happened to the files --------------------------------------------------------------------------
@@ -75,22 +82,54 @@ class WalCapture:
             self.cursor = Cursor(self.cursor.salts, self.cursor.frame, 0 if fresh else None)
         elif kind is FileKind.WAL:
             self._seeded = seeded.salts if seeded else None
-            self.cursor = Cursor(self._seeded, 1 if seeded else 0, self.cursor.change)
+            self._left = FRESH
+            if not self.in_doubt:
+                self.cursor = Cursor(self._seeded, 1 if seeded else 0, self.cursor.change)
         return closable
 
     def removed(self, kind: FileKind) -> list[int]:
-        self.view.forget(kind)
-        if kind is FileKind.SHM:
-            return self._forget_shm()
+        """The -wal or -shm goes away. If not all of the WAL was taken, the next pass compares the whole database."""
         if kind is FileKind.WAL:
-            self.cursor = FRESH
-        return []
+            self.cursor = IN_DOUBT if self._is_incomplete() else FRESH
+            self._fsync_failed, self._refused, self._synced, self._left = False, None, None, FRESH
+        self.view.forget(kind)
+        return self._forget_shm() if kind is FileKind.SHM else []
+
+    def _is_incomplete(self) -> bool:
+        if self.in_doubt or self._fsync_failed or self._refused is not None:
+            return True
+        with contextlib.suppress(OSError):
+            return self.backlog() != 0
+        return False
+
+    def release(self) -> list[int]:
+        """Close what is open; what is known stays. Returns descriptors to close."""
+        self.view.close()
+        return self._forget_shm()
 
     def forget_all(self) -> list[int]:
-        closable = self._forget_shm()
-        self.view.close()
-        self.cursor = FRESH
-        return closable
+        self.cursor = self._left = FRESH
+        return self.release()
+
+    def begin_here(self) -> None:
+        """The database file is about to be read as it is; what its WAL has follows. A restart in between is a gap."""
+        with contextlib.suppress(OSError):
+            now = self.view.committed()
+            self.cursor = FRESH if now is None or not now.mx_frame else Cursor(now.salts, 0, None)
+
+    def before_index_truncate(self) -> None:
+        """A process that is alone makes the wal-index anew: its commit counter begins at zero. A new -shm is truncated
+        too, while it is empty. On a FUSE thread, with `after_index_truncate` before the process goes on."""
+        self._index_had_bytes = stamp(self.files.shm)[0] > 0
+
+    def after_index_truncate(self) -> None:
+        if self._index_had_bytes:
+            self._index_is_new = True
+
+    def fsync_failed(self) -> None:
+        """An application's fsync failed: without a wal-index nobody can tell whether it took its newest commit back.
+        Any thread."""
+        self._fsync_failed = True
 
     def use_shm(self, fd: int) -> None:
         """A descriptor of the mount's -shm, opened by the opener."""
@@ -111,9 +150,13 @@ class WalCapture:
         if fd < 0:
             return True
         try:
-            return ofd_locks.write_locked(fd, CKPT) is not None
+            return ofd_locks.write_locked(fd, CKPT) is not None or not index_in_use(fd)
         except OSError:
             return True
+
+    def has_index(self) -> bool:
+        """Whether there is a -shm that is in use. Any thread; asks the kernel only."""
+        return index_in_use(self.shm_fd) if self.shm_fd >= 0 else stamp(self.files.shm) != (0, 0)
 
     def checkpoint_restarts(self) -> bool:
         """Whether the checkpoint that runs also wants the WAL to itself (FULL, RESTART, TRUNCATE hold WRITE too)."""
@@ -129,21 +172,63 @@ class WalCapture:
 
     def backlog(self) -> int:
         """Committed frames that are not in the log yet."""
-        now = self.view.committed()
+        now = self._committed()
         if now is None:
             return 0
         return now.mx_frame - self.cursor.frame if now.salts == self.cursor.salts else now.mx_frame
 
     def commit_may_follow(self) -> bool:
-        """Whether the WAL has frames of this generation after the committed ones: a transaction under way."""
-        now = self.view.committed()
-        if now is None or now.page_size == 0:
-            return False
-        return self.view.frame_exists(now.mx_frame + 1, now.page_size, now.salts)
+        """Whether a transaction is under way: the WAL has a frame after the committed ones, or it was begun anew and
+        the wal-index does not say so yet."""
+        now, header = self.view.committed(), self.view.wal_header()
+        if now is None or now.page_size == 0 or header is None:
+            return header is not None
+        return header.salts != now.salts or self.view.frame_exists(now.mx_frame + 1, now.page_size, now.salts)
 
-    def next_batch(self) -> Batch | None:
-        """What was committed since the cursor; None if nothing was. Raises UnstableSource: ask again."""
-        now = self.view.committed()
+    @property
+    def in_doubt(self) -> bool:
+        return self.cursor.salts == IN_DOUBT.salts
+
+    def _committed(self) -> Committed | None:
+        """What is committed. The first frame of a generation brings its salts into the WAL; until then a process that
+        has to read the WAL anew goes on in the one before."""
+        now, left = self.view.committed(), self._left
+        if now is not None and self.cursor.frame == 0 and now.salts == left.salts and now.mx_frame >= left.frame:
+            self.cursor = left
+        return now
+
+    def _look(self) -> Committed | None:
+        """What is committed; and what that says of the cursor."""
+        if self._index_is_new:
+            self._index_is_new = False
+            self._uncount()
+        now = self._committed()
+        if self.view.torn:
+            self.view.torn = False
+            self._uncount()
+        if self.view.rewound:
+            self.view.rewound, self._refused = False, None
+            self.doubt()
+        if now is None:
+            return None
+        if self._fsync_failed:
+            self._fsync_failed, self._refused = False, now.salts
+        if now.salts == self.cursor.salts and now.change is not None:
+            if self.cursor.change is not None and (now.change - self.cursor.change) % _U32 > _U32 // 2:
+                self._uncount()
+            if self.cursor.change is None and now.mx_frame == self.cursor.frame:
+                self.cursor = replace(self.cursor, change=now.change)
+        return now
+
+    def _uncount(self) -> None:
+        """SQLite's commit counter does not go on from where the cursor saw it."""
+        old = self.cursor
+        self.cursor = IN_DOUBT if old.salts is None and old.change is not None else replace(old, change=None)
+
+    def next_batch(self, *, diff: bool = True) -> Batch | None:
+        """What was committed since the cursor; None if nothing was. Raises UnstableSource: ask again. If transactions
+        were missed: a comparison with the log, which must have all that was collected; Missed without `diff`."""
+        now = self._look()
         cursor = self.cursor
         if now is None or (now.mx_frame == 0 and cursor.salts is None and cursor.change in (None, now.change)):
             return None
@@ -155,23 +240,33 @@ class WalCapture:
             first = 1
             if now.mx_frame == 0:
                 # Restarted, nothing written yet: frames of the old generation may be gone.
-                if self._gap(now, 0):
-                    return self.diff(now)
-                self.cursor = Cursor(now.salts, 0, now.change)
-                return None
-            if now.page_size == 0 or not self.view.salts_are(now.salts):
+                gap = self._gap(now, 0)
+                if not gap:
+                    self._left = replace(cursor, change=None)
+                    self.cursor = Cursor(now.salts, 0, now.change)
+                    return None
+            elif now.page_size == 0 or not self.view.salts_are(now.salts):
                 raise UnstableSource  # the new generation's header is not written yet
-            gap = self._gap(now, self.view.commit_count(1, now.mx_frame, now.page_size))
-        if gap:
-            return self.diff(now)
-        return self._batch(now, first)
+            else:
+                gap = self._gap(now, self.view.commit_count(1, now.mx_frame, now.page_size))
+        else:
+            self._synced = None
+        if not gap:
+            return self._batch(now, first)
+        if not diff:
+            raise Missed
+        return self.diff(now)
 
     def _gap(self, now: Committed, commits: int) -> bool:
         """Whether transactions of the generation before `now` were missed; `commits` are those under the new salts."""
         cursor = self.cursor
+        if self._refused is not None:
+            return True
         if now.change is None:
-            # No wal-index to ask: nothing is missed if the capture was at the end when a checkpoint synced the WAL.
-            return cursor.salts is not None and cursor.frame > 0 and self._synced != cursor
+            # No wal-index to ask. A restart counts the first salt up by one (wal.c, walRestartHdr).
+            if cursor.salts is None:
+                return False
+            return self._synced != cursor or now.salts[0] != (cursor.salts[0] + 1) % _U32
         if cursor.change is None:
             return cursor.salts is not None
         return (now.change - cursor.change) % _U32 != commits
@@ -192,70 +287,22 @@ class WalCapture:
             size, now.commit, commits, frame_offset(first, size), frames * (size + FRAME_HEADER_SIZE), now.salts
         )
         return Batch(
-            change, self.view.frame_pages(pgnos, numbers, size), lambda pgno: self._page(pgno, now), now,
+            change, self.view.frame_pages(pgnos, numbers, size), lambda pgno: self._pages.one(pgno, now), now,
             Cursor(now.salts, now.mx_frame, now.change), frames, pgnos=pgnos, numbers=numbers,
         )  # fmt: skip
 
-    def _page(self, pgno: int, now: Committed) -> bytes:
-        """One page as of `now`, wherever it is."""
-        for candidate, page in self._pages_of(np.array([pgno], dtype=np.uint32), now):
-            assert candidate == pgno
-            return page
-        raise UnstableSource
-
-    def _pages_of(self, wanted: NDArray[np.uint32], now: Committed) -> Iterator[tuple[int, bytes]]:
-        newest: dict[int, int] = {}
-        if now.mx_frame:
-            pgnos, frames = latest_frames(self.view.pgnos(1, now.mx_frame), 1)
-            at = np.searchsorted(pgnos, wanted)
-            inside = at < len(pgnos)
-            hit = np.zeros(len(wanted), dtype=bool)
-            hit[inside] = pgnos[at[inside]] == wanted[inside]
-            newest = dict(zip(wanted[hit].tolist(), frames[at[hit]].tolist(), strict=True))
-        for pgno in wanted.tolist():
-            frame = newest.get(pgno)
-            if frame is None:
-                yield pgno, self.view.database_page(pgno, now.page_size)
-            else:
-                one = np.array([pgno], dtype=np.uint32), np.array([frame], dtype=np.uint32)
-                yield from self.view.frame_pages(*one, now.page_size)
-
-    # -- repair by diff --------------------------------------------------------------------------------------
-
-    def diff(self, now: Committed) -> Batch:
-        """Everything in which the database differs from the log, as of a moment while this runs.
-
-        Two steps, because writers go on. First the database file is compared with the checksum table: a page without a
-        frame in this generation is not written meanwhile, and one that gets a frame is in the second step anyway.
-        Then the pages found, and all that have frames, are taken as of the newest commit.
-        """
-        differs = self._pages_that_differ(now)
-        later = self.view.committed()
-        if later is None or later.salts != now.salts or later.page_size != now.page_size:
-            raise UnstableSource
-        framed = np.unique(self.view.pgnos(1, later.mx_frame)) if later.mx_frame else NONE
-        from_file = np.setdiff1d(differs, framed)
-        wanted = np.union1d(from_file, framed).astype(np.uint32)
-        wanted = wanted[(wanted <= later.commit) & (wanted != lock_pgno(later.page_size))]
+    def diff(self, now: Committed) -> Batch | None:
+        """Everything in which the database differs from the log, as of a moment while this runs (see `wal_compare`).
+        None if there is no database any more."""
+        now = self._pages.sized(now)
+        if not now.commit:
+            return None
+        later, wanted, from_file = self._pages.compare(now, self._known_sums())
         return Batch(
-            Change(later.page_size, later.commit), self._pages_of(wanted, later), lambda pgno: self._page(pgno, later),
-            later, Cursor(later.salts, later.mx_frame, later.change), later.mx_frame, gap=True, from_file=from_file,
+            Change(later.page_size, later.commit), self._pages.of(wanted, later),
+            lambda pgno: self._pages.one(pgno, later), later, Cursor(later.salts, later.mx_frame, later.change),
+            later.mx_frame, gap=True, from_file=from_file,
         )  # fmt: skip
-
-    def _pages_that_differ(self, now: Committed) -> NDArray[np.uint32]:
-        """Pages of the database file whose checksum is not the table's."""
-        known = self._known_sums()
-        found = [NONE]
-        run = max(1, _DIFF_BYTES // now.page_size)
-        for first in range(1, now.commit + 1, run):
-            count = min(run, now.commit - first + 1)
-            data = self.view.database_run(first, count, now.page_size)
-            sums = page_checksums(first, data, now.page_size)
-            expected = np.zeros(count, dtype=np.uint64)
-            part = known[first - 1 : first - 1 + count]
-            expected[: len(part)] = part
-            found.append((np.flatnonzero(sums != expected) + first).astype(np.uint32))
-        return np.concatenate(found)
 
     def is_stable(self, batch: Batch) -> bool:
         """Whether what the batch read was still what it claims to be."""
@@ -282,10 +329,9 @@ class WalCapture:
 
     def collect(self, batch: Batch, known_commit: int) -> None:
         """Take a small batch's pages into memory and move the cursor past it: its frames may be overwritten from now
-        on, the log gets them later. `known_commit`: the size in pages of the state before. Raises UnstableSource."""
-        last = self.collected[-1] if self.collected else None
-        if last is not None:
-            known_commit = last.change.commit
+        on, the log gets them later. `known_commit`: the log's size in pages. Raises UnstableSource."""
+        if self.collected.commit is not None:
+            known_commit = self.collected.commit
         pages = self.view.read_frames(batch.pgnos, batch.numbers, batch.change.page_size)
         commit = batch.change.commit
         if commit > known_commit:  # a page that was allocated and freed at once has no frame
@@ -295,21 +341,29 @@ class WalCapture:
                     pages[pgno] = batch.read_missing(pgno)
         if not self.is_stable(batch):
             raise UnstableSource
-        if last is None or not last.take_in(batch, pages):
-            self.collected.append(Collected(batch.change, pages, batch.read_missing))
+        self.collected.add(batch, pages)
         self.cursor = batch.cursor
 
     def doubt(self) -> None:
         """What was collected cannot be right: the next pass compares the whole database."""
         self.collected.clear()
-        self.cursor = Cursor((0, 0), 1, None)
+        self.cursor = IN_DOUBT
 
     def advance(self, batch: Batch) -> None:
+        """The log has everything up to here."""
         self.cursor = batch.cursor
+        self.collected.commit = None
+        if batch.gap and batch.committed.salts != self._refused:
+            self._refused = None
 
-    def mark_synced(self) -> None:
-        """The WAL was fsynced, and everything before that is in the log."""
-        self._synced = self.cursor
+    def mark_synced(self, *, ends: bool = True) -> None:
+        """A checkpoint is at its end (or may be on its way, not `ends`). What was committed before it should be in the
+        log, or in memory."""
+        asked = self._asked
+        if self.in_doubt or self.backlog():
+            self._synced = None
+        else:
+            self._synced, self._answered = self.cursor if ends else self._synced, asked
 
     # -- a checkpoint that runs ------------------------------------------------------------------------------
 
@@ -317,9 +371,15 @@ class WalCapture:
         """A checkpoint begins; the frames committed so far must be taken before it ends (`is_awaited`)."""
         self._awaited = self.view.committed()
 
+    def await_everything(self) -> None:
+        """It may be that a checkpoint begins; nobody can tell how far it goes. Any thread."""
+        self._asked += 1
+
     def is_awaited(self) -> bool:
         """Whether a checkpoint has to wait for us before it ends. Any thread."""
         awaited, cursor = self._awaited, self.cursor
+        if self._asked != self._answered:
+            return True
         return awaited is not None and (cursor.salts != awaited.salts or cursor.frame < awaited.mx_frame)
 
     # -- the barrier -----------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 Two ways to know it:
 - The wal-index header in -shm says it (frames 1..mx_frame under these salts); the page numbers are there too.
 - Where there is no -shm (`locking_mode=EXCLUSIVE` keeps the wal-index in the application's heap, or nobody has
-  the database open), the frames themselves say it: salts, checksum chain, commit field.
+  the database open), or one that nobody uses (its processes were killed), the frames themselves say it: salts,
+  checksum chain, commit field. They may say too much: a commit whose fsync failed was taken back by the application,
+  which writes its next frames over it. So the newest transaction is looked at again each time (`rewound`).
 
 Stability (seqlock): SQLite writes new salts into the WAL's header before it overwrites any frame. So frames that
 were read while the header kept its salts are the committed ones.
@@ -14,15 +16,17 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pylitefs.engine import ofd_locks
 from pylitefs.engine.files import DatabaseFiles, read_at
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.errors import FormatError
+from pylitefs.formats.sqlite.locks import DMS
 from pylitefs.formats.sqlite.wal import (
     FRAME_HEADER_SIZE,
     WAL_HEADER_SIZE,
@@ -70,13 +74,18 @@ NOTHING = Committed((0, 0), 0, 0, 0, None)
 class WalView:
     """Read access to the WAL, its index and the database file. Used by one thread at a time."""
 
-    def __init__(self, files: DatabaseFiles) -> None:
+    def __init__(self, files: DatabaseFiles, in_use: Callable[[], bool] | None = None) -> None:
+        """`in_use` tells whether a process uses the -shm that is there (without it: `index_in_use` of `use_shm`'s)."""
         self._files = files
+        self._in_use = in_use or (lambda: index_in_use(self._mount_shm))
         self._fds: dict[FileKind, int] = {}
         self._mount_shm = -1
         self._indexed = False  # where the last `committed` had it from
         self._scanned = NOTHING  # how far frames were checked where there is no wal-index
         self._scanned_pgnos: NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
+        self._newest = (0, b"")  # first frame of the newest transaction of these, and that frame's header
+        self.rewound = False  # what `committed` said was overwritten by the application; stays until it is set back
+        self.torn = False  # the wal-index was damaged: the next process makes it anew; stays until it is set back
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -110,14 +119,17 @@ class WalView:
 
     def committed(self) -> Committed | None:
         """The newest committed prefix; None if there is no WAL, or nobody can tell at this moment."""
+        self._drop_orphans()
         shm = self._fd(FileKind.SHM)
-        self._indexed = shm is not None
-        if shm is None:
+        self._indexed = shm is not None and self._in_use()
+        if shm is None or not self._indexed:
             return self._scan()
         for _ in range(_TORN_RETRIES):
             data = os.pread(shm, HEADER_SIZE, 0)
             header = read_header(data)
             if header is not None:
+                if header.mx_frame and self._fd(FileKind.WAL) is None:
+                    return None  # left behind by one that is gone
                 return Committed(
                     header.salts, header.page_size, header.mx_frame, header.page_count, header.change,
                     *header.frame_checksum,
@@ -125,7 +137,15 @@ class WalView:
             if len(data) < HEADER_SIZE or not any(data[:96]):
                 return None  # not initialised yet
             time.sleep(0.00005)
+        self.torn = True
         return None
+
+    def _drop_orphans(self) -> None:
+        """A file that has no name any more is not the database's: its name may be another file's by now."""
+        for kind in (FileKind.WAL, FileKind.SHM):
+            fd = self._fds.get(kind)
+            if fd is not None and os.fstat(fd).st_nlink == 0:
+                self.forget(kind)
 
     def checkpoint_info(self) -> CheckpointInfo | None:
         shm = self._fd(FileKind.SHM)
@@ -137,7 +157,7 @@ class WalView:
             return None
 
     def has_index(self) -> bool:
-        return self._fd(FileKind.SHM) is not None
+        return self._fd(FileKind.SHM) is not None and self._in_use()
 
     def wal_header(self) -> WalHeader | None:
         wal = self._fd(FileKind.WAL)
@@ -157,25 +177,42 @@ class WalView:
         header = self.wal_header()
         if header is None:
             return None
-        if self._scanned.salts != header.salts or self._scanned.page_size != header.page_size:
+        done = self._scanned
+        if done.salts == header.salts and done.page_size == header.page_size and not self._newest_stands(header):
+            if self.wal_header() != header:
+                return None  # a restart, just now
+            self.rewound, done = True, NOTHING
+        if done.salts != header.salts or done.page_size != header.page_size:
             self._scanned = Committed(
                 header.salts, header.page_size, 0, 0, None, header.checksum1, header.checksum2
             )
-            self._scanned_pgnos = np.zeros(0, dtype=np.uint32)
+            self._scanned_pgnos, self._newest = np.zeros(0, dtype=np.uint32), (0, b"")
         self._scan_on(header)
         return self._scanned
+
+    def _newest_stands(self, header: WalHeader) -> bool:
+        """Whether the newest transaction was not overwritten. Only that one can be: when a later one begins, the
+        application has accepted it."""
+        frame, head = self._newest
+        wal = self._fd(FileKind.WAL)
+        if not frame or wal is None:
+            return True
+        return os.pread(wal, FRAME_HEADER_SIZE, frame_offset(frame, header.page_size)) == head
 
     def _scan_on(self, header: WalHeader) -> None:
         """Check the frames after the scanned prefix; the prefix grows by whole transactions."""
         wal = self._fd(FileKind.WAL)
-        assert wal is not None
-        done = self._scanned
+        if wal is None:
+            return
+        done, size = self._scanned, header.frame_size
         s0, s1, frame = done.s0, done.s1, done.mx_frame
         pending: list[NDArray[np.uint32]] = []
+        first, head = frame + 1, b""  # of the transaction that is being read
         while True:
-            run = os.pread(wal, header.frame_size * _SCAN_FRAMES, frame_offset(frame + 1, header.page_size))
+            run = os.pread(wal, size * _SCAN_FRAMES, frame_offset(frame + 1, header.page_size))
             scan = scan_frames(header, run, s0, s1)
             pending.append(scan.pgnos)
+            head = head or run[:FRAME_HEADER_SIZE]
             if scan.committed:
                 known = np.concatenate([self._scanned_pgnos, *pending])
                 self._scanned_pgnos = known[: frame + scan.committed]
@@ -184,6 +221,13 @@ class WalView:
                     done, mx_frame=frame + scan.committed, commit=int(scan.commits[scan.committed - 1]),
                     s0=scan.committed_s0, s1=scan.committed_s1,
                 )  # fmt: skip
+                ends = np.flatnonzero(scan.commits)
+                if len(ends) > 1:
+                    begin = int(ends[-2]) + 1
+                    first, head = frame + begin + 1, run[begin * size : begin * size + FRAME_HEADER_SIZE]
+                self._newest = first, head
+                begin = scan.committed
+                first, head = frame + begin + 1, run[begin * size : begin * size + FRAME_HEADER_SIZE]
             frame += scan.count
             s0, s1 = scan.s0, scan.s1
             if scan.count < _SCAN_FRAMES:
@@ -284,9 +328,19 @@ class WalView:
             raise UnstableSource
         return read_at(database, page_size * count, (pgno - 1) * page_size)
 
-    def database_header(self) -> bytes:
+    def database_header(self) -> tuple[bytes, int]:
+        """The first 100 bytes of the database file, and its size."""
         database = self._fd(FileKind.DATABASE)
-        return b"" if database is None else os.pread(database, 100, 0)
+        return (b"", 0) if database is None else (os.pread(database, 100, 0), os.fstat(database).st_size)
+
+
+def index_in_use(shm: int) -> bool:
+    """Whether a process uses the -shm (a descriptor of the mount's; -1: True, as it cannot be known). Asks the kernel
+    only. SQLite leaves the file behind when it is killed, and goes on without it in `locking_mode=EXCLUSIVE`."""
+    try:
+        return shm < 0 or ofd_locks.any_locked(shm, DMS)
+    except OSError:
+        return True
 
 
 def read_frames(

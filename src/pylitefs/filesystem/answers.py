@@ -6,6 +6,9 @@ A handler returns the body of its reply, or None if the reply comes later throug
 from __future__ import annotations
 
 import errno
+import math
+import resource
+import time
 import traceback
 from collections.abc import Callable
 from typing import Protocol
@@ -13,6 +16,9 @@ from typing import Protocol
 from pylitefs.errors import DatabaseBusy, DatabaseNotFound, LitefsError, ReadOnlyReplica, Unavailable
 from pylitefs.formats.fuse.abi import opcode_name
 from pylitefs.ports import Then
+
+_USED_UP = frozenset({errno.EMFILE, errno.ENFILE})
+_QUIET_S = 60.0
 
 Act = Callable[[], bytes | None]
 """The rest of a request: returns the body of its reply, or None if it has arranged for the reply itself."""
@@ -40,6 +46,7 @@ class Answers:
         self.sink = sink
         self._log = log
         self._seen: set[str] = set()
+        self._used_up_s = -math.inf
 
     def after(self, unique: int, opcode: int, act: Act) -> Then:
         """The continuation to give to a hook: goes on with `act` and answers, or answers with the error."""
@@ -62,6 +69,8 @@ class Answers:
 
     def errno_of(self, opcode: int, error: BaseException) -> int:
         if isinstance(error, OSError) and error.errno:
+            if error.errno in _USED_UP:
+                self._tell_used_up(error)
             # ENOSYS would switch the operation off for the whole mount: fsync would then do nothing
             return errno.EIO if error.errno == errno.ENOSYS else error.errno
         for kind, code in _ERRNO:
@@ -69,6 +78,13 @@ class Answers:
                 return code
         self.report(opcode, error)
         return errno.EIO
+
+    def _tell_used_up(self, error: OSError) -> None:
+        """Say so once, and again if it comes back after a minute without."""
+        before, self._used_up_s = self._used_up_s, time.monotonic()
+        if self._used_up_s - before > _QUIET_S:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            self._log(f"files cannot be opened: {error.strerror} (limit {limit}): raise it (ulimit -n, LimitNOFILE=)")
 
     def report(self, opcode: int, error: BaseException) -> None:
         """Log an error nobody expected, once for each place it comes from."""

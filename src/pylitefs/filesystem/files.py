@@ -155,7 +155,11 @@ class FileRequests:
         fsync = os.fdatasync if data_only else os.fsync
 
         def act() -> bytes:
-            fsync(node.fd)
+            try:
+                fsync(node.fd)
+            except OSError:
+                hooks.fsync_failed(ref)
+                raise
             hooks.after_fsync(ref)
             return b""
 
@@ -201,7 +205,8 @@ class FileRequests:
             self._change(node, request)
             return volume.attr_body(node)
 
-        self._hooks.before_truncate(ref, request.size_bytes, volume.after(rq, act))
+        by_daemon = volume.by_daemon(rq.pid)
+        self._hooks.before_truncate(ref, request.size_bytes, volume.after(rq, act), by_daemon)
         return None
 
     def _setattr_root(self, request: requests.Setattr) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -15,18 +16,28 @@ class MountGuard:
 
     def __init__(self, mount_dir: str) -> None:
         command = [sys.executable, "-I", "-S", mount_guard.__file__, str(os.getpid()), os.path.realpath(mount_dir)]
+        self._channel, theirs = socket.socketpair()
         try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
-            )
+            with theirs:
+                self._process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=subprocess.PIPE, start_new_session=True
+                )
         except OSError as error:
+            self._channel.close()
             raise MountError(f"cannot start the mount guard: {error.strerror}") from None
         assert self._process.stdout is not None
         self._process.stdout.readline()  # it listens now
+
+    def hold(self, device_fd: int) -> None:
+        """Give it a descriptor of /dev/fuse to answer with, should the daemon be killed: it needs one where it cannot
+        end the connection otherwise, without root's privileges."""
+        if os.geteuid() != 0:
+            socket.send_fds(self._channel, [b"\0"], [device_fd])
 
     def stop(self) -> None:
         """After the mount was taken down in good order."""
         self._process.kill()
         self._process.wait()
+        self._channel.close()
         if self._process.stdout is not None:
             self._process.stdout.close()

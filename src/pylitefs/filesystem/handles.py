@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 import stat
 from collections.abc import Callable
 from typing import Protocol
@@ -22,6 +23,7 @@ OpenBacking = Callable[[bool], int]
 """Opens the backing file of a node, for reading and writing if True, and returns the descriptor."""
 
 _SETID = stat.S_ISUID | stat.S_ISGID  # a passed-through write would not clear them
+_SHARE_OF_APPLICATIONS = 0.75  # of our descriptors: the rest is for the log, and for what is open already
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _ALWAYS_HOOKED = frozenset({FileKind.DATABASE, FileKind.JOURNAL, FileKind.WAL})
 _READ_ONLY_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY})
@@ -70,7 +72,7 @@ class Handles:
         writable one if the file could only be opened for reading before."""
         with node.gate:
             if node.handle_count == 0:
-                self._enter(node, open_fd, writable)
+                self._enter(node, open_fd, writable, by_daemon)
             elif writable and not node.writable:
                 self._make_writable(node, open_fd(True))
             node.handle_count += 1
@@ -90,7 +92,7 @@ class Handles:
             self.open[fh] = Handle(node, writable, by_daemon)
             return fh, flags, node.backing_id
 
-    def _enter(self, node: Node, open_fd: Callable[[bool], int], writable: bool) -> None:
+    def _enter(self, node: Node, open_fd: Callable[[bool], int], writable: bool, by_daemon: bool) -> None:
         """Open the backing file of an idle node and choose its io mode."""
         wanted = self._hooks.wants_write_hook(node.ref)
         try:
@@ -99,6 +101,9 @@ class Handles:
             if writable or error.errno not in _READ_ONLY_ERRORS:
                 raise
             fd, node.writable = open_fd(False), False
+        if not by_daemon and fd >= _SHARE_OF_APPLICATIONS * resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+            os.close(fd)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         backing_id = 0
         if self.passthrough and not wanted and not os.fstat(fd).st_mode & _SETID:
             backing_id = self._backing_open(fd)

@@ -26,6 +26,7 @@ from pylitefs.errors import MountError
 
 FSNAME = "litefs"
 DEVICE = "/dev/fuse"
+FUSECTL = "/sys/fs/fuse/connections"
 HELPER = "fusermount3"
 PROBE_TIMEOUT_S = 2.0
 HELPER_TIMEOUT_S = 20.0
@@ -57,7 +58,7 @@ class MountEntry:
 def parse_mountinfo(text: str) -> list[MountEntry]:
     """The mounts of /proc/<pid>/mountinfo, oldest first (proc(5)); lines that are not understood are left out."""
     entries = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # and at nothing else: names may hold any other character
         fields = line.split(" ")
         if "-" not in fields[6:] or len(fields) < 10:
             continue
@@ -73,7 +74,7 @@ def _unescape(field: str) -> str:
 
 
 def _mounts() -> list[MountEntry]:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return parse_mountinfo(file.read())
 
 
@@ -174,8 +175,12 @@ def _open_device() -> int:
     try:
         return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise MountError(f"{DEVICE} is missing: load the kernel module fuse (modprobe fuse), "
-                         f"or give the container --device {DEVICE}") from None
+        raise MountError(
+            f"{DEVICE} is missing: load the kernel module fuse (modprobe fuse), or give the container --device {DEVICE}"
+        ) from None
+    except PermissionError as error:
+        hint = f"let its users open it (chmod 666 {DEVICE}), or run litefs as root"
+        raise MountError(f"{DEVICE} cannot be opened: {error.strerror}: {hint}") from error
     except OSError as error:
         raise MountError(f"{DEVICE} cannot be opened: {error.strerror}") from error
 
@@ -195,8 +200,7 @@ def _mount_directly(path: str, options: list[str]) -> int:
 def mount_by_helper(path: str, options: list[str]) -> int:
     """Mount through fusermount3 (mount.fuse3(8)): it finds one end of a socket in _FUSE_COMMFD and sends the
     descriptor of /dev/fuse through it."""
-    if not os.path.exists(DEVICE):
-        os.close(_open_device())
+    os.close(_open_device())  # the helper opens it with our rights, and says less
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         command = [HELPER, "-o", ",".join([f"fsname={FSNAME}", *options]), "--", path]
@@ -226,6 +230,12 @@ def _receive_fd(channel: socket.socket) -> int:
             os.set_inheritable(fds[0], False)
             return fds[0]
     raise MountError(f"{HELPER} sent no descriptor")
+
+
+def can_abort() -> bool:
+    """Whether the connection of a killed daemon can be ended from outside, so that nobody has to answer for it (see
+    `pylitefs.mount_guard`)."""
+    return os.geteuid() == 0 or fs_type_of(FUSECTL) == "fusectl"
 
 
 def _umount(path: str, *, lazy: bool) -> int:
@@ -260,5 +270,3 @@ def unmount(path: str, device: str) -> bool:
         if attempt < BUSY_RETRIES - 1:
             time.sleep(BUSY_PAUSE_S)
     return False
-
-

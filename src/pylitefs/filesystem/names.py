@@ -162,7 +162,7 @@ class NameRequests:
 
         def go_on() -> None:
             if request.flags & os.O_TRUNC:
-                self._hooks.before_truncate(ref, 0, truncated)
+                self._hooks.before_truncate(ref, 0, truncated, by_daemon)
             else:
                 opened(node)
 
@@ -233,7 +233,7 @@ class NameRequests:
             self._tree.remove(name)
             return b""
 
-        self._hooks.before_unlink(ref, self._volume.after(rq, act))
+        self._hooks.before_unlink(ref, self._volume.by_daemon(rq.pid), self._volume.after(rq, act))
 
     def _side_files_gone(self, name: str) -> None:
         """The engine has removed a database and all that belonged to it."""

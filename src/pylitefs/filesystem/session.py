@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Protocol
 from pylitefs.errors import FormatError
 from pylitefs.filesystem import mount
 from pylitefs.filesystem.answers import Answers, ReplySink
-from pylitefs.filesystem.device import BUFFER_SIZE, MAX_WRITE, RETRIED, Device
+from pylitefs.filesystem.device import BUFFER_SIZE, MAX_WRITE, RETRIED, Device, Negotiated
 from pylitefs.filesystem.files import FileRequests, Handler
 from pylitefs.filesystem.handles import BackingFiles, Handles
 from pylitefs.filesystem.names import NameRequests
@@ -46,6 +47,12 @@ _REFUSED: dict[int, int] = {
 }
 """Requests with a fixed answer. Every other one without a handler gets ENOSYS, after which the kernel does without it
 or no longer asks (locks, extended attributes, OPENDIR, ACCESS, POLL, INTERRUPT, STATX)."""
+
+
+_PASSTHROUGH_NEEDS: dict[int, str] = {
+    errno.EPERM: "it needs root's privileges (CAP_SYS_ADMIN)",
+    errno.ELOOP: "the data directory lies on too many file systems stacked on each other",
+}
 
 
 class Channel(ReplySink, BackingFiles, NotifyTarget, Protocol):
@@ -178,6 +185,13 @@ class Session:
         return self._rings is not None
 
     @property
+    def device_fd(self) -> int:
+        """The descriptor of /dev/fuse, while mounted."""
+        if self._device is None:
+            raise RuntimeError("the session is not started")
+        return self._device.fd
+
+    @property
     def notifier(self) -> Notifier:
         return self._running().notifier
 
@@ -198,7 +212,7 @@ class Session:
             if self._device is not None or self._stopping:
                 raise RuntimeError("a session is started once")
             self._path = mount.prepare(self._mount_dir, self._log)
-            io_uring = self._want_io_uring and enable()
+            io_uring = self._want_io_uring and mount.can_abort() and enable()
             device = Device(mount.mount(self._path, allow_other=self._allow_other, max_read=MAX_WRITE))
             try:
                 entry = mount.mount_at(self._path)
@@ -207,15 +221,14 @@ class Session:
                 agreed = device.negotiate(
                     passthrough=self._want_passthrough, max_stack_depth=depth, io_uring=io_uring
                 )
+                passthrough = self._want_passthrough and self._passes_through(device, agreed)
             except BaseException:
                 mount.detach(self._path)
                 device.close()
                 raise
-            if self._want_passthrough and not agreed.passthrough:
-                self._log("passthrough is off: it needs Linux 6.9 or newer")
             self._device = device
             self._dispatcher = Dispatcher(
-                self._hooks, device, self._data_dir, self._log, passthrough=agreed.passthrough,
+                self._hooks, device, self._data_dir, self._log, passthrough=passthrough,
                 expire_only=agreed.expire_only, uid=self._uid, gid=self._gid, debug=self._debug,
             )  # fmt: skip
             self._dispatcher.notifier.start()
@@ -228,6 +241,21 @@ class Session:
                 self._rings.start()
             for _ in range(self._thread_count):
                 self._add_thread()
+
+    def _passes_through(self, device: Device, agreed: Negotiated) -> bool:
+        """Whether the kernel accepts files of the data directory as backing files. Known before anything is opened,
+        because the engine reads a wal-index where its current bytes are."""
+        if not agreed.passthrough:
+            self._log("passthrough is off, files are cached (slower): it needs Linux 6.9 or newer")
+            return False
+        try:
+            with tempfile.TemporaryFile(dir=self._data_dir) as probe:
+                device.backing_close(device.backing_open(probe.fileno()))
+        except OSError as error:
+            reason = _PASSTHROUGH_NEEDS.get(error.errno or 0, error.strerror)
+            self._log(f"passthrough is off, files are cached (slower): {reason}")
+            return False
+        return True
 
     def _without_rings(self, error: OSError) -> None:
         """A ring's thread could not begin: the kernel goes on through /dev/fuse, unless it is late for that."""

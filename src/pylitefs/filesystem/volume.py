@@ -18,7 +18,7 @@ from pylitefs.ports import VIRTUAL_KINDS, FileHooks, FileKind, FileRef, Then
 
 FOREVER_S = 3600  # validity of what only the mount or a notification changes
 T = TypeVar("T")
-_WRITE_BITS = 0o222
+_WRITE_BITS = 0o222 if os.geteuid() == 0 else 0o022  # the daemon itself may write, without being root too
 _libc = ctypes.CDLL(None)
 
 

@@ -20,7 +20,7 @@ from pylitefs.errors import FormatError
 from pylitefs.formats.cursor import Cursor, pack_string, pack_uvarint
 from pylitefs.formats.ltx.format import HEADER_SIZE, TRAILER_SIZE, Position, is_page_size
 
-MAX_CHUNK: Final = 256 * 1024  # bytes of an LTX file in one message; a larger file is sent in pieces
+MAX_CHUNK: Final = 512 * 1024  # bytes of an LTX file in one message; a larger file is sent in pieces
 MAX_NAME: Final = 255  # bytes
 MAX_HOSTNAME: Final = 255
 MAX_CLUSTER_ID: Final = 64

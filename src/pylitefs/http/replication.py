@@ -49,6 +49,10 @@ class WebSocketLink:
             await self._socket.send_bytes(data)
         except (ConnectionError, RuntimeError, aiohttp.ClientError) as error:
             raise LinkClosed(f"the connection to {self._peer} was lost: {error}") from None
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise LinkClosed(f"{self._peer} does not read") from None
 
     async def receive(self) -> bytes:
         while True:
@@ -74,13 +78,26 @@ class WebSocketLink:
         return LinkClosed(f"the connection to {self._peer} was lost: {error}")
 
     async def close(self) -> None:
-        with contextlib.suppress(Exception):
+        try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._socket.close()
-                return
-        if self._raw is not None:  # it does not read: end it without its consent
-            with contextlib.suppress(OSError):
-                self._raw.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(Exception):
+                    await self._socket.close()
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+        finally:
+            if self._raw is not None:  # what a peer does not read would keep the connection open: end it all the same
+                with contextlib.suppress(OSError):
+                    self._raw.shutdown(socket.SHUT_RDWR)
+
+
+def _is_cancelled() -> bool:
+    """Whether a CancelledError is meant. In aiohttp a send that was cancelled while it waited leaves a cancelled future
+    behind, and everything that is sent on that connection later stumbles over it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 # --- the primary's end ----------------------------------------------------------------------------------------------

@@ -219,6 +219,9 @@ def _json(document: Json) -> web.Response:
     return web.Response(text=json.dumps(document, indent=2) + "\n", content_type="application/json")
 
 
+_BACKLOG = 128  # connections that wait to be accepted
+
+
 # --- sockets ---------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +279,9 @@ class HttpServer:
         """Serve on `sockets`, which are closed by `close`."""
         await self._runner.setup()
         for sock in sockets:
-            await web.SockSite(self._runner, sock).start()
+            # asyncio accepts `backlog` connections in a row, and with no descriptor left fails as often
+            await web.SockSite(self._runner, sock, backlog=1).start()
+            sock.listen(_BACKLOG)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def close(self) -> None:

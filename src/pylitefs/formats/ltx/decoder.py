@@ -45,8 +45,11 @@ from pylitefs.formats.ltx.frames import (
 )
 from pylitefs.formats.ltx.index import decode_index, encode_index, index_range
 
-__all__ = ["Decoder", "Ltx", "Reader", "decode", "decode_index", "decode_page", "index_range", "verify_stream"]
+__all__ = [
+    "Decoder", "Ltx", "Reader", "decode", "decode_index", "decode_page", "index_range", "small_chunks", "verify_stream",
+]  # fmt: skip
 
+SMALL_CHUNK = 64 << 10  # bytes of a file; LZ4 packs at most 255 times
 _OLD_HEAD_SIZE = 17  # what `frame_layout` needs of an ltx 0.5.1 frame
 
 
@@ -246,7 +249,7 @@ class Reader:
     """
 
     def __init__(self, chunks: Iterable[Buffer]) -> None:
-        self._chunks = iter(chunks)
+        self._chunks = small_chunks(chunks)
         self._decoder = Decoder()
         self._pages: list[tuple[int, bytes]] = []
         self.trailer: Trailer | None = None
@@ -266,6 +269,14 @@ class Reader:
         for chunk in self._chunks:
             yield from self._decoder.feed(chunk)
         self.trailer = self._decoder.finish()
+
+
+def small_chunks(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The same bytes in pieces that cannot become more than 16 MB of pages."""
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for at in range(0, len(view), SMALL_CHUNK):
+            yield view[at : at + SMALL_CHUNK]
 
 
 def verify_stream(chunks: Iterable[Buffer]) -> tuple[Header, Trailer]:

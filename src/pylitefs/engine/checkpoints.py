@@ -21,7 +21,7 @@ from pylitefs.ports import Then
 
 
 class Checkpoints:
-    """On FUSE threads, on the primary."""
+    """On FUSE threads, on the primary, where nothing else is said."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -31,7 +31,11 @@ class Checkpoints:
             then(None)
             return
         self._store.capture.checkpoint_begins(database)
+        # On the worker: the thread that answers is on the application's processor, and would take it from the checkpoint.
+        self._store.worker.post(self._collect, database, database=database.name)
         then(None)
+
+    def _collect(self, database: Database) -> None:
         self._store.capture.collect_now(database, ends=False)
 
     def before_database_fsync(self, database: Database, then: Then) -> None:

@@ -38,10 +38,16 @@ _FEW_IDLE = 2
 _STOP, _FUSE = 1, 2  # user data
 _HEADER_SIZE = abi.IN_HEADER.size
 _DATA_SIZE = 8192  # of a request, at first
+_POLL, _REGISTER, _ANSWER = 0, 1, 2  # where these submissions stand, ready
 _U32 = struct.Struct("=I")
-_pack_out = abi.OUT_HEADER.pack
+_pack_u32, _unpack_u32 = _U32.pack_into, _U32.unpack_from
+_pack_u64 = struct.Struct("=Q").pack_into
+_unpack_unique = struct.Struct("=Q").unpack_from
+_unpack_entry, _unpack_cqe = uring.ENTRY.unpack_from, uring.CQE.unpack_from
+_pack_out = abi.OUT_HEADER.pack_into
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_syscall = _libc.syscall
 
 
 def possible_cpus() -> int:
@@ -73,7 +79,6 @@ class Ring:
         self._fd = _libc.syscall(uring.SYS_SETUP, 4, params)
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), f"io_uring_setup: {os.strerror(ctypes.get_errno())}")
-        self._device_fd, self._queue = device_fd, queue
         try:
             self._at = at = uring.parse_params(params.raw)
             self._ring = mmap.mmap(self._fd, at.size, mmap.MAP_SHARED, offset=uring.OFF_SQ_RING)
@@ -86,41 +91,49 @@ class Ring:
         # Anonymous mappings: what is not used takes no memory.
         self._headers = mmap.mmap(-1, mmap.PAGESIZE)
         self._payload = mmap.mmap(-1, payload_size)
-        self._views = [memoryview(self._headers), memoryview(self._payload)]
         addresses = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in (self._headers, self._payload)]
         self._iovecs = (ctypes.c_uint64 * 4)(addresses[0], uring.HEADERS_SIZE, addresses[1], payload_size)
         self._commit_id = 0
-        self._add(uring.pack_poll(stop_fd, _STOP))
-        self._add(
-            uring.pack_command(device_fd, uring.REGISTER, queue, 0, ctypes.addressof(self._iovecs), _FUSE)
-        )
+        iovecs = ctypes.addressof(self._iovecs)
+        for slot, sqe in enumerate(
+            (
+                uring.pack_poll(stop_fd, _STOP),
+                uring.pack_command(device_fd, uring.REGISTER, queue, 0, iovecs, _FUSE),
+                uring.pack_command(device_fd, uring.COMMIT_AND_FETCH, queue, 0, 0, _FUSE),
+            )
+        ):
+            self._sqes[slot * uring.SQE_SIZE : (slot + 1) * uring.SQE_SIZE] = sqe
+        self._add(_POLL)
+        self._add(_REGISTER)
 
     def _word(self, offset: int) -> int:
         word: int = _U32.unpack_from(self._ring, offset)[0]
         return word
 
-    def _add(self, sqe: bytes) -> None:
-        slot = self._tail & self._sq_mask
-        self._sqes[slot * uring.SQE_SIZE : (slot + 1) * uring.SQE_SIZE] = sqe
-        _U32.pack_into(self._ring, self._at.sq_array + 4 * slot, slot)
-        self._tail = (self._tail + 1) & 0xFFFFFFFF
-        _U32.pack_into(self._ring, self._at.sq_tail, self._tail)
+    def _add(self, slot: int) -> None:
+        """Queue the submission that stands in a slot."""
+        tail = self._tail
+        _pack_u32(self._ring, self._at.sq_array + 4 * (tail & self._sq_mask), slot)
+        self._tail = tail = (tail + 1) & 0xFFFFFFFF
+        _pack_u32(self._ring, self._at.sq_tail, tail)
         self._unsubmitted += 1
 
     def wait(self) -> bool:
         """Submit, and wait for a request. False: it is time to end. OSError if the kernel refused the entry."""
+        ring, at = self._ring, self._at
         while True:
-            while self._head != self._word(self._at.cq_tail):
-                place = self._at.cqes + uring.CQE.size * (self._head & self._cq_mask)
-                user_data, result, _ = uring.CQE.unpack_from(self._ring, place)
-                self._head = (self._head + 1) & 0xFFFFFFFF
-                _U32.pack_into(self._ring, self._at.cq_head, self._head)
-                if user_data == _STOP:
-                    return False
-                if result < 0:
-                    raise OSError(-result, f"FUSE over io_uring: {os.strerror(-result)}")
-                return True
-            self._enter(1)
+            head = self._head
+            if head == _unpack_u32(ring, at.cq_tail)[0]:
+                self._enter(1)
+                continue
+            user_data, result, _ = _unpack_cqe(ring, at.cqes + uring.CQE.size * (head & self._cq_mask))
+            self._head = head = (head + 1) & 0xFFFFFFFF
+            _pack_u32(ring, at.cq_head, head)
+            if user_data == _STOP:
+                return False
+            if result < 0:
+                raise OSError(-result, f"FUSE over io_uring: {os.strerror(-result)}")
+            return True
 
     def submit(self) -> None:
         """Let the kernel have the entry, without waiting."""
@@ -128,7 +141,7 @@ class Ring:
 
     def _enter(self, completions: int) -> None:
         flags = uring.ENTER_GETEVENTS if completions else 0
-        done = _libc.syscall(uring.SYS_ENTER, self._fd, self._unsubmitted, completions, flags, None, 0)
+        done = _syscall(uring.SYS_ENTER, self._fd, self._unsubmitted, completions, flags, None, 0)
         if done >= 0:
             self._unsubmitted -= done
         elif ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
@@ -136,29 +149,27 @@ class Ring:
 
     def take(self, data: bytearray) -> int:
         """Put the request together in `data` as /dev/fuse would have it; its size."""
-        headers, payload = self._views
-        _, self._commit_id, payload_size = uring.ENTRY.unpack_from(headers, uring.ENTRY_AT)
-        size = _U32.unpack_from(headers, 0)[0]
+        headers = self._headers
+        _, self._commit_id, payload_size = _unpack_entry(headers, uring.ENTRY_AT)
+        size: int = _unpack_u32(headers, 0)[0]
         if size > len(data):
             data.extend(bytes(size - len(data)))
         body_end = size - payload_size
         data[:_HEADER_SIZE] = headers[:_HEADER_SIZE]
-        if body_end > _HEADER_SIZE:
-            data[_HEADER_SIZE:body_end] = headers[uring.BODY_AT : uring.BODY_AT + body_end - _HEADER_SIZE]
+        data[_HEADER_SIZE:body_end] = headers[uring.BODY_AT : uring.BODY_AT + body_end - _HEADER_SIZE]
         if payload_size:
-            data[body_end:size] = payload[:payload_size]
-        return int(size)
+            data[body_end:size] = self._payload[:payload_size]
+        return size
 
     def answer(self, unique: int, code: int, body: bytes) -> None:
         """Commit with the next `wait`."""
-        headers, payload = self._views
         size = len(body)
-        headers[: abi.OUT_HEADER.size] = _pack_out(abi.OUT_HEADER.size + size, -code, unique)
-        payload[:size] = body
-        _U32.pack_into(headers, uring.PAYLOAD_SIZE_AT, size)
-        self._add(
-            uring.pack_command(self._device_fd, uring.COMMIT_AND_FETCH, self._queue, self._commit_id, 0, _FUSE)
-        )
+        _pack_out(self._headers, 0, abi.OUT_HEADER.size + size, -code, unique)
+        if size:
+            self._payload[:size] = body
+        _pack_u32(self._headers, uring.PAYLOAD_SIZE_AT, size)
+        _pack_u64(self._sqes, _ANSWER * uring.SQE_SIZE + uring.COMMIT_ID_AT, self._commit_id)
+        self._add(_ANSWER)
 
     def close(self) -> None:
         """Take the entry back from the kernel."""
@@ -242,14 +253,13 @@ class Rings:
     def _serve_ring(self, ring: Ring, queue: int) -> None:
         data = bytearray(_DATA_SIZE)
         rq, dispatch, awaited, idle, answer = Request(data), self._dispatch, self._awaited, self._idle[queue], Answer()
-        unique_of = struct.Struct("=Q").unpack_from
         idle.append(None)
         while ring.wait():
             idle.pop()
             if len(idle) < _FEW_IDLE:
                 self._add(queue)
             size = ring.take(data)
-            unique = unique_of(data, 8)[0]
+            unique = _unpack_unique(data, 8)[0]
             awaited[unique] = answer
             dispatch(rq, size)
             answer.wait()

@@ -47,6 +47,7 @@ _POLLIN = 1
 _SQE = struct.Struct("=BBHiIIQIIQ")
 _COMMAND = struct.Struct("=QQH")
 _COMMAND_AT = 48
+COMMIT_ID_AT: Final = _COMMAND_AT + 8  # in a submission
 
 REGISTER: Final = 1
 COMMIT_AND_FETCH: Final = 2

@@ -330,8 +330,12 @@ def idle(settings: Settings) -> Iterator[Metric]:
             )  # fmt: skip
 
 
+RESTED_S = 20.0
+"""A replica lets go of a database that nobody uses 15 s after its last transaction; what comes after that is idle."""
+
+
 def _idle(pair: Pair, settings: Settings, what: str) -> Iterator[Metric]:
-    time.sleep(2)
+    time.sleep(RESTED_S)
     nodes: list[Node] = [pair.primary, pair.replica]
     before = [node.usage for node in nodes]
     begun_s = time.monotonic()

@@ -31,7 +31,7 @@ class Checkpoints:
             then(None)
             return
         self._store.capture.checkpoint_begins(database)
-        # On the worker: the thread that answers is on the application's processor, and would take it from the checkpoint.
+        # On the worker: the thread that answers is on the application's processor, and would hold the checkpoint up.
         self._store.worker.post(self._collect, database, database=database.name)
         then(None)
 

@@ -154,7 +154,11 @@ class EngineHooks:
 
     def created(self, ref: FileRef) -> None:
         database = self._database(ref)
-        if database is None or not self._store.is_primary or ref.kind not in (FileKind.WAL, FileKind.SHM):
+        if database is None or not self._store.is_primary or ref.kind not in SIDE_KINDS:
+            return
+        with contextlib.suppress(OSError):  # the database's permissions: SQLite would ask for them with another request
+            os.chmod(database.files.backing(ref.kind), os.stat(database.files.database).st_mode & 0o777)
+        if ref.kind is FileKind.JOURNAL:
             return
         seeded = seed(database.files) if ref.kind is FileKind.WAL else None
         self._store.worker.post(self._store.capture.created, database, ref.kind, seeded, database=database.name)

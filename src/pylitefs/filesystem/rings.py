@@ -23,6 +23,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -34,6 +35,7 @@ POSSIBLE_CPUS = "/sys/devices/system/cpu/possible"
 MAX_CPUS = 16  # with more of them, so many threads cost more than they save
 _MAX_PER_CPU = 256
 _START_PER_CPU = 3
+_SCARCE_S = 0.001
 _FEW_IDLE = 2
 _STOP, _FUSE = 1, 2  # user data
 _HEADER_SIZE = abi.IN_HEADER.size
@@ -144,7 +146,9 @@ class Ring:
         done = _syscall(uring.SYS_ENTER, self._fd, self._unsubmitted, completions, flags, None, 0)
         if done >= 0:
             self._unsubmitted -= done
-        elif ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
+        elif ctypes.get_errno() in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
+            time.sleep(_SCARCE_S)  # the kernel lacks something for a moment; nobody else can take this entry's requests
+        elif ctypes.get_errno() != errno.EINTR:
             raise OSError(ctypes.get_errno(), f"io_uring_enter: {os.strerror(ctypes.get_errno())}")
 
     def take(self, data: bytearray) -> int:
@@ -229,7 +233,12 @@ class Rings:
                 daemon=True,
             )
             self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads are allowed: those that are there go on
+            with self._lock:
+                self._count[queue] -= 1
+                self._threads.remove(thread)
 
     def _serve(self, queue: int, number: int) -> None:
         with contextlib.suppress(OSError):  # it may be offline

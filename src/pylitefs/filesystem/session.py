@@ -269,7 +269,11 @@ class Session:
                 return
             thread = threading.Thread(target=self._serve, name=f"fuse-{len(self._threads)}", daemon=True)
             self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads are allowed: those that are there go on
+            with self._threads_lock:
+                self._threads.remove(thread)
 
     def _serve(self) -> None:
         device, dispatch, idle = self._device, self._running().dispatch, self._idle

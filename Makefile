@@ -9,27 +9,32 @@
 
 VENV := .venv
 STAMP := $(VENV)/.set-up
+STAMP_DEV := $(VENV)/.set-up-dev
 PYTHON_IN := $(VENV)/bin/python
 
 .PHONY: setup demo test bench lint clean
 
-setup: $(STAMP)
+setup: $(STAMP_DEV)
 	@:
 
 $(STAMP): pyproject.toml .ci/setup
 	@sh .ci/setup $(VENV)
 	@touch $(STAMP)
 
+$(STAMP_DEV): pyproject.toml .ci/setup
+	@sh .ci/setup $(VENV) dev
+	@touch $(STAMP) $(STAMP_DEV)
+
 demo: $(STAMP)
 	@$(PYTHON_IN) -m pylitefs demo $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP_DEV)
 	@$(PYTHON_IN) -m pytest $(ARGS)
 
-bench: $(STAMP)
+bench: $(STAMP_DEV)
 	@$(PYTHON_IN) bench/run.py $(ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP_DEV)
 	@$(PYTHON_IN) -m ruff check src tests bench
 	@$(PYTHON_IN) -m mypy
 

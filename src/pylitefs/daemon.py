@@ -248,7 +248,7 @@ class Daemon:
         self._stack.callback(guard.stop)
         await _blocking(session.start)
         self._stack.push_async_callback(_blocking, self._unmount)
-        guard.hold(session.device_fd)
+        guard.hold(session.device_fd, session.mount_device)
         self._mounted = True
         mounted = self._store.worker.submit(
             self._store.mounted, os.path.realpath(fuse.dir), session.passthrough, session.notifier

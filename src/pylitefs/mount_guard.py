@@ -11,6 +11,8 @@ thread dies (PR_SET_PDEATHSIG), and it ends the connection, so that everybody ge
    sent it a second descriptor of /dev/fuse, which lies in the socket that is its standard input until then. A request
    that the daemon had read is known to nobody, but requests have numbers: those before the newest are all answered.
 
+Once it has mounted, the daemon also tells which mount it is: the path alone may by then show that of its successor.
+
 It imports nothing of the package and little of the standard library: it runs as long as the node.
 """
 
@@ -50,14 +52,15 @@ def main(daemon_pid: int, mount_dir: str) -> None:
 def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int) -> None:
     """Abort the connection of the mount, then take it away."""
     device = device_of(mount_dir)
-    if device is None:
+    told, fds = told_by_daemon()
+    if device is None or told not in ("", device):
         return
     aborted = abort(device)
     path = os.fsencode(mount_dir)
     if libc.umount2(path, MNT_FORCE) == 0 or libc.umount2(path, MNT_DETACH) == 0:
         return
     if not aborted:
-        answer_for(daemon_pid, mount_dir)
+        answer_for(daemon_pid, mount_dir, fds)
     if device_of(mount_dir) == device:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)  # and the descriptor of /dev/fuse in it is gone, if it is still there
@@ -78,6 +81,17 @@ def device_of(mount_dir: str) -> str | None:
     return device
 
 
+def told_by_daemon() -> tuple[str, list[int]]:
+    """Its mount's device number, and a descriptor of /dev/fuse; nothing if it died before it had a mount."""
+    import socket
+
+    try:
+        text, fds, _, _ = socket.recv_fds(socket.socket(fileno=os.dup(0)), 64, 1, socket.MSG_DONTWAIT)
+    except OSError:
+        return "", []
+    return text.decode("ascii"), list(fds)
+
+
 def abort(device: str) -> bool:
     try:
         with open(f"/sys/fs/fuse/connections/{device.partition(':')[2]}/abort", "w") as file:
@@ -87,15 +101,10 @@ def abort(device: str) -> bool:
         return False
 
 
-def answer_for(daemon_pid: int, mount_dir: str) -> None:
+def answer_for(daemon_pid: int, mount_dir: str, fds: list[int]) -> None:
     """Fail all requests that the daemon has not answered and those that come, until none of its threads is left."""
     import select
-    import socket
 
-    try:
-        _, fds, _, _ = socket.recv_fds(socket.socket(fileno=os.dup(0)), 1, 1, socket.MSG_DONTWAIT)
-    except OSError:
-        return
     if not fds:
         return
     device = fds[0]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "t3_filesystem"))
 from plain_hooks import PlainHooks
 
 from pylitefs.errors import MountError
-from pylitefs.filesystem import mount
+from pylitefs.filesystem import mount, rings
 from pylitefs.filesystem.device import MAX_WRITE, Device
 from pylitefs.filesystem.session import Session
 
@@ -86,6 +86,33 @@ def test_a_killed_daemon_with_files_still_open(plain_mount: PlainMount) -> None:
             stop_plain(again)
 
 
+@pytest.mark.parametrize("told", ["its own mount", "another one"])
+def test_a_late_guard_ends_no_mount_but_its_own(plain_mount: PlainMount, told: str) -> None:
+    """A guard that comes to run late finds the mount of its daemon's successor at the same place."""
+    entry = mount.mount_at(str(plain_mount.dir))
+    assert entry is not None
+    device = entry.device if told == "its own mount" else "0:999999"
+    code = (
+        "import os, signal\n"
+        "from pylitefs.filesystem.guard import MountGuard\n"
+        f"guard = MountGuard({str(plain_mount.dir)!r})\n"
+        f"guard.hold(os.open('/dev/null', os.O_RDWR), {device!r})\n"
+        "print(guard._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=20, check=False)
+    guard = int(done.stdout)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{guard}/cmdline").exists() and Path(f"/proc/{guard}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if told == "another one":
+        (plain_mount.dir / "f").write_text("x")
+        assert (plain_mount.dir / "f").read_text() == "x"
+    else:
+        assert plain_mount.process.wait(20) == 0, "it was told of the end"
+
+
 def test_a_live_daemon_is_left_alone(plain_mount: PlainMount) -> None:
     with pytest.raises(RuntimeError, match="in use by a running litefs"):
         start_plain(plain_mount.dir, plain_mount.data, plain_mount.mode)
@@ -95,6 +122,36 @@ def test_a_live_daemon_is_left_alone(plain_mount: PlainMount) -> None:
 def test_unmounting_behind_the_daemons_back(plain_mount: PlainMount) -> None:
     subprocess.run(["umount", plain_mount.dir], check=True, timeout=20)
     assert plain_mount.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("refused_by", ["io_uring_setup", "the kernel's FUSE"])
+def test_a_mount_without_rings_where_they_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused_by: str
+) -> None:
+    """Containers may forbid io_uring; the kernel, which was told to expect it, would hold back every request."""
+    if not rings.enable():
+        pytest.skip("the kernel offers no rings that could be refused")
+
+    class Refused(rings.Ring):
+        def __init__(self, device_fd: int, stop_fd: int, queue: int, payload_size: int) -> None:
+            if refused_by == "io_uring_setup":
+                raise OSError(errno.EPERM, "io_uring_setup: Operation not permitted")
+            super().__init__(device_fd, stop_fd, queue, 4096)  # too little for a request: EINVAL
+
+    monkeypatch.setattr(rings, "Ring", Refused)
+    lines: list[str] = []
+    mnt, data = tmp_path / "mnt", tmp_path / "data"
+    session = Session(str(mnt), str(data), PlainHooks(str(data)), log=lines.append)
+    session.start()
+    try:
+        assert not session.io_uring
+        answered = subprocess.run(["ls", mnt], timeout=20, check=False)
+        assert answered.returncode == 0
+    finally:
+        session.stop()
+    assert sum("io_uring cannot be used" in line for line in lines) == 1
+    assert mount.mount_at(str(mnt)) is None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fuse-")]
 
 
 def test_stop_twice_and_from_several_threads(tmp_path: Path) -> None:

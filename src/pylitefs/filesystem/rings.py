@@ -11,7 +11,9 @@ A request that finds no idle entry waits in its queue, and only an entry that is
 that is new (`fuse_uring_do_register`, Linux 6.14 to 6.18). So a new thread is sent a request to commit (`_nudge`): else
 requests that wait for each other through the engine could wait for ever.
 
-The kernel must allow it (`/sys/module/fuse/parameters/enable_uring`, off by default; root may switch it on).
+The kernel must allow it (`/sys/module/fuse/parameters/enable_uring`, off by default; root may switch it on). Once it is
+agreed on, the kernel holds every request back until each processor has an entry: a mount whose rings cannot be made, as
+in a container that may not use io_uring, has to be given up for one without.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from pylitefs.filesystem.volume import Request
 from pylitefs.formats.fuse import abi, uring
@@ -137,9 +140,13 @@ class Ring:
                 raise OSError(-result, f"FUSE over io_uring: {os.strerror(-result)}")
             return True
 
-    def submit(self) -> None:
-        """Let the kernel have the entry, without waiting."""
+    def register(self) -> None:
+        """Let the kernel have the entry, without waiting for a request. OSError if it does not take it."""
         self._enter(0)
+        if self._head != self._word(self._at.cq_tail):
+            user_data, result, _ = _unpack_cqe(self._ring, self._at.cqes)  # the first there is
+            if user_data == _FUSE and result < 0:
+                raise OSError(-result, f"FUSE over io_uring: {os.strerror(-result)}")
 
     def _enter(self, completions: int) -> None:
         flags = uring.ENTER_GETEVENTS if completions else 0
@@ -176,7 +183,9 @@ class Ring:
         self._add(_ANSWER)
 
     def close(self) -> None:
-        """Take the entry back from the kernel."""
+        """Take the entry back from the kernel (each mapping has a descriptor of its own). Its memory must stay."""
+        self._ring.close()
+        self._sqes.close()
         os.close(self._fd)
 
 
@@ -201,27 +210,39 @@ class Answer:
 
 class Rings:
     """All rings of a mount. `awaited`: where the device looks up who waits for the answer to a request (by `unique`).
-    `failed` is told, on a thread of a ring, if rings cannot be used after all."""
+    `log` gets a line if a ring ends before its time."""
 
     def __init__(
         self, device_fd: int, payload_size: int, awaited: dict[int, Answer],
-        dispatch: Callable[[Request, int], None], failed: Callable[[OSError], None], root: str,
+        dispatch: Callable[[Request, int], None], log: Callable[[str], None], root: str,
     ) -> None:  # fmt: skip
         """`root`: the mounted directory."""
         self._root = root
         self._device_fd, self._payload_size, self._awaited = device_fd, payload_size, awaited
-        self._dispatch, self._failed = dispatch, failed
+        self._dispatch, self._log = dispatch, log
         self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._stopping = False
         self._idle: list[deque[None]] = [deque() for _ in range(possible_cpus())]
         self._count = [0] * len(self._idle)
         self._threads: list[threading.Thread] = []
+        self._begun: SimpleQueue[OSError | None] = SimpleQueue()  # how it went, of the first ones
+        self._rings: list[Ring] = []  # kept: the kernel may still write to the memory of one that was closed
 
     def start(self) -> None:
-        for queue in range(len(self._idle)):
-            for _ in range(_START_PER_CPU):
-                self._add(queue)
+        """OSError if they cannot be had; the mount is then of no use."""
+        try:
+            for queue in range(len(self._idle)):
+                for _ in range(_START_PER_CPU):
+                    self._add(queue)
+            for _ in range(len(self._threads)):
+                if (error := self._begun.get()) is not None:
+                    raise error
+            if len(self._threads) < _START_PER_CPU * len(self._idle):
+                raise OSError(errno.EAGAIN, "threads for io_uring cannot be started")
+        except BaseException:
+            self.stop()
+            raise
 
     def _add(self, queue: int) -> None:
         with self._lock:
@@ -243,19 +264,24 @@ class Rings:
     def _serve(self, queue: int, number: int) -> None:
         with contextlib.suppress(OSError):  # it may be offline
             os.sched_setaffinity(0, {queue})
+        error: OSError | None = None
         try:
             ring = Ring(self._device_fd, self.stop_fd, queue, self._payload_size)
-        except OSError as error:
-            self._failed(error)
+            self._rings.append(ring)
+            ring.register()
+        except OSError as refused:
+            error = refused
+        if number <= _START_PER_CPU:
+            self._begun.put(error)
+        if error is not None:
             return
         try:
-            ring.submit()
             if number > _START_PER_CPU:
-                threading.Thread(target=self._nudge, args=(queue,), name="fuse-nudge", daemon=True).start()
+                self._start_nudge(queue)
             self._serve_ring(ring, queue)
-        except OSError as error:
-            if error.errno not in (errno.ENOTCONN, errno.ENODEV) and not self._stopping:
-                self._failed(error)
+        except OSError as ended:
+            if ended.errno not in (errno.ENOTCONN, errno.ENODEV) and not self._stopping:
+                self._log(f"a thread of the mount ends: {ended}")
         finally:
             ring.close()
 
@@ -274,6 +300,10 @@ class Rings:
             answer.wait()
             ring.answer(unique, answer.code, answer.body)
             idle.append(None)
+
+    def _start_nudge(self, queue: int) -> None:
+        with contextlib.suppress(RuntimeError):  # no more threads are allowed
+            threading.Thread(target=self._nudge, args=(queue,), name="fuse-nudge", daemon=True).start()
 
     def _nudge(self, queue: int) -> None:
         """Make a request on this processor, for the idle entry to take and to commit."""

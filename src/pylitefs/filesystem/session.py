@@ -192,6 +192,11 @@ class Session:
         return self._device.fd
 
     @property
+    def mount_device(self) -> str:
+        """The mount's device number as in /proc/self/mountinfo, "major:minor", while mounted."""
+        return self._mount_device
+
+    @property
     def notifier(self) -> Notifier:
         return self._running().notifier
 
@@ -213,34 +218,44 @@ class Session:
                 raise RuntimeError("a session is started once")
             self._path = mount.prepare(self._mount_dir, self._log)
             io_uring = self._want_io_uring and mount.can_abort() and enable()
-            device = Device(mount.mount(self._path, allow_other=self._allow_other, max_read=MAX_WRITE))
             try:
-                entry = mount.mount_at(self._path)
-                self._mount_device = entry.device if entry else ""
-                depth = 2 if mount.fs_type_of(self._data_dir) == "overlay" else 1
-                agreed = device.negotiate(
-                    passthrough=self._want_passthrough, max_stack_depth=depth, io_uring=io_uring
-                )
-                passthrough = self._want_passthrough and self._passes_through(device, agreed)
-            except BaseException:
-                mount.detach(self._path)
-                device.close()
-                raise
-            self._device = device
-            self._dispatcher = Dispatcher(
-                self._hooks, device, self._data_dir, self._log, passthrough=passthrough,
+                self._connect(io_uring=io_uring)
+            except OSError as error:
+                if not io_uring:
+                    raise
+                self._log(f"io_uring cannot be used, fsyncs take longer: {error.strerror}")
+                self._connect(io_uring=False)
+            for _ in range(1 if self._rings else self._thread_count):
+                self._add_thread()
+
+    def _connect(self, *, io_uring: bool) -> None:
+        """Mount, and agree with the kernel on how to go on. OSError, with nothing left behind, if rings are refused."""
+        device = Device(mount.mount(self._path, allow_other=self._allow_other, max_read=MAX_WRITE))
+        dispatcher: Dispatcher | None = None
+        try:
+            entry = mount.mount_at(self._path)
+            self._mount_device = entry.device if entry else ""
+            depth = 2 if mount.fs_type_of(self._data_dir) == "overlay" else 1
+            agreed = device.negotiate(
+                passthrough=self._want_passthrough, max_stack_depth=depth, io_uring=io_uring
+            )
+            dispatcher = Dispatcher(
+                self._hooks, device, self._data_dir, self._log,
+                passthrough=self._want_passthrough and self._passes_through(device, agreed),
                 expire_only=agreed.expire_only, uid=self._uid, gid=self._gid, debug=self._debug,
             )  # fmt: skip
-            self._dispatcher.notifier.start()
+            dispatcher.notifier.start()
             if agreed.io_uring:
-                self._thread_count = 1
-                self._rings = Rings(
-                    device.fd, BUFFER_SIZE, device.awaited, self._dispatcher.dispatch, self._without_rings, self._path
-                )
-                self._rings_stop_fd = self._rings.stop_fd
-                self._rings.start()
-            for _ in range(self._thread_count):
-                self._add_thread()
+                rings = Rings(device.fd, BUFFER_SIZE, device.awaited, dispatcher.dispatch, self._log, self._path)
+                rings.start()
+                self._rings, self._rings_stop_fd = rings, rings.stop_fd
+        except BaseException:
+            mount.detach(self._path)
+            device.close()
+            if dispatcher is not None:
+                dispatcher.notifier.stop(STOP_TIMEOUT_S)
+            raise
+        self._device, self._dispatcher = device, dispatcher
 
     def _passes_through(self, device: Device, agreed: Negotiated) -> bool:
         """Whether the kernel accepts files of the data directory as backing files. Known before anything is opened,
@@ -256,12 +271,6 @@ class Session:
             self._log(f"passthrough is off, files are cached (slower): {reason}")
             return False
         return True
-
-    def _without_rings(self, error: OSError) -> None:
-        """A ring's thread could not begin: the kernel goes on through /dev/fuse, unless it is late for that."""
-        if not self._stopping:
-            self._log(str(error))
-            self._add_thread()
 
     def _add_thread(self) -> None:
         with self._threads_lock:

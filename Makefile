@@ -1,7 +1,8 @@
 # As root on a fresh Debian 12 (or its kin), `make demo` and `make test` do everything by themselves.
 #
 #   make setup   system packages (fuse3, python3-venv) if they are missing, and a virtual environment in .venv
-#   make demo    a primary and two replicas on this machine, live                  ARGS="-seconds 60 -keep"
+#   make demo    a primary and two replicas on this machine, live; then three nodes
+#                that elect their primary, which is killed                         ARGS="-seconds 60 -keep"
 #   make test    all tests                                                         ARGS="-k wal"
 #   make bench   measure against native SQLite; results go to bench/results/
 #   make lint    ruff and mypy
@@ -27,6 +28,7 @@ $(STAMP_DEV): pyproject.toml .ci/setup
 
 demo: $(STAMP)
 	@$(PYTHON_IN) -m pylitefs demo $(ARGS)
+	@$(PYTHON_IN) -m pylitefs demo -cluster $(ARGS)
 
 test: $(STAMP_DEV)
 	@$(PYTHON_IN) -m pytest $(ARGS)

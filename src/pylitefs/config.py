@@ -1,8 +1,8 @@
 """litefs.yml: its keys, their defaults, and the checks on them.
 
 The keys are LiteFS's, with the same names and defaults unless marked new. They are declared once, as fields of the
-frozen dataclasses below; a field's metadata (key name, kind of value, description) drives the strict loader here and
-the generated reference (`pylitefs.cli.reference`).
+frozen dataclasses below and in `config_lease`; a field's metadata (key name, kind of value, description) drives the
+strict loader here and the generated reference (`pylitefs.cli.reference`).
 
 `load` finds, reads, expands and checks a file; `parse` does it for text. Every mistake is a ConfigError of one line
 that starts with the file and, where there is one, the line: `litefs.yml:12: unknown key "fuse.dri": did you mean
@@ -16,10 +16,20 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from typing import NoReturn, TypeVar
 
 from pylitefs import config_env, config_yaml
+from pylitefs.config_lease import (
+    LEASE_TYPES,
+    ConsulConfig,
+    EtcdConfig,
+    KubernetesConfig,
+    LeaseConfig,
+    ObjectStoreConfig,
+    ReplicationConfig,
+    lease_problems,
+    replication_problems,
+)
 from pylitefs.config_values import (
     ADDRESS,
     BOOL,
@@ -27,27 +37,35 @@ from pylitefs.config_values import (
     EXEC,
     ID,
     MODE,
-    NAMES,
     SIZE,
     STRING,
     ExecCommand,
     Kind,
     ValueProblem,
     choice,
+    default_of,
+    key_field,
     optional,
+    section_of,
     split_address,
 )
 from pylitefs.errors import ConfigError
 
 __all__ = [
+    "LEASE_TYPES",
     "Config",
+    "ConsulConfig",
     "DataConfig",
+    "EtcdConfig",
     "ExecCommand",
     "FuseConfig",
     "HttpConfig",
     "KeyInfo",
+    "KubernetesConfig",
     "LeaseConfig",
     "LogConfig",
+    "ObjectStoreConfig",
+    "ReplicationConfig",
     "key_infos",
     "load",
     "parse",
@@ -55,10 +73,7 @@ __all__ = [
     "validate",
 ]
 
-LEASE_TYPES = ("static",)
-"""The values of lease.type that this version can do."""
-
-NOT_YET_SUPPORTED = ("proxy", "backup", "tracing", "lease.consul")
+NOT_YET_SUPPORTED = ("proxy", "backup", "tracing")
 """Keys that LiteFS has and this version has not. A key is accepted once it works, never before."""
 
 _MAX_MESSAGE = 500  # characters of an error: a value may be a megabyte
@@ -66,29 +81,19 @@ _MAX_MESSAGE = 500  # characters of an error: a value may be a megabyte
 T = TypeVar("T")
 
 
-def _key(name: str, kind: Kind, default: object, doc: str, *, new: bool = False) -> Any:
-    """A field for one key. `new` marks a key that LiteFS does not have."""
-    return field(default=default, metadata={"key": name, "kind": kind, "doc": doc, "new": new})
-
-
-def _section(name: str, section: type, doc: str) -> dict[str, Any]:
-    """The metadata of a field for a section of keys, which are the fields of the dataclass `section`."""
-    return {"key": name, "section": section, "doc": doc}
-
-
 @dataclass(frozen=True)
 class DataConfig:
-    dir: str = _key(
+    dir: str = key_field(
         "dir", STRING, "/var/lib/litefs", "Where the databases and their log are kept. Must not be in the mount."
     )
-    compress: bool = _key("compress", BOOL, True, "Compress the pages in the log with LZ4.")
-    retention_s: float = _key(
+    compress: bool = key_field("compress", BOOL, True, "Compress the pages in the log with LZ4.")
+    retention_s: float = key_field(
         "retention", DURATION, 600.0, "How long the log keeps a transaction. `0` keeps everything that fits."
     )
-    retention_monitor_interval_s: float = _key(
+    retention_monitor_interval_s: float = key_field(
         "retention-monitor-interval", DURATION, 60.0, "How often old log files are removed. `0` never removes any."
     )
-    max_log_size_bytes: int = _key(
+    max_log_size_bytes: int = key_field(
         "max-log-size",
         SIZE,
         1 << 30,
@@ -99,15 +104,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FuseConfig:
-    dir: str = _key("dir", STRING, "/litefs", "The directory to mount, where applications open their databases.")
-    allow_other: bool | None = _key(
+    dir: str = key_field("dir", STRING, "/litefs", "The directory to mount, where applications open their databases.")
+    allow_other: bool | None = key_field(
         "allow-other",
         optional(BOOL, "true as root, else false"),
         None,
         "Let other users use the mount (LiteFS: `false`). Without root it needs `user_allow_other` in /etc/fuse.conf.",
     )
-    debug: bool = _key("debug", BOOL, False, "Log every request of the kernel.")
-    passthrough: str = _key(
+    debug: bool = key_field("debug", BOOL, False, "Log every request of the kernel.")
+    passthrough: str = key_field(
         "passthrough",
         choice("auto", "off"),
         "auto",
@@ -115,7 +120,7 @@ class FuseConfig:
         "`off` never.",
         new=True,
     )
-    io_uring: str = _key(
+    io_uring: str = key_field(
         "io-uring",
         choice("auto", "off"),
         "auto",
@@ -124,25 +129,27 @@ class FuseConfig:
         "(module parameter `enable_uring` of `fuse`) if that is not done. `off`: only through /dev/fuse.",
         new=True,
     )
-    uid: int | None = _key(
+    uid: int | None = key_field(
         "uid", optional(ID, "none"), None, "Owner of every file in the mount. None: whoever created it.", new=True
     )
-    gid: int | None = _key(
+    gid: int | None = key_field(
         "gid", optional(ID, "none"), None, "Group of every file in the mount. None: that of its creator.", new=True
     )
-    mode: int = _key("mode", MODE, 0o666, "Permission bits of the database files in the mount.", new=True)
+    mode: int = key_field("mode", MODE, 0o666, "Permission bits of the database files in the mount.", new=True)
 
 
 @dataclass(frozen=True)
 class HttpConfig:
-    addr: str = _key("addr", ADDRESS, ":20202", "Where to listen for replicas and commands; port 0 takes any free one.")
-    snapshot_timeout_s: float = _key(
+    addr: str = key_field(
+        "addr", ADDRESS, ":20202", "Where to listen for replicas and commands; port 0 takes any free one."
+    )
+    snapshot_timeout_s: float = key_field(
         "snapshot-timeout",
         DURATION,
         0.0,
         "The longest that sending one snapshot may take. `0` sets no limit (LiteFS: `0` means `data.retention`).",
     )
-    max_import_size_bytes: int = _key(
+    max_import_size_bytes: int = key_field(
         "max-import-size", SIZE, 0, "The largest database that `litefs import` may send. `0` sets no limit.", new=True
     )
 
@@ -157,58 +164,24 @@ class HttpConfig:
 
 
 @dataclass(frozen=True)
-class LeaseConfig:
-    type: str = _key("type", STRING, "", 'Who decides which node is the primary. This version: "static".')
-    hostname: str = _key(
-        "hostname", STRING, "", "The primary's host name, which applications on a replica read from `.primary`."
-    )
-    advertise_url: str = _key(
-        "advertise-url", STRING, "", "The primary's URL, such as `http://10.0.0.1:20202`. Required on a replica."
-    )
-    candidate: bool = _key(
-        "candidate", BOOL, True, "With a static lease: `true` on the one primary, `false` on every replica."
-    )
-    promote: bool = _key(
-        "promote", BOOL, False, "Become the primary once this node has caught up. No effect with a static lease."
-    )
-    reconnect_delay_s: float = _key(
-        "reconnect-delay", DURATION, 1.0, "Shortest pause before a replica connects again; it grows, with jitter."
-    )
-    demote_delay_s: float = _key(
-        "demote-delay", DURATION, 10.0, "Pause after a forced demotion. No effect with a static lease."
-    )
-    databases: tuple[str, ...] = _key(
-        "databases", NAMES, (), "On a replica: copy only these databases. Empty: all. Forbidden on a candidate."
-    )
-    recovery_wait_s: float = _key(
-        "recovery-wait",
-        DURATION,
-        3.0,
-        "How long a primary that was not stopped cleanly waits for its replicas to give back transactions "
-        "that its own disk lost.",
-        new=True,
-    )
-
-
-@dataclass(frozen=True)
 class LogConfig:
-    format: str = _key("format", choice("text", "json"), "text", "Lines for people or for programs.")
-    timestamp: bool = _key("timestamp", BOOL, False, "Start every line with the time.")
-    debug: bool = _key("debug", BOOL, False, "Log details too.")
+    format: str = key_field("format", choice("text", "json"), "text", "Lines for people or for programs.")
+    timestamp: bool = key_field("timestamp", BOOL, False, "Start every line with the time.")
+    debug: bool = key_field("debug", BOOL, False, "Log details too.")
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything in litefs.yml. Build variants with `dataclasses.replace`; `validate` checks one built by hand."""
 
-    exit_on_error: bool = _key(
+    exit_on_error: bool = key_field(
         "exit-on-error", BOOL, True, "Exit when the start fails; `false` stays alive to be looked at."
     )
-    skip_sync: bool = _key("skip-sync", BOOL, False, "Run `exec` at once instead of when this node has caught up.")
-    strict_verify: bool = _key(
+    skip_sync: bool = key_field("skip-sync", BOOL, False, "Run `exec` at once instead of when this node has caught up.")
+    strict_verify: bool = key_field(
         "strict-verify", BOOL, False, "Read every database and check it after every transaction. For tests: slow."
     )
-    exec: tuple[ExecCommand, ...] = _key(
+    exec: tuple[ExecCommand, ...] = key_field(
         "exec",
         EXEC,
         (),
@@ -216,16 +189,20 @@ class Config:
         "`if-candidate: true`. All but the last must succeed; litefs stops when the last one ends.",
     )
     data: DataConfig = field(
-        default_factory=DataConfig, metadata=_section("data", DataConfig, "Files on this machine.")
+        default_factory=DataConfig, metadata=section_of("data", DataConfig, "Files on this machine.")
     )
-    fuse: FuseConfig = field(default_factory=FuseConfig, metadata=_section("fuse", FuseConfig, "The mount."))
-    http: HttpConfig = field(default_factory=HttpConfig, metadata=_section("http", HttpConfig, "The HTTP server."))
+    fuse: FuseConfig = field(default_factory=FuseConfig, metadata=section_of("fuse", FuseConfig, "The mount."))
+    http: HttpConfig = field(default_factory=HttpConfig, metadata=section_of("http", HttpConfig, "The HTTP server."))
     lease: LeaseConfig = field(
-        default_factory=LeaseConfig, metadata=_section("lease", LeaseConfig, "Who is the primary.")
+        default_factory=LeaseConfig, metadata=section_of("lease", LeaseConfig, "Who is the primary.")
+    )
+    replication: ReplicationConfig = field(
+        default_factory=ReplicationConfig,
+        metadata=section_of("replication", ReplicationConfig, "Synchronous replication: whom a commit waits for."),
     )
     log: LogConfig = field(
         default_factory=LogConfig,
-        metadata=_section("log", LogConfig, "What litefs writes about itself, to standard error."),
+        metadata=section_of("log", LogConfig, "What litefs writes about itself, to standard error."),
     )
 
     def with_overrides(self, *, fuse_debug: bool = False, log_debug: bool = False) -> Config:
@@ -252,24 +229,25 @@ class KeyInfo:
     new: bool  # LiteFS does not have it
 
 
-def key_infos(section: type = Config, prefix: str = "") -> Iterator[KeyInfo]:
-    """Every key that holds a value, in the order of declaration, those at the top first."""
-    fields = sorted(dataclasses.fields(section), key=lambda item: "section" in item.metadata)
+def key_infos(cls: type = Config, prefix: str = "") -> Iterator[KeyInfo]:
+    """Every key that holds a value, in the order of declaration, those at the top of each section first."""
+    fields = sorted(dataclasses.fields(cls), key=lambda item: "section" in item.metadata)
     for item in fields:
         meta, path = item.metadata, prefix + item.metadata["key"]
         if "section" in meta:
             yield from key_infos(meta["section"], f"{path}.")
         else:
             kind: Kind = meta["kind"]
-            default = "required" if path == "lease.type" else kind.show(item.default)
+            default = "required" if meta["required"] else kind.show(default_of(item))
             yield KeyInfo(path, prefix.rstrip("."), kind.name, default, meta["doc"], meta["new"])
 
 
-def sections() -> Iterator[tuple[str, str]]:
-    """(name, description) of every section."""
-    for item in dataclasses.fields(Config):
+def sections(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, description) of every section, in the order of `key_infos`."""
+    for item in dataclasses.fields(cls):
         if "section" in item.metadata:
-            yield item.metadata["key"], item.metadata["doc"]
+            yield prefix + item.metadata["key"], item.metadata["doc"]
+            yield from sections(item.metadata["section"], f"{prefix}{item.metadata['key']}.")
 
 
 # --- finding and reading ---------------------------------------------------------------------------------------------
@@ -344,8 +322,8 @@ class _Loader:
         self.source_name = source_name
         self.lines: dict[str, int] = {}
 
-    def section(self, section: type[T], node: config_yaml.Mapping, prefix: str) -> T:
-        known = {item.metadata["key"]: item for item in dataclasses.fields(section)}  # type: ignore[arg-type]
+    def section(self, cls: type[T], node: config_yaml.Mapping, prefix: str) -> T:
+        known = {item.metadata["key"]: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
         values: dict[str, object] = {}
         for entry in node.entries:
             path = prefix + entry.key
@@ -353,20 +331,20 @@ class _Loader:
             if path in NOT_YET_SUPPORTED:
                 self.fail(entry.line, f'"{path}" exists in LiteFS but is not supported by this version: remove it')
             if entry.key not in known:
-                self.fail(entry.line, _unknown_key(path, prefix))
+                self.fail(entry.line, _unknownkey(path, prefix))
             item = known[entry.key]
             if "section" in item.metadata:
                 values[item.name] = self.subsection(item.metadata["section"], entry.value, path)
             else:
                 values[item.name] = self.value(item.metadata["kind"], entry.value, path)
-        return section(**values)
+        return cls(**values)
 
-    def subsection(self, section: type[T], node: config_yaml.Node, path: str) -> T:
+    def subsection(self, cls: type[T], node: config_yaml.Node, path: str) -> T:
         if isinstance(node, config_yaml.Scalar) and node.is_null:
-            return section()
+            return cls()
         if not isinstance(node, config_yaml.Mapping):
             self.fail(node.line, f'{path} is a section: expected indented "key: value" lines below it')
-        return self.section(section, node, f"{path}.")
+        return self.section(cls, node, f"{path}.")
 
     def value(self, kind: Kind, node: config_yaml.Node, path: str) -> object:
         try:
@@ -386,20 +364,21 @@ def _quoted(node: config_yaml.Node) -> str:
     return f'"{text}"'
 
 
-def _unknown_key(path: str, prefix: str) -> str:
+def _unknownkey(path: str, prefix: str) -> str:
     """What to say about a key that does not exist, with the nearest that does."""
     paths = [info.path for info in key_infos()] + [name for name, _ in sections()]
     siblings = [known for known in paths if known.rpartition(".")[0] == prefix.rstrip(".")]
     by_last_word = {known.rpartition(".")[2]: known for known in reversed(paths)}
     last_word = path.rpartition(".")[2].lower().replace("_", "-")
     message = f'unknown key "{path[:80]}"'
-    for choices in (siblings, paths):
-        if near := difflib.get_close_matches(prefix + last_word, choices, n=1, cutoff=0.7):
-            return f'{message}: did you mean "{near[0]}"?'
+    here = [known.removeprefix(prefix) for known in siblings]
+    if near := difflib.get_close_matches(last_word, here, n=1, cutoff=0.8):
+        return f'{message}: did you mean "{prefix}{near[0]}"?'
     if near := difflib.get_close_matches(last_word, by_last_word, n=1, cutoff=0.8):
         return f'{message}: did you mean "{by_last_word[near[0]]}"?'
-    known_here = ", ".join(sorted(sibling.removeprefix(prefix) for sibling in siblings))
-    return f"{message}: known keys here are {known_here}"
+    if near := difflib.get_close_matches(last_word, here, n=1):
+        return f'{message}: did you mean "{prefix}{near[0]}"?'
+    return f"{message}: known keys here are {', '.join(sorted(here))}"
 
 
 # --- checks across keys ----------------------------------------------------------------------------------------------
@@ -408,10 +387,12 @@ def _unknown_key(path: str, prefix: str) -> str:
 def validate(config: Config, source_name: str = "configuration", lines: Mapping[str, int] | None = None) -> None:
     """Raise ConfigError for the first thing in `config` that cannot work together.
 
-    `lines` maps dotted keys to the line that set them, for the message.
+    `lines` maps dotted keys to the line that set them, for the message; a key that is missing is blamed on its section.
     """
 
     def fail(path: str, message: str) -> NoReturn:
+        while path and path not in (lines or {}):
+            path = path.rpartition(".")[0]
         line = (lines or {}).get(path)
         message = " ".join(message.split())[:_MAX_MESSAGE]
         raise ConfigError(f"{source_name}:{line}: {message}" if line else f"{source_name}: {message}")
@@ -429,36 +410,6 @@ def validate(config: Config, source_name: str = "configuration", lines: Mapping[
     if os.path.commonpath([mount, data]) == data:
         fail(blamed, f"fuse.dir ({mount}) is inside data.dir ({data}): move it out")
 
-    lease = config.lease
-    supported = ", ".join(f'"{name}"' for name in LEASE_TYPES)
-    if not lease.type:
-        fail("lease.type", f"lease.type is required: this version supports {supported}")
-    if lease.type not in LEASE_TYPES:
-        fail("lease.type", f'invalid lease type "{lease.type}": this version supports {supported}')
-    if lease.candidate and lease.databases:
-        fail("lease.databases", "lease.databases is for replicas only: remove it, or set lease.candidate to false")
-    if not lease.candidate and not lease.advertise_url:
-        fail("lease.candidate", "a replica (lease.candidate: false) needs the primary's URL in lease.advertise-url")
-    if lease.advertise_url and (problem := _url_problem(lease.advertise_url)):
-        fail(
-            "lease.advertise-url",
-            f'lease.advertise-url "{lease.advertise_url}" {problem}: expected something like http://10.0.0.1:20202',
-        )
-
-
-def _url_problem(url: str) -> str:
-    """What is wrong with the URL of another node; "" when nothing is."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        return f"is not a URL ({str(error).lower()})"
-    if parts.scheme not in ("http", "https"):
-        return "does not start with http:// or https://"
-    if not host or any(character.isspace() for character in url):
-        return "has no valid host"
-    if port == 0:
-        return "has port 0"
-    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
-        return "has more than a host and a port"
-    return ""
+    found = (*lease_problems(config.lease, lines or {}), *replication_problems(config.replication, config.lease))
+    for path, message in found:
+        fail(path, message)

@@ -4,7 +4,8 @@
     size      "1GB", "512MB", "10KB", "1.5GiB", "0"; units B KB MB GB TB, each 1024 of the one before, KiB the same
     mode      permission bits in octal: 0666
 
-A kind is data (`Kind`): the loader and the generated reference are driven by it.
+A kind is data (`Kind`): the loader and the generated reference are driven by it. `key_field` and `section_of` declare
+the fields of the configuration's dataclasses.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -39,6 +40,26 @@ class Kind:
     """The value of a node; raises ValueProblem."""
     show: Callable[[Any], str]
     """A value as one would write it; the reference shows defaults this way."""
+
+
+def key_field(
+    name: str, kind: Kind, default: Any, doc: str, *, new: bool = False, required: bool = False, secret: bool = False
+) -> Any:
+    """A field for one key. `new` marks a key that LiteFS does not have; a secret is in no repr. A `default` that can be
+    changed (a mapping) is given as a function."""
+    metadata = {"key": name, "kind": kind, "doc": doc, "new": new, "required": required, "secret": secret}
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**made, repr=not secret, metadata=metadata)
+
+
+def section_of(name: str, cls: type, doc: str) -> dict[str, Any]:
+    """The metadata of a field for a section of keys, which are the fields of the dataclass `cls`."""
+    return {"key": name, "section": cls, "doc": doc}
+
+
+def default_of(item: Any) -> Any:
+    """The default of a dataclass's field that `key_field` made."""
+    return item.default_factory() if item.default is MISSING else item.default
 
 
 # --- durations and sizes ---------------------------------------------------------------------------------------------
@@ -147,6 +168,28 @@ def _parse_bool(node: Node) -> bool:
     return scalar.text.lower() in ("true", "yes", "on")
 
 
+def _parse_secret(node: Node) -> str:
+    """As a string, but no message shows it."""
+    try:
+        return _parse_string(node)
+    except ValueProblem as problem:
+        raise ValueProblem(str(problem) or "must be in quotes to be a string") from None
+
+
+def _parse_count(node: Node) -> int:
+    text = _filled(node).text
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ValueProblem("")
+    return int(text)
+
+
+def _parse_integer(node: Node) -> int:
+    text = _filled(node).text
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
+        raise ValueProblem("")
+    return int(text)
+
+
 def _parse_id(node: Node) -> int:
     text = _filled(node).text
     if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) >= 2**32 - 1:
@@ -213,6 +256,48 @@ def _parse_names(node: Node) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _parse_urls(node: Node) -> tuple[str, ...]:
+    """One URL, or a list of them."""
+    if isinstance(node, Scalar):
+        text = _parse_string(node)
+        return (text,) if text else ()
+    if not isinstance(node, Sequence):
+        raise ValueProblem("")
+    urls = []
+    for item in node.items:
+        try:
+            urls.append(_parse_string(item))
+        except ValueProblem as problem:
+            raise ValueProblem(str(problem), item.line) from None
+        if not urls[-1]:
+            raise ValueProblem("has an empty entry", item.line)
+    return tuple(urls)
+
+
+MAX_TAGS = 32
+MAX_TAG_CHARACTERS = 200
+
+
+def _parse_tags(node: Node) -> dict[str, str]:
+    """Every value is text, as it is written."""
+    if isinstance(node, Scalar) and node.is_null:
+        return {}
+    if not isinstance(node, Mapping):
+        raise ValueProblem("")
+    tags = {}
+    for entry in node.entries:
+        if not isinstance(entry.value, Scalar) or entry.value.is_null:
+            raise ValueProblem(f'has no text for the tag "{entry.key[:80]}"', entry.line)
+        if any(character in "\n\t" for character in entry.key + entry.value.text):
+            raise ValueProblem(f'has a line break or a tab in the tag "{entry.key[:80]}"', entry.line)
+        if not entry.key or len(entry.key + entry.value.text) > MAX_TAG_CHARACTERS:
+            raise ValueProblem(f"has a tag that is empty or longer than {MAX_TAG_CHARACTERS} characters", entry.line)
+        tags[entry.key] = entry.value.text
+    if len(tags) > MAX_TAGS:
+        raise ValueProblem(f"has more than {MAX_TAGS} tags")
+    return tags
+
+
 @dataclass(frozen=True)
 class ExecCommand:
     """One command of `exec`: run in order, the last one in the background."""
@@ -253,6 +338,13 @@ def _exec_entry(node: Node) -> ExecCommand:
     return ExecCommand(command.cmd, if_candidate)
 
 
+def _parse_hook(node: Node) -> tuple[ExecCommand, ...]:
+    commands = _parse_exec(node)
+    if any(command.if_candidate for command in commands):
+        raise ValueProblem("has an if-candidate, which is for exec only")
+    return commands
+
+
 def _exec_command(node: Node) -> ExecCommand:
     if not isinstance(node, Scalar) or node.is_null or not node.text.strip():
         raise ValueProblem("has an empty command", node.line)
@@ -277,13 +369,24 @@ DURATION = Kind(
 SIZE = Kind(
     "size", 'a size such as "512MB", "1GB" or "0"', lambda node: parse_size_bytes(_filled(node).text), format_size
 )
+SECRET = Kind("string", "a string", _parse_secret, STRING.show)
+COUNT = Kind("number", "a number such as 0, 1 or 100", _parse_count, str)
+INTEGER = Kind("number", "a number such as 10 or -10", _parse_integer, str)
 ID = Kind("number", "a numeric user or group id", _parse_id, str)
 MODE = Kind("octal mode", "permission bits in octal such as 0666", _parse_mode, lambda value: f"0{value:03o}")
 ADDRESS = Kind("address", 'an address such as ":20202", "127.0.0.1:20202" or "[::1]:20202"', _parse_address, str)
 NAMES = Kind("list", "a list of database names", _parse_names, lambda value: f"[{', '.join(value)}]")
+URLS = Kind("URL or list", "a URL, or a list of URLs", _parse_urls, lambda value: f"[{', '.join(value)}]")
+TAGS = Kind(
+    "mapping",
+    'lines of "name: text"',
+    _parse_tags,
+    lambda value: ", ".join(f"{k}: {v}" for k, v in value.items()) or "{}",
+)
 EXEC = Kind(
     "string or list",
     'a command, or a list of "- cmd: COMMAND" entries',
     _parse_exec,
     lambda value: "[]" if not value else "; ".join(command.cmd for command in value),
 )
+HOOK = Kind(EXEC.name, EXEC.expected, _parse_hook, EXEC.show)

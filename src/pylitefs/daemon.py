@@ -1,6 +1,6 @@
 """The composition root: builds the parts of one node in order, runs them, and takes them down in reverse.
 
-    listen ▸ recover ▸ serve HTTP ▸ wait for what replicas give back ▸ mount ▸ follow the primary ▸ ready ▸ exec
+    listen ▸ recover ▸ serve HTTP ▸ wait for what replicas give back ▸ mount ▸ follow, or stand for it ▸ ready ▸ exec
 Signals are heeded from the start; what was built until then is taken down in good order.
 """
 
@@ -15,7 +15,6 @@ import gc
 import logging
 import os
 import resource
-import secrets
 import shutil
 import signal
 import socket
@@ -23,13 +22,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from pylitefs import __version__
-from pylitefs.cluster.primary import Replicas
+from pylitefs.cluster.leadership import Settings
 from pylitefs.cluster.recovery_wait import RecoveryWait
-from pylitefs.cluster.replica import Replica
-from pylitefs.cluster.roles import Grant, NodeIdentity, PrimaryInfo
 from pylitefs.config import Config
 from pylitefs.engine.hooks import EngineHooks
 from pylitefs.engine.store import Store, StoreOptions
@@ -37,12 +35,16 @@ from pylitefs.errors import DatabaseError, LitefsError, MountError, ReadOnlyRepl
 from pylitefs.events import Event, EventBus
 from pylitefs.filesystem.guard import MountGuard
 from pylitefs.filesystem.session import Session
+from pylitefs.http.cluster_routes import ClusterRoutes
 from pylitefs.http.replication import PATH as REPLICATION_PATH
-from pylitefs.http.replication import client_session, connector, handler
+from pylitefs.http.replication import handler
 from pylitefs.http.server import HttpServer, Route, build_app, listen
-from pylitefs.lease.static import StaticLease
+from pylitefs.lease.open import open_engine, ttl_of
+from pylitefs.node import Node
+from pylitefs.node_control import NodeControl
 from pylitefs.observability import systemd
-from pylitefs.status import NodeInfo, ReplicaInfo
+from pylitefs.ports import Notifier
+from pylitefs.status import NodeInfo
 from pylitefs.supervise import Supervisor
 
 log = logging.getLogger("litefs")
@@ -53,7 +55,6 @@ SWITCH_INTERVAL_S = 0.00005
 
 FILES_WANTED = 1 << 20
 _M_ARENA_MAX = -8  # malloc.h
-_LAST_SEND_S = 2.0
 _LOCK_WAIT_S = 2.0
 
 
@@ -70,15 +71,16 @@ class Daemon:
         self._stop = asyncio.Event()
         self._signum = signal.SIGTERM
         self._stack = contextlib.AsyncExitStack()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._supervisor: Supervisor | None = None
         self._mounted = False
         self._store: Store
+        self._node: Node
+        self._control: NodeControl
         self._session: Session | None = None
-        self._replica: Replica | None = None
-        self._replicas: Replicas | None = None
 
     async def run(self) -> int:
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self._signalled, signum)
         loop.set_exception_handler(_loop_error)
@@ -101,32 +103,51 @@ class Daemon:
 
     async def _start(self) -> None:
         config = self._config
+        static = config.lease.type == "static"
         http_socket = listen(config.http.host, config.http.port)
         self._stack.callback(http_socket.close)
-        lease = StaticLease(config.lease)
-        grant = await lease.acquire()
         await self._lock_data_dir()
-        await self._build_store(is_primary=isinstance(grant, Grant))
-        identity = NodeIdentity(secrets.randbits(63) + 1, socket.gethostname())
-        recovery = self._recovery()
-        if isinstance(grant, Grant):
-            self._store.ensure_cluster_id()
-            self._replicas = Replicas(
-                self._store, identity, epoch=grant.epoch, recovery=recovery,
-                snapshot_timeout_s=config.http.snapshot_timeout_s,
-            )  # fmt: skip
-        await self._serve_http(http_socket, identity, grant)
-        if self._replicas is not None:
-            await self._stack.enter_async_context(self._replicas)
-        if recovery is not None:
-            log.info("unclean start: asking replicas for transactions", extra={"seconds": config.lease.recovery_wait_s})
-            await self._unless_stopped(recovery.wait())
+        await self._build_store(is_primary=static and config.lease.candidate, by_election=not static)
+        self._node = Node(config, self._store, socket.gethostname(), http_socket.getsockname()[1])
+        self._control = NodeControl(self._node)
+        await self._serve_http(http_socket)
+        self._stack.push_async_callback(self._node.close)
         if self._store.is_primary:
-            await self._unless_stopped(_blocking(self._store.worker.submit(self._store.settle).result))
+            await self._begin_as_primary()
+        elif not static:
+            await self._settle()
         await _blocking(self._store.note_boot)
         await self._mount()
-        if isinstance(grant, PrimaryInfo):
-            await self._follow(grant, identity)
+        self._stack.push_async_callback(self._leave)
+        if not static:
+            lease = config.lease
+            settings = Settings(
+                ttl_of(lease), lease.candidate, lease.priority, lease.tags, lease.maximum_lag, lease.failsafe,
+                config.replication.sync,
+            )  # fmt: skip
+            engine, name = open_engine(lease)
+            await self._node.start_member(engine, name, settings)
+            self._stack.push_async_callback(_cancel, asyncio.create_task(self._control.watch_disk()))
+        elif not self._store.is_primary:
+            await self._node.start_replica(config.lease.hostname, config.lease.advertise_url)
+
+    async def _begin_as_primary(self) -> None:
+        """Static lease: let replicas give back what this node has lost, then take what its files hold as it is."""
+        recovery = self._recovery()
+        await self._node.start_primary(recovery)
+        if recovery is not None:
+            wait_s = self._config.lease.recovery_wait_s
+            log.info("unclean start: asking replicas for transactions", extra={"seconds": wait_s})
+            await self._unless_stopped(recovery.wait())
+        await self._settle()
+
+    async def _settle(self) -> None:
+        await self._unless_stopped(_blocking(self._store.worker.submit(self._store.settle).result))
+
+    async def _leave(self) -> None:
+        """Before the mount goes: pass the lease on, follow nobody."""
+        await self._control.leave()
+        await self._node.stop()
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T:
         """Wait for `work`, or leave at once when a signal has come."""
@@ -163,13 +184,14 @@ class Daemon:
                     ) from None
             await self._unless_stopped(asyncio.sleep(0.05))
 
-    async def _build_store(self, *, is_primary: bool) -> None:
+    async def _build_store(self, *, is_primary: bool, by_election: bool) -> None:
         config = self._config
         self._store = Store(
             config.data.dir,
             self._events,
             StoreOptions(
                 is_primary=is_primary,
+                role_from_marker=by_election,
                 mount_dir=os.path.realpath(config.fuse.dir),
                 file_mode=config.fuse.mode,
                 uid=config.fuse.uid,
@@ -182,14 +204,17 @@ class Daemon:
             ),
         )
         self._stack.callback(self._events.subscribe(_log_event))
-        self._stack.callback(self._events.subscribe(self._count_replicas))
+        self._stack.callback(self._events.subscribe(self._heard))
         await self._unless_stopped(_blocking(self._store.load))
         self._store.start()
         self._stack.push_async_callback(_blocking, self._close_store)
 
-    def _count_replicas(self, event: Event) -> None:
-        if event.type == "replicaConnected" and self._replicas is not None:
-            self._store.note_replicas(len(self._replicas.sessions))
+    def _heard(self, event: Event) -> None:
+        """In the emitting thread."""
+        if event.type == "replicaConnected":
+            self._store.note_replicas(len(self._node.infos()))
+        elif event.type == "recovered" and event.data.get("outcome") == "released" and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._node.reconnect)
 
     def _close_store(self) -> None:
         self._store.close(clean=True)
@@ -200,28 +225,33 @@ class Daemon:
             return None
         return RecoveryWait(self._store.all_names(), wait_s, expected=self._store.replica_count())
 
-    async def _serve_http(self, http_socket: socket.socket, identity: NodeIdentity, grant: Grant | PrimaryInfo) -> None:
+    async def _serve_http(self, http_socket: socket.socket) -> None:
+        node = self._node
         info = NodeInfo(
-            node_id=f"{identity.node_id:016X}",
+            node_id=f"{node.node_id:016X}",
             version=__version__,
             mount_dir=self._config.fuse.dir,
             candidate=self._config.lease.candidate,
             started_s=time.time(),
-            hostname=identity.hostname,
-            primary_url=grant.url if isinstance(grant, PrimaryInfo) else "",
+            hostname=node.hostname,
+            primary_url=lambda: node.primary_url,
             passthrough=lambda: self._session.passthrough if self._session is not None and self._mounted else None,
             unhealthy=self._unhealthy,
+            caught_up=node.ready.is_set,
         )
-        routes = []
-        if self._replicas is not None:
-            routes.append(Route("GET", REPLICATION_PATH, handler(self._replicas.serve)))
-        app = build_app(self._store, self._infos, self._config.http, info, self._import, routes)
+        routes = [Route("GET", REPLICATION_PATH, handler(node.serve))]
+        cluster = ClusterRoutes(
+            self._control, self._store, info, self._ping, node.halts,
+            max_body_bytes=self._config.http.max_import_size_bytes,
+        )  # fmt: skip
+        app = build_app(self._store, node.infos, self._config.http, info, self._import, routes, cluster)
         server = HttpServer(app)
         self._stack.push_async_callback(server.close)
         await server.start(http_socket)
 
-    def _infos(self) -> list[ReplicaInfo]:
-        return self._replicas.infos() if self._replicas is not None else []
+    def _ping(self) -> Future[None]:
+        """Whether the worker still works."""
+        return self._store.worker.submit(lambda: None, database="/")
 
     async def _mount(self) -> None:
         fuse = self._config.fuse
@@ -230,6 +260,10 @@ class Daemon:
 
         def gone() -> None:
             loop.call_soon_threadsafe(self._unmounted_by_others)
+
+        def connected(passthrough: bool, notifier: Notifier) -> None:
+            store = self._store  # the path was resolved before: nothing answers questions about it yet
+            store.worker.submit(store.mounted, store.options.mount_dir, passthrough, notifier).result()
 
         session = self._session = Session(
             fuse.dir,
@@ -243,85 +277,63 @@ class Daemon:
             debug=fuse.debug,
             log=logging.getLogger("litefs.fuse").info,
             on_gone=gone,
+            on_connected=connected,
         )
         guard = MountGuard(fuse.dir)
         self._stack.callback(guard.stop)
         await _blocking(session.start)
-        self._stack.push_async_callback(_blocking, self._unmount)
+        self._stack.push_async_callback(self._unmount)
         guard.hold(session.device_fd, session.mount_device)
         self._mounted = True
-        mounted = self._store.worker.submit(
-            self._store.mounted, os.path.realpath(fuse.dir), session.passthrough, session.notifier
-        )
-        await asyncio.wrap_future(mounted)
+        await asyncio.wrap_future(self._store.worker.submit(self._store.serving))
         self._store.start_upkeep()
         log.info("mounted", extra={"dir": fuse.dir, "passthrough": session.passthrough, "io_uring": session.io_uring})
 
-    def _unmount(self) -> None:
-        assert self._session is not None
+    async def _unmount(self) -> None:
         self._mounted = False
+        await _blocking(self._unmount_now)
+        await self._node.send_the_rest()
+
+    def _unmount_now(self) -> None:
+        assert self._session is not None
         if not self._store.is_primary:
             with contextlib.suppress(Exception):
                 self._store.worker.submit(self._store.rest_all).result(timeout=30)
+        self._store.roles.stop()
         self._session.stop()
         self._store.worker.submit(self._store.unmounted).result(timeout=60)
-        if self._replicas is not None:
-            self._send_the_rest(self._replicas)
-
-    def _send_the_rest(self, replicas: Replicas) -> None:
-        """Nobody can write any more: let connected replicas have what was committed last. A moment, no more."""
-        with contextlib.suppress(Exception):
-            heads = self._store.flush_all().result(timeout=60)
-            deadline = time.monotonic() + _LAST_SEND_S
-            while time.monotonic() < deadline:
-                behind = [
-                    name
-                    for info in replicas.infos()
-                    for name, progress in info.databases.items()
-                    if name in heads and progress.received < heads[name].txid
-                ]
-                if not behind:
-                    return
-                time.sleep(0.01)
 
     def _unmounted_by_others(self) -> None:
         log.error("the mount was removed by someone else: stopping")
         self._mounted = False
         self._stop.set()
 
-    async def _follow(self, primary: PrimaryInfo, identity: NodeIdentity) -> None:
-        self._store.set_primary_info(primary.hostname or primary.url.split("//")[-1])
-        http = await self._stack.enter_async_context(client_session())
-        self._replica = Replica(
-            self._store,
-            identity,
-            connector(http, primary.url),
-            databases=self._config.lease.databases,
-            hostname=primary.hostname,
-            reconnect_delay_s=self._config.lease.reconnect_delay_s,
-        )
-        loop, replica = asyncio.get_running_loop(), self._replica
-
-        def released(event: Event) -> None:
-            if event.type == "recovered" and event.data.get("outcome") == "released":
-                loop.call_soon_threadsafe(replica.reconnect)
-
-        self._stack.callback(self._events.subscribe(released))
-        task = asyncio.create_task(self._replica.run())
-        self._stack.push_async_callback(_cancel, task)
-
     # -- run ---------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> int:
-        if self._replica is not None and not self._config.skip_sync:
-            log.info("waiting to connect to the cluster and catch up")
-            await self._unless_stopped(self._replica.ready.wait())
+        if not self._config.skip_sync:
+            if not self._node.ready.is_set():
+                log.info("waiting to connect to the cluster and catch up")
+            await self._unless_stopped(self._node.ready.wait())
+            await self._unless_stopped(self._promote())
         log.info("ready", extra={"role": "primary" if self._store.is_primary else "replica"})
         systemd.notify("READY=1")
         supervisor = self._supervisor = Supervisor(self._config.exec, self._config.lease.candidate)
         status = await self._run_commands(supervisor)
         systemd.notify("STOPPING=1")
         return status
+
+    async def _promote(self) -> None:
+        """`lease.promote`: this node is wanted as the primary."""
+        lease = self._config.lease
+        if lease.promote and lease.type != "static" and not self._store.is_primary:
+            if not lease.candidate:
+                log.info("lease.promote has no effect: this node is no candidate")
+                return
+            try:
+                await self._control.promote(None)
+            except LitefsError as error:
+                log.warning("this node could not become the primary: %s", error)
 
     async def _run_commands(self, supervisor: Supervisor) -> int:
         stop = asyncio.create_task(self._stop.wait())
@@ -348,9 +360,7 @@ class Daemon:
     def _unhealthy(self) -> str | None:
         if not self._mounted:
             return "not mounted (starting or stopping)"
-        if self._replica is not None and not self._replica.state.connected:
-            return f"not connected to the primary: {self._replica.state.problem}"
-        return None
+        return self._node.unhealthy()
 
     # -- import ------------------------------------------------------------------------------------------------
 
@@ -420,7 +430,7 @@ def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
 
 
 _QUIET = frozenset({"tx", "init", "primaryChange"})
-_LOUD = frozenset({"setAside", "lost", "corruptLog", "diskFull", "logFailing", "busyAfterCrash"})
+_LOUD = frozenset({"setAside", "lost", "corruptLog", "diskFull", "logFailing", "busyAfterCrash", "haltLost"})
 
 
 def _log_event(event: Event) -> None:

@@ -14,7 +14,9 @@
     ├── ReadOnlyReplica       a write on a node that is not the primary
     ├── ProtocolError         a peer broke the replication protocol
     │   └── ClusterMismatch   it belongs to another cluster
+    ├── Ineligible            this node, or the one that was named, may not become the primary as things are
     └── Unavailable           nothing is wrong, but not now (starting, stopping, no primary)
+        └── NotPrimary        only the primary answers that; `primary_url` is where it is, if that is known
 
 Each edge translates the tree once: `filesystem.session` into errno, `http.server` into a status,
 `cli.main` into an exit status and one line. The message says what happened and what to do.
@@ -84,5 +86,15 @@ class ClusterMismatch(ProtocolError):
     pass
 
 
+class Ineligible(LitefsError):
+    pass
+
+
 class Unavailable(LitefsError):
     pass
+
+
+class NotPrimary(Unavailable):
+    def __init__(self, message: str = "", primary_url: str = "") -> None:
+        super().__init__(message or "this node is not the primary: ask that one")
+        self.primary_url = primary_url

@@ -13,9 +13,14 @@ A lower layer emits; it knows nothing of the listeners. `EventBus` is the one pl
     repair            the state was taken over by diff           pages
     resync            a replica fetched the pages that differ    pages, bytes
     setAside          a database cannot be used                  reason
-    lost              a branch was moved to lost/                min_txid, max_txid
+    lost              a branch, or a database, was kept in lost/  folder, reason, transactions, epoch, max_txid, to;
+                      of a branch also min_txid, after
+    damaged           pages do not match their checksums         reason
     snapshotSent      a snapshot went to a replica               node_id, bytes
     replicaConnected, replicaLost                                node_id, address
+    halt, haltEnd     another node has, had a HALT lock here       node_id; position; reason
+    haltHeld          this node got a HALT lock                    position
+    haltLost          this node lost one                           reason, transactions (not sent)
     corruptLog        a log entry does not verify                path
     diskFull, diskFreed, logFailing, logWorks, busyAfterCrash, recovered
 """

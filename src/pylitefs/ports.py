@@ -24,6 +24,7 @@ class FileKind(enum.Enum):
     JOURNAL = "journal"
     PLAIN = "plain"  # any other file: local to this node, not replicated
     POSITION = "pos"  # NAME-pos
+    LOCK = "lock"  # NAME-lock: open for writing, it is the HALT lock
     PRIMARY = ".primary"
     LAG = ".lag"
 
@@ -33,8 +34,9 @@ SUFFIXES: dict[str, FileKind] = {
     "-shm": FileKind.SHM,
     "-journal": FileKind.JOURNAL,
     "-pos": FileKind.POSITION,
+    "-lock": FileKind.LOCK,
 }
-VIRTUAL_KINDS = frozenset({FileKind.POSITION, FileKind.PRIMARY, FileKind.LAG})
+VIRTUAL_KINDS = frozenset({FileKind.POSITION, FileKind.LOCK, FileKind.PRIMARY, FileKind.LAG})
 SIDE_KINDS = frozenset({FileKind.WAL, FileKind.SHM, FileKind.JOURNAL})
 
 
@@ -52,6 +54,27 @@ class FileRef:
 Then = Callable[[BaseException | None], None]
 """Continuation of a request: called exactly once, from any thread, with None to go on or an error
 (an OSError's errno, or a LitefsError, is what the caller of the system call gets)."""
+
+
+class LockOpening(Protocol):
+    """One open of NAME-lock for writing, by an application. Any thread."""
+
+    def cancel(self) -> None:
+        """The caller of open(2) was interrupted: `then` is called soon, if it was not yet."""
+
+    def flush(self, last: bool, then: Then) -> None:
+        """A close(2) of one descriptor of it, `last` if no process is known to have another one of this file. It
+        returns when `then` is called: when what was committed here is safe on the primary."""
+
+    def release(self) -> None:
+        """The last descriptor of this open is gone. Called once, also after `cancel` if `then` came with None."""
+
+
+class LockFiles(Protocol):
+    """HALT locks, as the engine's hooks see them."""
+
+    def open(self, name: str, then: Then) -> LockOpening:
+        """The database's lock file is being opened for writing: `then` when this node may write it, or why not."""
 
 
 class FileHooks(Protocol):
@@ -75,12 +98,15 @@ class FileHooks(Protocol):
     def virtual_size(self, ref: FileRef) -> int | None:
         """Size in bytes of a virtual file for getattr, without a barrier; None if it does not exist."""
 
-    def writable(self) -> bool:
-        """True on the primary."""
+    def writable(self, ref: FileRef) -> bool:
+        """Whether applications may write this file: not that of a database on a replica."""
 
     def may_open(self, ref: FileRef, flags: int, by_daemon: bool, then: Then) -> None:
         """Before OPEN. On a replica, a writing open of a DATABASE, WAL or JOURNAL fails with EROFS (not for the
         daemon's own opens) and the database is made ready for readers first."""
+
+    def open_lock(self, ref: FileRef, then: Then) -> LockOpening:
+        """Before OPEN of a LOCK file for writing, see `LockFiles`."""
 
     def may_create(self, ref: FileRef, by_daemon: bool, then: Then) -> None:
         """Before CREATE of a file that does not exist."""
@@ -107,8 +133,8 @@ class FileHooks(Protocol):
     def before_fsync(self, ref: FileRef, then: Then) -> None:
         """Before the backing file is fsynced, which the filesystem does in `then`."""
 
-    def after_fsync(self, ref: FileRef) -> None:
-        """After it was fsynced, before the caller is answered."""
+    def after_fsync(self, ref: FileRef, then: Then) -> None:
+        """After it was fsynced, before the caller is answered, in `then`."""
 
     def fsync_failed(self, ref: FileRef) -> None:
         """Instead of `after_fsync`: the caller is told of the error."""
@@ -132,6 +158,19 @@ class FileHooks(Protocol):
     def flushed(self, ref: FileRef, then: Then) -> None:
         """Before close(2) returns, for hooked handles only (FLUSH); a plain file that turned out to be a database is
         imported here, so that `cp app.db MOUNT/` has done its work when it returns."""
+
+
+class CommitGate(Protocol):
+    """What a commit waits for before it is acknowledged (synchronous replication). Any thread."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to wait for."""
+
+    def wait(self, name: str, txid: int, then: Then) -> None:
+        """Call `then` exactly once: with None when enough replicas hold the database's transactions up to `txid`
+        durably, or with the error that the caller of the commit gets. It may be called at once, or on any thread,
+        the event loop's too: it must be quick."""
 
 
 class Notifier(Protocol):

@@ -79,19 +79,51 @@ class StoreView(Protocol):
     def flush_all(self) -> Future[dict[str, Position]]: ...
 
 
+class FenceView(Protocol):
+    """Until when this node may write (`engine.fence.Fence`), by CLOCK_BOOTTIME: inf without an end, 0 on a replica."""
+
+    @property
+    def until_s(self) -> float: ...
+    def holds(self) -> bool: ...
+
+
+class FencedStoreView(StoreView, Protocol):
+    """A store whose role can change (`engine.store.Store`)."""
+
+    @property
+    def fence(self) -> FenceView: ...
+
+
+@dataclass(frozen=True)
+class ClusterNumbers:
+    """What metrics show of the cluster."""
+
+    role: str  # "primary", "replica"
+    epoch: int
+    lease_left_s: float | None  # inf: without an end; None: not the primary
+    members: int
+    seen_s: Mapping[str, float] = field(default_factory=dict)  # by member: how long ago it was last heard of
+    in_sync: int | None = None  # None: replication is asynchronous
+    sync: int = 0
+    paused: bool = False
+    problem: bool = False
+    failovers: int = 0  # in the whole cluster, as far as is remembered
+
+
 @dataclass(frozen=True)
 class NodeInfo:
     """This process. `started_s` is seconds since 1970; `unhealthy` gives the reason why it does not serve, or None."""
 
-    node_id: str  # 16 upper-case hex digits, new at every start
+    node_id: str  # 16 upper-case hex digits
     version: str
     mount_dir: str
     candidate: bool
     started_s: float
     hostname: str = ""
-    primary_url: str = ""  # on a replica: where it connects to
+    primary_url: Callable[[], str] = field(default=lambda: "")  # on a replica: where it connects to
     passthrough: Callable[[], bool | None] = field(default=lambda: None)  # None: not mounted yet
     unhealthy: Callable[[], str | None] = field(default=lambda: None)
+    caught_up: Callable[[], bool] = field(default=lambda: True)  # a replica has had all that its primary had, once
 
 
 @dataclass(frozen=True)
@@ -138,6 +170,8 @@ def info_document(store: StoreView, node: NodeInfo, positions: Mapping[str, Posi
     document |= {"isPrimary": store.is_primary, "candidate": node.candidate, "path": node.mount_dir}
     if not store.is_primary and store.primary_hostname:
         document["primary"] = {"hostname": store.primary_hostname}
+        if url := node.primary_url():
+            document["primary"]["url"] = url
     return document | {
         "nodeID": node.node_id,
         "version": node.version,
@@ -150,8 +184,10 @@ def position_document(position: Position) -> Json:
     return {"txid": f"{position.txid:016x}", "checksum": f"{position.checksum:016x}"}
 
 
-def status_document(store: StoreView, node: NodeInfo, replicas: Sequence[ReplicaInfo], now_s: float) -> Json:
-    """`/status`: what `litefs status` shows and `litefs status -json` prints."""
+def status_document(
+    store: StoreView, node: NodeInfo, replicas: Sequence[ReplicaInfo], now_s: float, cluster: Json | None = None
+) -> Json:
+    """`/status`: what `litefs status` shows and `litefs status -json` prints. `cluster`: the document of `/cluster`."""
     databases = [database_document(found) for name in sorted(store.names()) if (found := store.get(name)) is not None]
     heads = {document["name"]: int(document["txid"], 16) for document in databases}
     return {
@@ -168,10 +204,11 @@ def status_document(store: StoreView, node: NodeInfo, replicas: Sequence[Replica
             "uptimeSeconds": max(0, int(now_s - node.started_s)),
             "problem": node.unhealthy(),
         },
-        "primary": None if store.is_primary else {"hostname": store.primary_hostname, "url": node.primary_url},
+        "primary": None if store.is_primary else {"hostname": store.primary_hostname, "url": node.primary_url()},
         "lagMs": None if store.is_primary else store.lag_ms,
         "databases": databases,
         "replicas": [replica_document(replica, heads) for replica in replicas],
+        "cluster": cluster,
     }
 
 
@@ -259,6 +296,8 @@ def _json_item(key: str, value: object) -> tuple[str, object]:
         return "timestamp", rfc3339(value)
     if key.endswith(_HEX_WORDS) and isinstance(value, int):
         value = f"{value:016x}"
+    elif key.endswith("node_id") and isinstance(value, int):
+        value = f"{value:016X}"
     first, *rest = key.split("_")
     words = ["ID" if word == "id" else "TxID" if word == "txid" else word.capitalize() for word in rest]
     return ("txID" if first == "txid" else first) + "".join(words), value

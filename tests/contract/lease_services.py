@@ -1,184 +1,48 @@
-"""Real lease engines for tests: each a process on a port of the loopback, with its data in a directory of its own.
-
-A `Service` can be stopped (SIGSTOP), killed and started again. A `Subject` is what the contract suite knows of one: how
-to make another node's engine for the same cluster, and what an operator may do to it.
-"""
+"""What the contract suite knows of a lease engine. The real ones are processes: `tests/engines/services.py`."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
-import http.client
-import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from engines.services import (
+    BUCKET,
+    BUCKET_HEADERS,
+    BUCKET_OPTIONS,
+    Service,
+    base64_text,
+    consul,
+    etcd,
+    kubernetes,
+    request,
+    s3,
+)
 from pylitefs.cluster.lease_port import Engine
 
-ENGINES = Path(__file__).parents[1] / "engines"
-START_S = 40.0
-BUCKET = "leases"
-BUCKET_HEADERS = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
-BUCKET_OPTIONS = {"region": "us-east-1", "access_key_id": "test", "secret_access_key": "test"}
-
-
-def program(name: str) -> str:
-    """The engine's program, or the test is skipped, loudly; in continuous integration it fails."""
-    sys.path.insert(0, str(ENGINES))
-    try:
-        from fetch import CannotFetch, obtain
-
-        return obtain(name)
-    except CannotFetch as error:
-        missing(f"{name} cannot be had here: {error}")
-    finally:
-        sys.path.remove(str(ENGINES))
-
-
-def missing(text: str) -> None:
-    if os.environ.get("PYLITEFS_ENGINES") == "required":
-        pytest.fail(text)
-    print(f"\n*** NOT TESTED: {text}", file=sys.stderr)
-    pytest.skip(text)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Service:
-    """A process that is an engine. `folder` is its own."""
-
-    def __init__(
-        self, folder: Path, command: list[str], ready: Callable[[], bool], port: int, scheme: str = "http"
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.port = port
-        self.url = f"{scheme}://127.0.0.1:{port}"
-        self._command = command
-        self._ready = ready
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with open(self.folder / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                self._command, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
-        end_s = time.monotonic() + START_S
-        while True:
-            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-                if self._ready():
-                    return
-            if self._process.poll() is not None or time.monotonic() > end_s:
-                said = (self.folder / "log").read_text(errors="replace")[-2000:]
-                self.kill()
-                raise RuntimeError(f"{self._command[0]} does not start:\n{said}")
-            time.sleep(0.05)
-
-    def pause(self) -> None:
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _signal(self, number: int) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def __enter__(self) -> Service:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-
-def answers(url: str, expected: Callable[[bytes], bool] = bool) -> Callable[[], bool]:
-    def ready() -> bool:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return expected(response.read())
-
-    return ready
-
-
-def etcd(folder: Path, *options: str, ready: Callable[[], bool] | None = None, scheme: str = "http") -> Service:
-    port, peer = free_port(), free_port()
-    url, peer_url = f"{scheme}://127.0.0.1:{port}", f"http://127.0.0.1:{peer}"
-    command = [program("etcd"), "--name=one", f"--data-dir={folder}/data", f"--listen-client-urls={url}"]
-    command += [f"--advertise-client-urls={url}", f"--listen-peer-urls={peer_url}"]
-    command += [f"--initial-advertise-peer-urls={peer_url}", f"--initial-cluster=one={peer_url}", *options]
-    return Service(folder, command, ready or answers(f"{url}/health", lambda body: b"true" in body), port, scheme)
-
-
-def consul(folder: Path, settings: dict[str, object] | None = None) -> Service:
-    """A single server that keeps its data, so that it can be killed and started again."""
-    names = ("http", "dns", "grpc", "serf_lan", "serf_wan", "server", "https")
-    ports = {name: free_port() if name in ("http", "serf_lan", "server") else -1 for name in names}
-    given: dict[str, object] = {
-        "server": True, "bootstrap": True, "data_dir": f"{folder}/data", "bind_addr": "127.0.0.1", "ports": ports,
-        "client_addr": "127.0.0.1", "disable_update_check": True, "node_name": "one", "leave_on_terminate": False,
-        "performance": {"raft_multiplier": 1}, **(settings or {}),
-    }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "consul.json").write_text(json.dumps(given))
-    command = [program("consul"), "agent", f"-config-file={folder}/consul.json"]
-    port = ports["http"]
-    ready = answers(f"http://127.0.0.1:{port}/v1/status/leader", lambda body: b":" in body)
-    return Service(folder, command, ready, port)
-
-
-def s3(folder: Path) -> Service:
-    """moto; its buckets are in memory, so the one of the tests is made whenever it starts."""
-    try:
-        import moto.server  # noqa: F401
-    except ImportError:
-        missing('moto is not installed: pip install -e ".[dev]"')
-    port = free_port()
-
-    def ready() -> bool:
-        request("PUT", f"http://127.0.0.1:{port}/{BUCKET}", headers=BUCKET_HEADERS)
-        return True
-
-    return Service(folder, [sys.executable, str(ENGINES / "s3_server.py"), str(port)], ready, port)
-
-
-def kubernetes(folder: Path, cert: tuple[str, str] | None = None) -> Service:
-    """Our own API server; the token it accepts is in FOLDER/tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokens").write_text("secret\n")
-    port = free_port()
-
-    def ready() -> bool:
-        with socket.create_connection(("127.0.0.1", port), timeout=2):
-            return True
-
-    command = [sys.executable, str(ENGINES / "kubernetes_api.py"), str(port), str(folder / "tokens"), *(cert or ())]
-    return Service(folder, command, ready, port, "https" if cert else "http")
+__all__ = [
+    "BUCKET",
+    "BUCKET_HEADERS",
+    "BUCKET_OPTIONS",
+    "Service",
+    "Subject",
+    "base64_text",
+    "consul",
+    "etcd",
+    "kubernetes",
+    "request",
+    "s3",
+]
 
 
 @dataclass
 class Subject:
-    """One cluster on one engine. `delete` is what an operator may do to the lease; `ttl_s` the shortest to test."""
+    """One cluster on one engine. `make` makes another node's engine for the same cluster, `delete` is what an operator
+    may do to the lease, `ttl_s` the shortest to test."""
 
     name: str
     make: Callable[[], Engine]
@@ -197,15 +61,3 @@ class Subject:
 
     async def close(self) -> None:
         await asyncio.gather(*(engine.close() for engine in self.engines))
-
-
-def request(method: str, url: str, document: object = None, headers: dict[str, str] | None = None) -> bytes:
-    """What an operator's tool would send."""
-    data = None if document is None else json.dumps(document).encode()
-    asked = urllib.request.Request(url, data=data, method=method, headers=headers or {})
-    with urllib.request.urlopen(asked, timeout=10) as response:
-        return bytes(response.read())
-
-
-def base64_text(text: str) -> str:
-    return base64.b64encode(text.encode()).decode()

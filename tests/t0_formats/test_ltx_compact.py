@@ -44,7 +44,7 @@ def history(sizes: list[int], seed: int, flags: int = 0) -> tuple[list[bytes], l
                 changes[pgno] = fill(txid * 1000 + pgno)
         after = dict(sorted((after | changes).items()))
         pre = 0 if txid == 1 or flags else checksum_of(before)
-        header = Header(flags, PAGE_SIZE, commit, txid, txid, 1000 + txid, pre, 32, 64, 1, 2, node_id=77)
+        header = Header(flags, PAGE_SIZE, commit, txid, txid, 1000 + txid, pre, 32, 64, 1, 2, epoch=70 + txid)
         files.append(encode(header, sorted(changes.items()), 0 if flags else checksum_of(after)))
         states.append(after)
         before = after
@@ -74,7 +74,8 @@ def test_merged_file_does_what_its_inputs_did(sizes: list[int], seed: int, data:
     before = states[first - 1] if first else {}
     assert apply(before, ltx) == states[last]
     assert ltx.header == Header(
-        0, PAGE_SIZE, sizes[last], first + 1, last + 1, 1001 + last, checksum_of(before) if first else 0
+        0, PAGE_SIZE, sizes[last], first + 1, last + 1, 1001 + last, checksum_of(before) if first else 0,
+        epoch=71 + last,
     )
     assert ltx.trailer.post_apply_checksum == checksum_of(states[last])
     if first < last:
@@ -89,7 +90,7 @@ def test_one_file_loses_only_what_tells_of_its_origin() -> None:
     ltx = merge(files)
     assert ltx.pages == decode(files[0]).pages
     assert (ltx.header.wal_offset, ltx.header.wal_size, ltx.header.wal_salt1, ltx.header.wal_salt2) == (0, 0, 0, 0)
-    assert ltx.header.node_id == 0
+    assert ltx.header.epoch == 71
 
 
 def test_pages_of_a_truncated_part_do_not_come_back() -> None:

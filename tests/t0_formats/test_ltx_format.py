@@ -43,7 +43,7 @@ def headers(draw: st.DrawFn) -> Header:
         wal_size=draw(st.integers(0, 2**63 - 1)) if wal_offset else 0,
         wal_salt1=draw(U32) if wal_offset else 0,
         wal_salt2=draw(U32) if wal_offset else 0,
-        node_id=draw(U64),
+        epoch=draw(U64),
     )
 
 
@@ -86,7 +86,7 @@ def test_header_round_trip(header: Header) -> None:
         {"flags": HEADER_FLAG_NO_CHECKSUM},
         {"commit": 2**32},
         {"commit": -1},
-        {"node_id": -1},
+        {"epoch": -1},
         {"timestamp_ms": 2**63},
         {"pre_apply_checksum": 3 << 63},
     ],

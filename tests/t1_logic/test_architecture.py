@@ -22,9 +22,7 @@ MAX_FUNCTION_LINES = 70
 MAX_CORE_LINES = 400  # formats and engine
 MAX_LINES = 600
 
-LONG_CORE: dict[str, int] = {
-    "engine/hooks.py": 430,
-}
+LONG_CORE: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 
 # Lowest first: a package may import from those before it. Packages of one layer do not import each other.
@@ -33,12 +31,16 @@ LAYERS: list[set[str]] = [
     {"formats", "backup_into", "die_with_parent", "mount_guard"},
     {"config_env", "config_yaml"},
     {"config_values"},
+    {"config_lease"},
     {"events", "ports", "config"},
     {"status", "supervise"},
     {"engine", "observability"},
     {"filesystem", "cluster"},
-    {"lease"},
+    {"lease", "halt_lock"},
     {"http"},
+    {"role_hooks"},
+    {"node"},
+    {"node_control"},
     {"daemon"},
     {"cli"},
     {"__main__"},
@@ -186,7 +188,7 @@ UNDOCUMENTED: dict[str, set[str]] = {
     "cluster/decisions.py": {"CaughtUp"},
     "cluster/ports.py": {"Closable", "Database", "Store", "Worker"},
     "cluster/roles.py": {"Role"},
-    "config.py": {"DataConfig", "FuseConfig", "HttpConfig", "LeaseConfig", "LogConfig"},
+    "config.py": {"DataConfig", "FuseConfig", "HttpConfig", "LogConfig"},
     "config_yaml.py": {"Entry", "Mapping", "Scalar", "Sequence"},
     "engine/ltx_log.py": {"LtxLog"},
     "engine/opener.py": {"Opener"},

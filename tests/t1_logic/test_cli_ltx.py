@@ -48,7 +48,7 @@ def snapshot(database: Path) -> Path:
     """The whole of `database` as transaction 1."""
     data = database.read_bytes()
     pages = {at // 4096 + 1: data[at : at + 4096] for at in range(0, len(data), 4096)}
-    header = Header(0, 4096, len(pages), 1, 1, 1_700_000_000_123, 0, node_id=0xABC)
+    header = Header(0, 4096, len(pages), 1, 1, 1_700_000_000_123, 0, epoch=12)
     checksum = database_checksum(page_checksums(1, data, 4096))
     return write_ltx(database.parent / file_name(1, 1), header, pages, checksum)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -53,6 +54,20 @@ lease:
   demote-delay: 5s
   databases: [a.db, b.db]
   recovery-wait: "0"
+  priority: -5
+  tags:
+    zone: a
+    disk: 0666
+  maximum-lag: 0
+  failsafe: true
+  on-promote: /app tell primary
+  on-demote:
+    - cmd: /app tell replica
+    - cmd: /app log
+replication:
+  sync: 2
+  mode: degrade
+  timeout: 1500ms
 log:
   format: json
   timestamp: true
@@ -79,18 +94,265 @@ def test_every_key_is_read() -> None:
         fuse=config.FuseConfig("/mnt/db", False, True, "off", "off", 1000, 100, 0o640),
         http=config.HttpConfig("127.0.0.1:8000", 120.0, 10 << 30),
         lease=LeaseConfig(
-            "static", "123456789012", "https://db1:20202/", False, True, 0.25, 5.0, ("a.db", "b.db"), 0.0
+            type="static",
+            hostname="123456789012",
+            advertise_url="https://db1:20202/",
+            candidate=False,
+            promote=True,
+            reconnect_delay_s=0.25,
+            demote_delay_s=5.0,
+            databases=("a.db", "b.db"),
+            recovery_wait_s=0.0,
+            priority=-5,
+            tags={"zone": "a", "disk": "0666"},
+            maximum_lag=0,
+            failsafe=True,
+            on_promote=(ExecCommand("/app tell primary"),),
+            on_demote=(ExecCommand("/app tell replica"), ExecCommand("/app log")),
         ),
+        replication=config.ReplicationConfig(2, "degrade", 1.5),
         log=config.LogConfig("json", True, True),
     )
     assert (read.http.host, read.http.port) == ("127.0.0.1", 8000)
     # The text above has every key there is, each with another value than its default.
-    defaults = Config()
-    for field in dataclasses.fields(Config):
-        before, after = getattr(defaults, field.name), getattr(read, field.name)
-        leaves = dataclasses.fields(before) if dataclasses.is_dataclass(before) else ()
-        assert all(getattr(before, leaf.name) != getattr(after, leaf.name) for leaf in leaves)
-        assert before != after
+    assert unchanged(Config(), read) == {"lease.consul", "lease.etcd", "lease.object-store", "lease.kubernetes"}
+
+
+def unchanged(before: object, after: object, prefix: str = "") -> set[str]:
+    """The keys, and the sections as a whole, in which two configurations are the same."""
+    found = set()
+    for field in dataclasses.fields(before):  # type: ignore[arg-type]
+        path = prefix + field.metadata["key"]
+        one, other = getattr(before, field.name), getattr(after, field.name)
+        if one == other:
+            found.add(path)
+        elif dataclasses.is_dataclass(one):
+            found |= unchanged(one, other, f"{path}.")
+    return found
+
+
+ENGINES = {
+    "consul": """\
+url: https://:s3cret@consul.example:8501/team/a
+key: litefs/app
+ttl: 15s
+lock-delay: "0"
+""",
+    "etcd": """\
+urls: [https://e1:2379, https://e2:2379]
+prefix: /apps/x
+user: litefs
+password: 's3cret'
+ca: /etc/ca.pem
+cert: /etc/cert.pem
+key: /etc/key.pem
+ttl: 3s
+""",
+    "object-store": """\
+url: s3://bucket/folder
+endpoint: http://minio:9000
+region: eu-central-1
+access-key: AKIA
+secret-key: s3cret
+ttl: 2s
+""",
+    "kubernetes": """\
+name: my-app
+namespace: apps
+url: https://10.96.0.1:443
+token-file: /var/token
+ca: /etc/ca.pem
+ttl: 5s
+""",
+}
+EXPECTED = {
+    "consul": config.ConsulConfig("https://:s3cret@consul.example:8501/team/a", "litefs/app", 15.0, 0.0),
+    "etcd": config.EtcdConfig(
+        ("https://e1:2379", "https://e2:2379"), "/apps/x", "litefs", "s3cret",
+        "/etc/ca.pem", "/etc/cert.pem", "/etc/key.pem", 3.0,
+    ),
+    "object-store": config.ObjectStoreConfig(
+        "s3://bucket/folder", "http://minio:9000", "eu-central-1", "AKIA", "s3cret", 2.0
+    ),
+    "kubernetes": config.KubernetesConfig(
+        "my-app", "apps", "https://10.96.0.1:443", "/var/token", "/etc/ca.pem", 5.0
+    ),
+}  # fmt: skip
+
+
+def engine_text(kind: str, section: str) -> str:
+    """litefs.yml for an engine; its section begins in line 4."""
+    return f"lease:\n  type: {kind}\n  {kind}:\n" + "".join(f"    {line}\n" for line in section.splitlines())
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_key_of_an_engine_is_read(kind: str) -> None:
+    lease = config.parse(engine_text(kind, ENGINES[kind])).lease
+    assert lease.engine == lease.engines[kind] == EXPECTED[kind]
+    assert unchanged(type(lease.engine)(), lease.engine) == set()  # each with another value than its default
+    assert not lease.is_static
+    # And no secret is in what might be logged.
+    assert "s3cret" not in repr(lease)
+
+
+def test_every_engine_is_there() -> None:
+    assert set(config.LEASE_TYPES) == {"static", *ENGINES} == {"static", *LeaseConfig().engines}
+
+
+MINIMAL = {
+    "consul": "key: a",
+    "etcd": "urls: http://e:2379",
+    "object-store": "url: file:///mnt/shared",
+    "kubernetes": "name: a",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ttl_s"), [("consul", 10.0), ("etcd", 10.0), ("object-store", 10.0), ("kubernetes", 15.0)]
+)
+def test_the_least_of_an_engine(kind: str, ttl_s: float) -> None:
+    lease = config.parse(engine_text(kind, MINIMAL[kind])).lease
+    assert lease.engine is not None
+    assert lease.engine.ttl_s == ttl_s
+    assert lease.candidate
+    assert (lease.own_hostname, lease.own_url(8080)) == (os.uname().nodename, f"http://{os.uname().nodename}:8080")
+    text = engine_text(kind, MINIMAL[kind]).replace("lease:\n", "lease:\n  candidate: false\n  hostname: db7\n")
+    replica = config.parse(text + "  databases: [a.db]\n").lease  # needs no primary's URL
+    assert (replica.own_hostname, replica.own_url(1)) == ("db7", "http://db7:1")
+
+
+def test_the_names_of_a_static_lease_are_the_primarys() -> None:
+    names = "  hostname: db1\n  advertise-url: http://10.0.0.1:5/\n"
+    primary = config.parse(f"{STATIC}{names}").lease
+    replica = config.parse(f"{STATIC}{names}  candidate: false\n").lease
+    assert (primary.own_hostname, primary.own_url(9)) == ("db1", "http://10.0.0.1:5")
+    assert (replica.own_hostname, replica.own_url(9)) == (os.uname().nodename, f"http://{os.uname().nodename}:9")
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "expected"),
+    [
+        ("consul", "url: http://c:8500", ":3: lease.consul.key is required"),
+        ("consul", "key: /", ":4: lease.consul.key is required"),
+        ("consul", "key: a\nttl: 9s", ":5: lease.consul.ttl is 9s: the least is 10s (Consul has no shorter sessions)"),
+        ("consul", "key: a\nttl: 1h", ":5: lease.consul.ttl is 1h: the most is 10m"),
+        ("consul", "key: a\nlock-delay: 2m", ":5: lease.consul.lock-delay is longer than 60s"),
+        ("consul", "key: a\nurl: ''", ":5: lease.consul.url does not start with http:// or https://: expected some"),
+        ("consul", "key: a\nurl: c:8500", ":5: lease.consul.url does not start with http:// or https://: expected"),
+        ("consul", "key: a\nurl: 'http://:s3cret@c:x'", ":5: lease.consul.url is not a URL: expected something like"),
+        ("consul", "key: a\ntoken: s3cret", ':5: unknown key "lease.consul.token": known keys here are key, lock-dela'),
+        ("etcd", "prefix: /a", ":3: lease.etcd.urls is required: the servers, such as [http://10.0.0.5:2379]"),
+        ("etcd", "urls: []", ":4: lease.etcd.urls is required"),
+        ("etcd", "urls:\n  - http://a:1\n  - ''", ":6: lease.etcd.urls has an empty entry: expected a URL, or a list"),
+        ("etcd", "urls: [a:2379]", ':4: lease.etcd.urls: "a:2379" does not start with http:// or https://: expected'),
+        (
+            "etcd",
+            "urls: ['http://u:s3cret@a:1']",
+            ':4: lease.etcd.urls: "http://…@a:1" has more than a host and a port',
+        ),
+        ("etcd", "urls: http://a:1\nprefix: /", ":5: lease.etcd.prefix is empty: give the cluster a prefix of its own"),
+        ("etcd", "urls: http://a:1\nuser: u", ":5: lease.etcd.user needs lease.etcd.password"),
+        ("etcd", "urls: http://a:1\npassword: s3cret", ":5: lease.etcd.password needs lease.etcd.user"),
+        ("etcd", "urls: http://a:1\npassword: [s3cret]", ":5: lease.etcd.password is a list: expected a string"),
+        ("etcd", "urls: http://a:1\npassword: true", ":5: lease.etcd.password must be in quotes to be a string: expec"),
+        ("etcd", "urls: https://a:1\ncert: /c", ":5: lease.etcd.cert needs lease.etcd.key"),
+        ("etcd", "urls: https://a:1\nkey: /c", ":5: lease.etcd.key needs lease.etcd.cert"),
+        ("etcd", "urls: http://a:1\nca: /c", ":4: lease.etcd.urls has a URL without TLS beside certificates: use http"),
+        ("etcd", "urls: http://a:1\nttl: 1s", ":5: lease.etcd.ttl is 1s: the least is 2s"),
+        ("etcd", "url: http://a:1", ':4: unknown key "lease.etcd.url": did you mean "lease.etcd.urls"?'),
+        ("object-store", "region: x", ":3: lease.object-store.url is required: expected something like s3://my-bucket"),
+        (
+            "object-store",
+            "url: bucket/x",
+            ":4: lease.object-store.url is not the URL of a bucket or a directory: expec",
+        ),
+        (
+            "object-store",
+            "url: gs://b/x",
+            ":4: lease.object-store.url is not the URL of a bucket or a directory: expec",
+        ),
+        ("object-store", "url: 's3://b/x?y=1'", ":4: lease.object-store.url is not the URL of a bucket or a directory"),
+        ("object-store", "url: s3:///x", ":4: lease.object-store.url has no bucket: expected"),
+        ("object-store", "url: file:///", ":4: lease.object-store.url has no directory: expected"),
+        ("object-store", "url: file://mnt/x", ":4: lease.object-store.url has no directory: expected"),
+        ("object-store", "url: file:///x\nregion: y", ":5: lease.object-store.region is for buckets: remove it"),
+        ("object-store", "url: s3://b\nendpoint: minio", ":5: lease.object-store.endpoint does not start with http://"),
+        (
+            "object-store",
+            "url: s3://b\naccess-key: a",
+            ":5: lease.object-store.access-key needs lease.object-store.sec",
+        ),
+        ("object-store", "url: s3://b\nsecret-key: s3cret", ":5: lease.object-store.secret-key needs lease.object-sto"),
+        ("object-store", "url: s3://b\nttl: 500ms", ":5: lease.object-store.ttl is 500ms: the least is 1s"),
+        ("kubernetes", "namespace: x", ":3: lease.kubernetes.name is required: the cluster's own name, such as my-app"),
+        ("kubernetes", "name: My_App", ':4: lease.kubernetes.name "My_App" cannot be the name of an object: use lower'),
+        ("kubernetes", f"name: {'a' * 47}", f':4: lease.kubernetes.name "{"a" * 47}" cannot be the name of an object'),
+        ("kubernetes", "name: a\nurl: x", ":5: lease.kubernetes.url does not start with http:// or https://: expected"),
+        ("kubernetes", "name: a\nttl: '0'", ":5: lease.kubernetes.ttl is 0: the least is 1s"),
+    ],
+)
+def test_a_mistake_in_an_engine_is_named(kind: str, section: str, expected: str) -> None:
+    message = refused(engine_text(kind, section))
+    assert message.startswith(f"litefs.yml{expected}")
+    assert "s3cret" not in message
+
+
+def test_the_longest_name_for_kubernetes_is_what_the_engine_takes() -> None:
+    from pylitefs.lease.kubernetes import MAX_NAME
+
+    assert config.parse(engine_text("kubernetes", f"name: {'a' * MAX_NAME}")).lease.kubernetes.name == "a" * MAX_NAME
+    refused(engine_text("kubernetes", f"name: {'a' * (MAX_NAME + 1)}"))
+
+
+@pytest.mark.parametrize("section", ["{}", "", "{key: a}"])
+def test_the_section_of_another_engine_is_refused(section: str) -> None:
+    expected = 'litefs.yml:3: lease.consul is for lease.type "consul", but lease.type is "static": remove it, or change'
+    assert refused(f"{STATIC}  consul: {section}\n").startswith(expected)
+    by_hand = Config(lease=LeaseConfig("static", consul=config.ConsulConfig(key="a")))
+    with pytest.raises(ConfigError, match=r'^configuration: lease\.consul is for lease\.type "consul"'):
+        config.validate(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("  tags: a", ':3: lease.tags cannot be "a": expected lines of "name: text"'),
+        ("  tags: {a: [b]}", ':3: lease.tags has no text for the tag "a": expected'),
+        ("  tags:\n    a:", ':4: lease.tags has no text for the tag "a": expected'),
+        ('  tags: {a: "b\\tc"}', ':3: lease.tags has a line break or a tab in the tag "a"'),
+        (f"  tags: {{a: {'b' * 200}}}", ":3: lease.tags has a tag that is empty or longer than 200 characters"),
+        (f"  tags: {{{', '.join(f'a{n}: b' for n in range(33))}}}", ":3: lease.tags has more than 32 tags"),
+        ("  priority: high", ':3: lease.priority cannot be "high": expected a number such as 10 or -10'),
+        ("  maximum-lag: -1", ':3: lease.maximum-lag cannot be "-1": expected a number such as 0, 1 or 100'),
+        ("  maximum-lag: 10s", ':3: lease.maximum-lag cannot be "10s": expected a number'),
+        ("  on-promote: [{cmd: a, if-candidate: true}]", ":3: lease.on-promote has an if-candidate, which is for exec"),
+        ("  on-demote: a 'b", ":3: lease.on-demote cannot be split into words: no closing quotation"),
+        ("replication:\n  sync: -1", ':4: replication.sync cannot be "-1": expected a number'),
+        ("replication:\n  sync: 17", ":4: replication.sync is 17: at most 16 replicas can be waited for"),
+        ("replication:\n  mode: async", ':4: replication.mode cannot be "async": expected "wait" or "degrade"'),
+        (
+            "replication:\n  mode: degrade\n  timeout: '0'",
+            ':5: replication.timeout cannot be 0 with replication.mode "degrade": say how long a commit waits',
+        ),
+    ],
+)
+def test_mistakes_in_the_keys_of_a_cluster(line: str, expected: str) -> None:
+    assert refused(f"{STATIC}{line}\n").startswith(f"litefs.yml{expected}")
+
+
+@pytest.mark.parametrize(
+    ("text", "limit_s"),
+    [
+        ("{}", math.inf),
+        ("{sync: 1}", math.inf),
+        ("{mode: wait, timeout: '0'}", math.inf),
+        ("{mode: wait, timeout: 3s}", 3.0),
+        ("{mode: degrade}", 5.0),
+        ("{mode: degrade, timeout: 1s}", 1.0),
+    ],
+)
+def test_how_long_a_commit_waits(text: str, limit_s: float) -> None:
+    assert config.parse(f"{STATIC}replication: {text}\n").replication.limit_s == limit_s
 
 
 def test_defaults_are_those_of_litefs() -> None:
@@ -119,6 +381,10 @@ def test_defaults_are_those_of_litefs() -> None:
         "lease.reconnect-delay": "1s",
         "lease.demote-delay": "10s",
         "lease.databases": "[]",
+        "lease.consul.url": "http://127.0.0.1:8500",
+        "lease.consul.key": "required",
+        "lease.consul.ttl": "10s",
+        "lease.consul.lock-delay": "1s",
         "log.format": "text",
         "log.timestamp": "false",
         "log.debug": "false",
@@ -136,6 +402,35 @@ def test_new_keys_and_their_defaults() -> None:
         "fuse.mode": "0666",
         "http.max-import-size": "0",
         "lease.recovery-wait": "3s",
+        "lease.priority": "0",
+        "lease.tags": "{}",
+        "lease.maximum-lag": "none",
+        "lease.failsafe": "false",
+        "lease.on-promote": "[]",
+        "lease.on-demote": "[]",
+        "lease.etcd.urls": "required",
+        "lease.etcd.prefix": "/litefs/",
+        "lease.etcd.user": '""',
+        "lease.etcd.password": '""',
+        "lease.etcd.ca": '""',
+        "lease.etcd.cert": '""',
+        "lease.etcd.key": '""',
+        "lease.etcd.ttl": "10s",
+        "lease.object-store.url": "required",
+        "lease.object-store.endpoint": '""',
+        "lease.object-store.region": '""',
+        "lease.object-store.access-key": '""',
+        "lease.object-store.secret-key": '""',
+        "lease.object-store.ttl": "10s",
+        "lease.kubernetes.name": "required",
+        "lease.kubernetes.namespace": '""',
+        "lease.kubernetes.url": '""',
+        "lease.kubernetes.token-file": '""',
+        "lease.kubernetes.ca": '""',
+        "lease.kubernetes.ttl": "15s",
+        "replication.sync": "0",
+        "replication.mode": "wait",
+        "replication.timeout": "none with `wait`, 5s with `degrade`",
     }
 
 
@@ -277,9 +572,9 @@ def test_messages_stay_short_whatever_the_value() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", 'litefs.yml: lease.type is required: this version supports "static"'),
-        ("lease:\n  type: ''\n", 'litefs.yml:2: lease.type is required: this version supports "static"'),
-        ("lease:\n  type: consul\n", 'litefs.yml:2: invalid lease type "consul": this version supports "static"'),
+        ("", 'litefs.yml: lease.type is required: one of "static", "consul", "etcd", "object-store", "kubernetes"'),
+        ("lease:\n  type: ''\n", 'litefs.yml:2: lease.type is required: one of "static", '),
+        ("lease:\n  type: zk\n", 'litefs.yml:2: invalid lease type "zk": expected one of "static", "consul", '),
         ("fuse:\n  dir: ''\n" + STATIC, "litefs.yml:2: fuse.dir is empty: name the directory to mount"),
         ("data:\n  dir: \n" + STATIC, "litefs.yml:2: data.dir is empty: name the directory for the databases and"),
         (STATIC + "data:\n  dir: /litefs/\n", "litefs.yml:4: fuse.dir and data.dir are the same directory (/litefs)"),

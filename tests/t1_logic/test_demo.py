@@ -17,9 +17,9 @@ from pylitefs.errors import MountError
 
 
 def test_the_nodes_configuration_is_valid() -> None:
-    with Cluster(2, keep=False) as cluster:
+    with Cluster(["primary", "replica-1", "replica-2"], keep=False) as cluster:
         for node in cluster.nodes:
-            node.write_config(cluster.primary)
+            node.write_config(cluster.lease_of(node))
         loaded = [config.load(str(node.directory / "litefs.yml"))[0] for node in cluster.nodes]
         assert [one.lease.candidate for one in loaded] == [True, False, False]
         assert {one.lease.advertise_url for one in loaded} == {cluster.primary.url}
@@ -29,9 +29,10 @@ def test_the_nodes_configuration_is_valid() -> None:
 
 
 def test_a_node_that_does_not_start_is_reported_and_everything_removed() -> None:
-    with pytest.raises(DemoFailed, match="primary ended with status"), Cluster(1, keep=False) as cluster:
+    names = ["primary", "replica-1"]
+    with pytest.raises(DemoFailed, match="primary ended with status"), Cluster(names, keep=False) as cluster:
         directory = cluster.directory
-        cluster.primary.write_config(cluster.primary)
+        cluster.primary.write_config(cluster.lease_of(cluster.primary))
         (cluster.primary.directory / "litefs.yml").write_text("no-such-key: 1\n")
         cluster.primary.start()
         cluster.primary.wait_ready()
@@ -39,8 +40,8 @@ def test_a_node_that_does_not_start_is_reported_and_everything_removed() -> None
 
 
 def test_keep_keeps(tmp_path: Path) -> None:
-    with Cluster(1, keep=True) as cluster:
-        cluster.primary.write_config(cluster.primary)
+    with Cluster(["primary", "replica-1"], keep=True) as cluster:
+        cluster.primary.write_config(cluster.lease_of(cluster.primary))
     try:
         assert (cluster.primary.directory / "litefs.yml").exists()
     finally:
@@ -65,7 +66,7 @@ def test_without_privileges_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_latencies_count_every_row_once() -> None:
-    with Cluster(1, keep=False) as cluster:
+    with Cluster(["primary", "replica-1"], keep=False) as cluster:
         reader = Reader(cluster.replicas[0])
     committed_ns = {1: 0, 2: 1_000_000, 3: 9_000_000}  # 4 was not timed
     reader._seen.append(Sighting(1, 2, 3_000_000))  # 3 ms and 2 ms

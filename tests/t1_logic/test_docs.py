@@ -30,7 +30,7 @@ def test_regenerating_writes_every_document(tmp_path: Path) -> None:
 def test_every_key_has_a_row_with_its_description() -> None:
     text = reference.configuration()
     infos = list(config.key_infos())
-    assert len(infos) == 32
+    assert len(infos) == 65
     for info in infos:
         rows = [line for line in text.splitlines() if line.startswith(f"| `{info.path}` |")]
         assert len(rows) == 1
@@ -54,6 +54,16 @@ def test_the_examples_are_configurations() -> None:
         text = config_env.expand(reference.SHARED_EXAMPLE, {"HOSTNAME": host, "PRIMARY": "db1"})
         lease = config.parse(text).lease
         assert lease == dataclasses.replace(primary.lease, candidate=candidate)
+
+
+def test_the_examples_with_engines_are_configurations() -> None:
+    environ = {"HOSTNAME": "db1", "ETCD_PASSWORD": "x: #", "ZONE": "a", "CONSUL_URL": "https://:t@consul:8501/apps"}
+    shown = config.parse(config_env.expand(reference.ENGINE_EXAMPLE, environ))
+    assert (shown.lease.etcd.password, shown.lease.own_url(0), shown.replication.sync) == (
+        "x: #", "http://db1:20202", 1,
+    )  # fmt: skip
+    others = [config.parse(config_env.expand(text, environ)) for text in reference.OTHER_ENGINES_EXAMPLE.split("---\n")]
+    assert {"static", "etcd", *(other.lease.type for other in others)} == set(config.LEASE_TYPES)
 
 
 def test_the_error_that_is_shown_is_the_one_that_comes() -> None:

@@ -17,6 +17,7 @@ from sqlite_process import SqliteProcess
 
 from pylitefs.engine.apply import Building
 from pylitefs.engine.database import Database
+from pylitefs.engine.lost import branches
 from pylitefs.errors import FormatError, LitefsError, PositionMismatch
 from pylitefs.formats.ltx.decoder import Reader, decode
 from pylitefs.formats.ltx.encoder import encode
@@ -372,11 +373,12 @@ class TestResync:
             pair.insert()
         pair.catch_up()
         branch = {Path(entry.path).name: Path(entry.path).read_bytes() for entry in pair.target.log.entries()[2:]}
-        left = pair.target.position
+        left, after = pair.target.position, pair.target.log.positions(3)[-1]
         self.run(pair, [], keep=2)  # the same pages: only the log's end is another one
         moved = {path.name: path.read_bytes() for path in Path(pair.target.files.lost).rglob("*.ltx")}
         assert moved == branch
-        assert (Path(pair.target.files.lost) / "position").read_text() == f"{left}\n"
+        (kept,) = branches(pair.replica.store.data_dir, pair.target.name)
+        assert (kept.after, kept.to, kept.transactions, kept.reason != "") == (after, left, 2, True)
         lost = next(event for event in pair.replica.events if event.type == "lost")
         assert (lost.data["min_txid"], lost.data["max_txid"]) == (3, 4)
 

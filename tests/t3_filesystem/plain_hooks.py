@@ -6,11 +6,27 @@ run on another thread. `calls` lists what the filesystem asked, as tuples.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
 
-from pylitefs.ports import SUFFIXES, FileKind, FileRef, Then
+from pylitefs.ports import SUFFIXES, FileKind, FileRef, LockOpening, Then
+
+
+class PlainOpening:
+    def __init__(self, hooks: PlainHooks, ref: FileRef, then: Then) -> None:
+        self.hooks, self.ref, self.then = hooks, ref, then
+
+    def cancel(self) -> None:
+        self.then(InterruptedError(errno.EINTR, "interrupted"))
+
+    def flush(self, last: bool, then: Then) -> None:
+        self.hooks.calls.append(("lock_flush", self.ref.name, last))
+        then(None)
+
+    def release(self) -> None:
+        self.hooks.calls.append(("lock_release", self.ref.name))
 
 
 class PlainHooks:
@@ -35,7 +51,7 @@ class PlainHooks:
                 kind, database = found, name[: -len(suffix)]
         if name.endswith(".db"):
             kind, database = FileKind.DATABASE, name
-        if kind is FileKind.POSITION:
+        if kind in (FileKind.POSITION, FileKind.LOCK):
             return FileRef(name, kind, database, None)
         return FileRef(name, kind, database, self.moved.get(name, os.path.join(self.directory, name)))
 
@@ -65,15 +81,25 @@ class PlainHooks:
     def virtual_size(self, ref: FileRef) -> int | None:
         if ref.kind is FileKind.POSITION:
             return 34 if os.path.exists(os.path.join(self.directory, ref.database or "")) else None
+        if ref.kind is FileKind.LOCK:
+            return 0 if os.path.exists(os.path.join(self.directory, ref.database or "")) else None
         if ref.kind is FileKind.PRIMARY:
             return len(self.primary) + 1 if self.primary else None
         return 11
 
-    def writable(self) -> bool:
+    def writable(self, ref: FileRef) -> bool:
         return self.is_primary
 
     def may_open(self, ref: FileRef, flags: int, by_daemon: bool, then: Then) -> None:
         self._go_on("may_open", ref, then)
+
+    def open_lock(self, ref: FileRef, then: Then) -> LockOpening:
+        """Held back until `self.lock_then` is called, if the name has "held" in it."""
+        self.calls.append(("open_lock", ref.name))
+        opening = PlainOpening(self, ref, then)
+        if "held" not in ref.name:
+            self._go_on("open_lock_answer", ref, then)
+        return opening
 
     def may_create(self, ref: FileRef, by_daemon: bool, then: Then) -> None:
         self._go_on("may_create", ref, then)
@@ -100,8 +126,8 @@ class PlainHooks:
     def before_fsync(self, ref: FileRef, then: Then) -> None:
         self._go_on("before_fsync", ref, then)
 
-    def after_fsync(self, ref: FileRef) -> None:
-        self.calls.append(("after_fsync", ref.name))
+    def after_fsync(self, ref: FileRef, then: Then) -> None:
+        self._go_on("after_fsync", ref, then)
 
     def fsync_failed(self, ref: FileRef) -> None:
         self.calls.append(("fsync_failed", ref.name))

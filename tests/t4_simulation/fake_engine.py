@@ -14,6 +14,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pylitefs.engine.epochs import Lines
+from pylitefs.engine.loan import Loan
 from pylitefs.engine.ltx_log import EMPTY, LtxLog, Pin
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import ClusterMismatch, FormatError, PositionMismatch
@@ -42,8 +44,12 @@ class FakeDatabase:
         self.page_size = PAGE
         self.position = EMPTY
         self.set_aside_reason: str | None = None
+        self.is_damaged = False
+        self.demoted = False
+        self.loan: Loan | None = None
         self.durable_txid = 0
         self.lost: list[tuple[int, int]] = []
+        self.kept_pages: set[bytes] = set()
         for entry in self.log.entries():
             self._install(decode(Path(entry.path).read_bytes()))
 
@@ -51,10 +57,20 @@ class FakeDatabase:
     def size_bytes(self) -> int:
         return self.commit * self.page_size
 
+    @property
+    def captures(self) -> bool:
+        return self.store.is_primary and not self.demoted
+
     # --- writing ----------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        return self.log.head.epoch
 
     def write(self, pages: dict[int, bytes], commit: int | None = None) -> Position:
         """A transaction of the application."""
+        while self.demoted:
+            time.sleep(0.001)  # SQLite's busy timeout
         return self.store.worker.submit(self._write, pages, commit).result()
 
     def _write(self, pages: dict[int, bytes], commit: int | None) -> Position:
@@ -68,6 +84,7 @@ class FakeDatabase:
             max_txid=self.position.txid + 1,
             timestamp_ms=int(time.time() * 1000),
             pre_apply_checksum=self.position.checksum,
+            epoch=self.store.epoch,
         )
         data = encode(header, sorted(pages.items()), checksum_of(after, size))
         return self._take(data)
@@ -91,7 +108,7 @@ class FakeDatabase:
     def _install(self, ltx: Ltx) -> None:
         self.commit, self.page_size = ltx.header.commit, ltx.header.page_size
         self.pages = {number: page for number, page in self.pages.items() if number <= self.commit} | dict(ltx.pages)
-        self.position = Position(ltx.header.max_txid, ltx.trailer.post_apply_checksum)
+        self.position = Position(ltx.header.max_txid, ltx.trailer.post_apply_checksum, ltx.header.epoch)
 
     def forget_log(self) -> None:
         """Retention: everything but the newest entry."""
@@ -104,6 +121,9 @@ class FakeDatabase:
 
     def page_checksums(self) -> npt.NDArray[np.uint64]:
         return np.array([page_checksum(n, self.pages[n]) for n in range(1, self.commit + 1)], dtype=np.uint64)
+
+    def file_checksums(self) -> npt.NDArray[np.uint64]:
+        return self.page_checksums()
 
     def snapshot(self, known: npt.NDArray[np.uint64] | None) -> FakeReader:
         return FakeReader(self, known)
@@ -119,6 +139,9 @@ class FakeDatabase:
 
     def resync(self, page_size: int, keep_branch_after: int | None) -> FakeResync:
         return FakeResync(self, page_size, keep_branch_after)
+
+    def log_durable(self) -> int | None:
+        return None
 
     def durable(self) -> int:
         self.durable_txid = self.position.txid
@@ -183,16 +206,21 @@ class FakeResync:
     def transaction(self, data: bytes) -> None:
         self.pages(list(decode(data).pages))
 
-    def finish(self, commit: int, position: Position) -> Position:
+    def finish(self, commit: int, position: Position, epochs: Lines) -> Position:
         database = self.database
         pages = {n: p for n, p in {**database.pages, **self.received}.items() if n <= commit}
         if len(pages) != commit or checksum_of(pages, commit) != position.checksum:
             raise FormatError("the snapshot does not add up")
         if self.keep is not None:
             database.lost += [(e.min_txid, e.max_txid) for e in database.log.entries() if e.max_txid > self.keep]
+            folder = database.folder / "lost" / str(len(database.lost))
+            folder.mkdir(parents=True, exist_ok=True)
+            database.log.keep_branch(self.keep, str(folder))
+            if database.log.first_txid > self.keep + 1:  # the log does not hold all of it
+                database.kept_pages.update(database.pages.values())
         database.pages, database.commit, database.page_size = pages, commit, self.page_size
         database.position = position
-        database.log.restart_at(position)
+        database.log.restart_at(position, epochs)
         database.store.resyncs += 1
         return position
 
@@ -207,6 +235,8 @@ class FakeStore:
         self.data_dir = str(data_dir)
         data_dir.mkdir(exist_ok=True)
         self.is_primary = is_primary
+        self.epoch = 1
+        self.noted_epoch = 0
         self.cluster_id: str | None = CLUSTER if is_primary else None
         self.events = EventBus()
         self.worker = Worker()
@@ -233,8 +263,28 @@ class FakeStore:
             for entry in database.log.entries()[-lose:] if lose else []:
                 os.unlink(entry.path)
         again = FakeStore(Path(self.data_dir), is_primary=self.is_primary)
-        again.cluster_id = self.cluster_id
+        again.cluster_id, again.epoch, again.noted_epoch = self.cluster_id, self.epoch, self.noted_epoch
         return again
+
+    @property
+    def seen_epoch(self) -> int:
+        return max([self.noted_epoch, *(database.epoch for database in self.databases.values())])
+
+    def note_epoch(self, epoch: int) -> None:
+        self.fault("epoch")
+        self.noted_epoch = max(epoch, self.noted_epoch)
+
+    def demote_database(self, name: str, timeout_s: float) -> bool:
+        self.databases[name].demoted = True
+        self.worker.submit(lambda: None).result()
+        return True
+
+    def promote_database(self, name: str) -> None:
+        self.databases[name].demoted = False
+
+    def apply_as_primary(self, name: str, data: bytes | str) -> Position:
+        assert self.databases[name].demoted
+        return self.give_back(name, data)
 
     def adopt_cluster_id(self, cluster_id: str) -> None:
         if self.cluster_id not in (None, cluster_id):

@@ -64,9 +64,14 @@ class Pair:
         node_ids: tuple[int, int] = (1, 2),
         epoch: int = 1,
     ) -> AsyncIterator[Pair]:
+        self.primary.epoch = epoch
+        self.newer_epochs: list[int] = []
         self._serving: set[asyncio.Future[None]] = set()
         node = NodeIdentity(node_ids[0], "db1")
-        async with Replicas(self.primary, node, recovery=recovery, timings=timings, epoch=epoch) as self.replicas:
+        async with Replicas(
+            self.primary, node, recovery=recovery, timings=timings, epoch=epoch,
+            on_newer_epoch=self.newer_epochs.append,
+        ) as self.replicas:  # fmt: skip
             self.follower = Replica(
                 self.replica,
                 NodeIdentity(node_ids[1], "db2"),

@@ -34,7 +34,7 @@ class Nodes:
         self.wires: list[Wire] = []
 
     @contextlib.asynccontextmanager
-    async def running(self, recovery: RecoveryWait | None = None) -> AsyncIterator[None]:
+    async def running(self, recovery: RecoveryWait | None = None, epoch: int = 1) -> AsyncIterator[None]:
         serving = []
 
         async def connect() -> Link:
@@ -45,7 +45,7 @@ class Nodes:
             return wire.ends[0]
 
         identity = NodeIdentity(1, "db1")
-        async with Replicas(self.primary, identity, recovery=recovery, timings=FAST) as self.replicas:
+        async with Replicas(self.primary, identity, recovery=recovery, timings=FAST, epoch=epoch) as self.replicas:
             self.follower = Replica(
                 self.replica, NodeIdentity(2, "db2"), connect, timings=FAST, backoff=Backoff(0.01, 0.05, self.rng)
             )

@@ -170,7 +170,7 @@ async def test_a_primary_of_an_older_epoch_is_refused(pair: Pair) -> None:
     pair.write("a.db", 1)
     async with pair.running(epoch=3):
         await pair.until_equal()
-        pair.replicas.epoch = 2
+        pair.follower.epoch = 4
         pair.wires[-1].cut("gone")
         await pair.until(lambda: "epoch" in pair.follower.state.problem)
         pair.write("a.db", 1)

@@ -176,15 +176,29 @@ async def test_a_diverged_replica_is_rewound_and_keeps_its_branch(pair: Pair) ->
         assert pair.replica.databases["a.db"].lost == [(11, 11), (12, 12)]
 
 
-async def test_a_replica_that_is_ahead_is_rewound_when_the_primary_takes_writes_already(pair: Pair) -> None:
+async def test_a_primary_that_takes_writes_already_takes_what_follows_exactly(pair: Pair) -> None:
     async with pair.running():
         pair.write("a.db", 5)
         await pair.until_equal()
+    before = pair.primary.contents()
     pair.primary = pair.primary.reopened(lose=2)
     async with pair.running():
         await pair.until_equal()
-        assert pair.primary.databases["a.db"].position.txid == 3
-        assert pair.replica.databases["a.db"].lost == [(4, 4), (5, 5)]
+        assert pair.primary.contents() == before
+        assert pair.replica.databases["a.db"].lost == [] and pair.replica.resyncs == 0
+        assert not pair.primary.databases["a.db"].demoted
+
+
+async def test_a_replica_that_is_ahead_of_a_primary_that_went_on_is_rewound(pair: Pair) -> None:
+    async with pair.running():
+        pair.write("a.db", 6)
+        await pair.until_equal()
+    pair.primary = pair.primary.reopened(lose=3)
+    pair.write("a.db", 1)
+    async with pair.running():
+        await pair.until_equal()
+        assert pair.primary.databases["a.db"].position.txid == 4
+        assert pair.replica.databases["a.db"].lost == [(4, 4), (5, 5), (6, 6)]
 
 
 @pytest.mark.parametrize("large", [False, True])

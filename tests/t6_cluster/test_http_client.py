@@ -262,7 +262,8 @@ def test_status_watch_ends_with_ctrl_c(store: FakeStore) -> None:
         (False, False, ["-promote"], 1, False),
         (False, False, ["-if-candidate"], 0, False),
         (False, False, [], 0, True),
-        (True, True, ["-with-halt-lock-on", "/litefs/app.db"], 2, False),
+        (True, True, ["-with-halt-lock-on", "/no/such/app.db"], 1, False),
+        (True, True, ["-promote", "-with-halt-lock-on", "/no/such/app.db"], 2, False),
     ],
 )
 def test_run_verb(
@@ -275,7 +276,7 @@ def test_run_verb(
     assert (done.returncode, marker.exists()) == (status, ran)
     assert done.stderr.count("\n") == (0 if ran else 1)
     if arguments == ["-promote"] and not is_primary:
-        assert "static lease: the primary is fixed (db1)" in done.stderr
+        assert "cannot promote this node: " in done.stderr and "the primary is db1" in done.stderr
 
 
 def test_run_exits_1_whatever_the_childs_status() -> None:

@@ -22,8 +22,8 @@ from fake_store import CLUSTER_ID, FakeStore, make_database, node_info
 from pylitefs import errors
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 from pylitefs.http import server as http_server
+from pylitefs.http.queries import MAX_NAME_BYTES
 from pylitefs.http.server import HttpServer, Route, build_app, listen
-from pylitefs.http.transfers import MAX_NAME_BYTES
 from pylitefs.status import ReplicaInfo, ReplicaProgress
 
 TIMEOUT = aiohttp.ClientTimeout(total=30)

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pylitefs.cli.demo_cluster import Cluster, DemoFailed, check_requirements
-from pylitefs.cli.demo_workload import DATABASE, RATE_PER_S, Check, Reader, Writer, compare
+from pylitefs.cli.demo_failover import ElectingCluster, play_failover
+from pylitefs.cli.demo_workload import DATABASE, RATE_PER_S, Reader, Writer, check_line, compare
 from pylitefs.cli.status import format_ms
 from pylitefs.errors import UsageError
 
@@ -30,28 +31,39 @@ _BARS = "▁▂▃▄▅▆▇█"
 @click.command()
 @click.option("-seconds", "seconds", type=int, default=12, show_default=True, metavar="N", help="How long to write.")
 @click.option("-keep", "keep", is_flag=True, help="Keep the directory with the nodes' data, configuration and logs.")
-def demo(seconds: int, keep: bool) -> int:
+@click.option("-cluster", "cluster", is_flag=True, help="Three nodes that elect their primary, which is killed.")
+def demo(seconds: int, keep: bool, cluster: bool) -> int:
     """Run a primary and two replicas on this machine and watch a database being replicated.
 
     A writer inserts rows into a SQLite database on the primary's mount while readers on the replicas' mounts see them
     arrive. At the end all copies are compared byte by byte, and everything is removed. The exit status is 0 if they are
     the same.
 
+    With -cluster, three nodes elect their primary through etcd (or a shared directory where there is no program
+    "etcd"), and every commit waits for a second node. The primary is killed, comes back, and the lease is handed over:
+    no commit that has returned is lost.
+
     \b
     Example:
         $ sudo litefs demo
+        $ sudo litefs demo -cluster
         $ sudo litefs demo -seconds 60 -keep
     """
     if not 1 <= seconds <= 86_400:
         raise UsageError("-seconds must be from 1 to 86400")
     check_requirements()
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
-    with _sigterm_interrupts(), Cluster(_REPLICAS, keep) as cluster:
-        passed = _play(console, cluster, seconds)
-        problems = cluster.stop()
+    names = ["primary", *(f"replica-{number}" for number in range(1, _REPLICAS + 1))]
+    nodes = ElectingCluster(keep) if cluster else Cluster(names, keep)
+    with _sigterm_interrupts(), nodes:
+        if isinstance(nodes, ElectingCluster):
+            passed = play_failover(console, nodes, seconds)
+        else:
+            passed = _play(console, nodes, seconds)
+        problems = nodes.stop()
     for problem in problems:
         console.print(f"  {problem}", style="red", markup=False)
-    left = f"everything is kept in {cluster.directory}" if keep else "all nodes are stopped, all files removed"
+    left = f"everything is kept in {nodes.directory}" if keep else "all nodes are stopped, all files removed"
     console.print(left, markup=False)
     return 0 if passed and not problems else 1
 
@@ -94,13 +106,8 @@ def _play(console: Console, cluster: Cluster, seconds: int) -> bool:
     console.print(f"{writer.count:,} transactions written; comparing the copies")
     checks = compare(cluster, writer.count)
     for check in checks:
-        console.print(_check_line(check), soft_wrap=True)
+        console.print(check_line(check), soft_wrap=True)
     return all(check.passed for check in checks)
-
-
-def _check_line(check: Check) -> Text:
-    mark = Text("  ok     " if check.passed else "  FAILED ", style="green" if check.passed else "bold red")
-    return mark + Text(f"{check.what:<16}", style="bold") + Text(check.detail)
 
 
 # --- the live part ---------------------------------------------------------------------------------------------------

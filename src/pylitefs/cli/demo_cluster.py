@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,15 @@ class Node:
     def log_file(self) -> Path:
         return self.directory / "log"
 
-    def write_config(self, primary: Node) -> None:
+    def write_config(self, lease: str) -> None:
+        """`lease`: that section of litefs.yml, and others."""
         for directory in (self.mount_dir, self.directory / "data"):
             directory.mkdir(parents=True)
-        candidate = "true" if self is primary else "false"
         (self.directory / "litefs.yml").write_text(
             f'fuse:\n  dir: "{self.mount_dir}"\n'
             f'data:\n  dir: "{self.directory / "data"}"\n'
             f'http:\n  addr: "127.0.0.1:{self.port}"\n'
-            f'lease:\n  type: "static"\n  candidate: {candidate}\n'
-            f'  hostname: "{primary.name}"\n  advertise-url: "{primary.url}"\n'
-            "log:\n  timestamp: true\n"
+            f"log:\n  timestamp: true\n{lease}"
         )
 
     def start(self) -> None:
@@ -113,11 +112,10 @@ class Cluster:
     """A primary and replicas under one temporary directory. A context manager: whatever was started is stopped, and
     unmounted; the directory is removed unless it is to be kept."""
 
-    def __init__(self, replica_count: int, keep: bool) -> None:
+    def __init__(self, names: Sequence[str], keep: bool) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="litefs-demo-"))
         self._keep = keep
-        names = ["primary", *(f"replica-{number}" for number in range(1, replica_count + 1))]
-        ports = _free_ports(len(names))
+        ports = free_ports(len(names))
         self.nodes = [Node(name, self.directory / name, port) for name, port in zip(names, ports, strict=True)]
         self.primary, self.replicas = self.nodes[0], self.nodes[1:]
 
@@ -127,9 +125,17 @@ class Cluster:
     def __exit__(self, *_error: object) -> None:
         self.stop()
 
+    def lease_of(self, node: Node) -> str:
+        """The section `lease` of a node: here the first one is the primary, and stays it."""
+        candidate = "true" if node is self.primary else "false"
+        return (
+            f'lease:\n  type: "static"\n  candidate: {candidate}\n'
+            f'  hostname: "{self.primary.name}"\n  advertise-url: "{self.primary.url}"\n'
+        )
+
     def start(self) -> None:
         for node in self.nodes:
-            node.write_config(self.primary)
+            node.write_config(self.lease_of(node))
         for node in self.nodes:
             node.start()
         for node in self.nodes:
@@ -183,7 +189,7 @@ def _unmount(directory: Path) -> None:
     subprocess.run([*command, str(directory)], stderr=subprocess.DEVNULL, check=False)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that were free a moment ago, all different."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [sock.getsockname()[1] for sock in sockets]

@@ -14,6 +14,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.text import Text
+
 from pylitefs.cli.demo_cluster import Cluster, Node
 from pylitefs.cli.export import export_to
 from pylitefs.errors import LitefsError
@@ -194,3 +196,8 @@ def _same(what: str, values: dict[str, str], expected: str | None = None) -> Che
     if different:
         return Check(what, f"{wanted} expected, but {'; '.join(different)}", False)
     return Check(what, f"{wanted} on {len(values)} nodes", True)
+
+
+def check_line(check: Check) -> Text:
+    mark = Text("  ok     " if check.passed else "  FAILED ", style="green" if check.passed else "bold red")
+    return mark + Text(f"{check.what:<16}", style="bold") + Text(check.detail)

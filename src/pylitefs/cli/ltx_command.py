@@ -166,7 +166,7 @@ def _header_text(path: str, header: Header) -> str:
         ("pre-apply checksum", f"{header.pre_apply_checksum:016x}"),
         ("WAL offset, size", f"{header.wal_offset}, {header.wal_size}"),
         ("WAL salts", f"{header.wal_salt1:08x} {header.wal_salt2:08x}"),
-        ("node id", f"{header.node_id:016X}"),
+        ("epoch", f"{header.epoch}"),
     ]
     return "".join(f"{name:<20} {value}\n" for name, value in rows)
 

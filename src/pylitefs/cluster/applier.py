@@ -25,6 +25,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from pylitefs.cluster.ends import OwnFile, ends_of, is_here
 from pylitefs.cluster.ports import IncomingFile, PageSums, Resync, Store
 from pylitefs.errors import DatabaseBusy, FormatError, LitefsError, PositionMismatch, Unavailable
 from pylitefs.events import Event
@@ -52,10 +53,12 @@ STUCK_TRIES = 3
 
 @dataclass(frozen=True)
 class PrepareResync:
-    """Not from the wire: describe the local copy for a RESYNC; what comes before the answer to it is void."""
+    """Not from the wire: describe the local copy for a RESYNC; what comes before the answer to it is void. `sums`: its
+    page checksums, if those that it should have are not to be believed."""
 
     name: str
     reason: ResyncReason
+    sums: PageSums | None = None
 
 
 _PIECES = (LtxBegin, LtxData, SnapshotBegin, SnapshotPages)
@@ -176,8 +179,8 @@ class Sink:
 
     def _take(self, item: Item) -> Outcome | None:
         match item:
-            case PrepareResync(_, reason):
-                return self._prepare(reason)
+            case PrepareResync(_, reason, sums):
+                return self._prepare(reason, sums)
             case SetAside():
                 return self._set_aside()
             case SnapshotBegin():
@@ -206,7 +209,10 @@ class Sink:
         if self._resync is not None:
             self._resync.transaction(data)
             return None
-        return Applied(self.name, self._store.get_or_create(self.name).apply(data).txid)
+        database = self._store.get_or_create(self.name)
+        if is_here(database, data):
+            return Applied(self.name, ends_of(data)[0].max_txid)
+        return Applied(self.name, database.apply(data).txid)
 
     @property
     def _in_file(self) -> bool:
@@ -218,7 +224,9 @@ class Sink:
         if self._resync is not None:
             self._decoder = Decoder()
         else:
-            self._incoming = self._store.get_or_create(self.name).receive(item.min_txid, item.max_txid)
+            database = self._store.get_or_create(self.name)
+            is_own = 0 < item.max_txid <= database.position.txid
+            self._incoming = OwnFile(database) if is_own else database.receive(item.min_txid, item.max_txid)
         self._left = item.size
 
     def _more_of_file(self, data: bytes) -> None:
@@ -248,13 +256,17 @@ class Sink:
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
-    def _prepare(self, reason: ResyncReason) -> Prepared:
+    def _prepare(self, reason: ResyncReason, sums: PageSums | None) -> Prepared:
         database = self._store.get(self.name)
-        position, page_size, sums = Position(0, 0), 0, None
+        position, page_size = Position(0, 0), 0
         history: list[Position] = []
-        if database is not None and database.set_aside_reason is None:
-            position, page_size, sums = database.position, database.page_size, database.page_checksums()
+        if database is not None:
             history = database.log.positions(MAX_HISTORY - 1)
+        if database is not None and database.set_aside_reason is not None:
+            position, sums = database.log.head, None  # its files are of no use, but what its log has may be a branch
+        elif database is not None:
+            position, page_size = database.position, database.page_size
+            sums = database.page_checksums() if sums is None else sums
         self.abort()
         self._void = True
         self._request += 1
@@ -283,7 +295,7 @@ class Sink:
             raise _Disorder
         resync, self._resync = self._resync, None
         try:
-            return self._finish(lambda: resync.finish(item.commit, item.position))
+            return self._finish(lambda: resync.finish(item.commit, item.position, item.epochs))
         except FormatError as error:
             return self._unfit(ResyncReason.BAD_SNAPSHOT, error)
 
@@ -361,6 +373,15 @@ class Applier:
         if submit:
             self._store.worker.submit(self._work, database=APPLYING)
         return self._sequence
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until what came is applied, what is stuck left out: nobody may be able to send it again."""
+        until = self._loop.time() + timeout_s
+        while self._loop.time() < until:
+            with self._lock:
+                if not any(queue.items and queue.stuck is None for queue in self._queues.values()):
+                    return
+            await asyncio.sleep(0.002)
 
     async def close(self) -> None:
         """Drop what is queued, wait for what is being done, and forget what is incomplete."""

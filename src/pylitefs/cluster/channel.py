@@ -86,7 +86,7 @@ class Channel:
         if isinstance(error, Refused) and not isinstance(error, RefusedByPeer):
             reason = error.message
         elif isinstance(error, asyncio.CancelledError):
-            reason = Error(ErrorCode.SHUTTING_DOWN, "the other node is shutting down")
+            reason = Error(ErrorCode.SHUTTING_DOWN, "the other node is not the primary any more, or shuts down")
         elif error is not None and not isinstance(error, (LinkClosed, Refused)):
             reason = Error(ErrorCode.INTERNAL, "an internal error; see the log of the other node")
         if reason is not None:

@@ -1,22 +1,29 @@
 """What the primary does about one database of one replica. Pure.
 
-replica                            primary's log                        decision
+A position is (epoch, TXID, checksum). The same TXID and checksum in another epoch need not be the same content (see
+`Position`): the checksums of the pages tell, and if all are equal nothing is sent.
+
+replica                            primary                              decision
+of a later epoch than the lease                                         Stale: it is the primary that is behind
 at the primary's position                                               CaughtUp
-anywhere                           continues from there                 SendLog
-has nothing                        begins with TXID 1, and is smaller   SendLog
-                                   than the database
+anywhere                           its log continues from there         SendLog
+has nothing                        its log begins with TXID 1, and is   SendLog
+                                   smaller than the database
 has nothing                        otherwise                            Snapshot
-higher TXID, same checksum         the primary is in its recovery wait  AdoptTxid
-higher TXID                        the primary is in its recovery wait  AskTail
-has a copy                         otherwise                            AskChecksums: only what differs is sent
-has a copy                         the primary never had it             SetAside (AskTail in the recovery wait)
+higher TXID, earlier epoch         wrote in a later one: they parted    AskChecksums: only what differs is sent
+higher TXID, same checksum         is in its recovery wait              AdoptTxid
+higher TXID                        is in its recovery wait              AskTail
+higher TXID                        takes writes, and takes back         AskTail (what follows exactly)
+has a copy                         otherwise                            AskChecksums
+has a copy                         never had it                         SetAside (AskTail in the recovery wait)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from pylitefs.formats.ltx.format import Position
 from pylitefs.formats.stream_fields import ResyncReason
@@ -30,7 +37,8 @@ LOG_ALLOWANCE_BYTES = 1 << 20
 @dataclass(frozen=True)
 class View:
     """A database of the primary at one moment. `reaches`: its log continues from the replica's position. `checksum` is
-    that of the files, which after a crash need not be what the log ends with."""
+    that of the files, which after a crash need not be what the log ends with. `epoch` is the lease's, None if nothing
+    is known of any."""
 
     head: Position
     first_txid: int
@@ -38,6 +46,22 @@ class View:
     checksum: int = 0
     log_size_bytes: int = 0
     size_bytes: int = 0
+    epoch: int | None = None
+
+
+class Taking(enum.Enum):
+    """Which transactions the primary takes from a replica."""
+
+    NOTHING = "nothing"
+    LOST = "lost"  # it takes no writes yet, and wants back what it lost
+    NEXT = "next"  # it takes writes, and what follows its head exactly
+
+
+@dataclass(frozen=True)
+class Stale:
+    """This node must step down: a later epoch has begun."""
+
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +88,7 @@ class AskChecksums:
 
 @dataclass(frozen=True)
 class AskTail:
-    """Ask for the transactions after `after`, which the primary has lost."""
+    """Ask for the transactions after `after`, which the primary has lost, or never got."""
 
     after: Position
 
@@ -81,18 +105,17 @@ class SetAside:
     """Tell the replica to keep its copy aside."""
 
 
-Decision: TypeAlias = CaughtUp | SendLog | Snapshot | AskChecksums | AskTail | AdoptTxid | SetAside
+Decision: TypeAlias = Stale | CaughtUp | SendLog | Snapshot | AskChecksums | AskTail | AdoptTxid | SetAside
 
 
-def decide(theirs: Position, ours: View, recovering: bool) -> Decision:
-    """What to do about a replica at `theirs` (TXID 0: it has nothing).
-
-    `recovering`: the primary takes no writes yet and wants back what it lost.
-    """
-    head = ours.head
+def decide(theirs: Position, ours: View, taking: Taking) -> Decision:
+    """What to do about a replica at `theirs` (TXID 0: it has nothing)."""
+    head, recovering = ours.head, taking is Taking.LOST
+    if ours.epoch is not None and theirs.txid and theirs.epoch > ours.epoch:
+        return Stale(theirs.epoch)
     if head.txid == 0:
         return _unknown_here(theirs, recovering)
-    if theirs == head:
+    if theirs.is_at(head):
         return CaughtUp()
     if theirs.txid == 0:
         affordable = ours.log_size_bytes <= ours.size_bytes + LOG_ALLOWANCE_BYTES
@@ -100,9 +123,9 @@ def decide(theirs: Position, ours: View, recovering: bool) -> Decision:
     if ours.reaches:
         return SendLog()
     if theirs.txid > head.txid:
-        if not recovering:
+        if taking is Taking.NOTHING or theirs.epoch < head.epoch:
             return AskChecksums(ResyncReason.AHEAD)
-        return AdoptTxid(theirs) if theirs.checksum == ours.checksum else AskTail(head)
+        return AdoptTxid(theirs) if recovering and theirs.checksum == ours.checksum else AskTail(head)
     if theirs.txid < ours.first_txid - 1 or (ours.first_txid == 0 and theirs.txid < head.txid):
         return AskChecksums(ResyncReason.LOG_TOO_SHORT)
     return AskChecksums(ResyncReason.DIVERGED)
@@ -114,21 +137,30 @@ def _unknown_here(theirs: Position, recovering: bool) -> Decision:
     return AskTail(NOTHING) if recovering else SetAside()
 
 
-def branch_point(
-    position: Position, history: Iterable[Position], first_txid: int, reaches: Callable[[Position], bool]
-) -> int | None:
+class History(Protocol):
+    """The primary's log, and what it knows of the time before."""
+
+    @property
+    def first_txid(self) -> int: ...
+    def holds(self, position: Position) -> bool: ...
+    def passed(self, position: Position) -> bool: ...
+
+
+def branch_point(position: Position, history: Iterable[Position], ours: History) -> int | None:
     """The TXID after which the replica's log holds what the primary's history does not; None if there is no such thing.
 
-    `position` and `history` are the replica's, `first_txid` and `reaches` the primary's log. Where the primary's log no
-    longer reaches back to anything the replica has, the two cannot be compared: the replica is taken to be merely old.
+    `position` and `history` are the replica's. Where the primary's log no longer reaches back to anything the replica
+    has, the epochs tell: within one, one node has written one chain. Only a node whose role is fixed may have written
+    two in its only epoch (it lost its tail, and went on); then what the log shows to be different counts.
     """
-    if position.txid == 0 or reaches(position):
+    if position.txid == 0 or ours.holds(position):
         return None
-    comparable = False
+    differs = False
     for known in sorted({position, *history}, key=lambda known: known.txid, reverse=True):
-        if known.txid + 1 < first_txid:
-            break
-        comparable = True
-        if reaches(known):
-            return known.txid
-    return 0 if comparable else None
+        if known.txid + 1 >= ours.first_txid:
+            if ours.holds(known):
+                return known.txid
+            differs = True
+        elif ours.passed(known) and (not differs or known.epoch > 1):
+            return known.txid if known != position else None
+    return 0

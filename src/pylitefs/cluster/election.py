@@ -8,8 +8,11 @@ another node holds the lease, the cluster has no data, and this node has    Wait
 another node holds the lease                                                Follow
 the cluster has no data yet, and members have data of several clusters      StandAside FOREIGN
 `lease.candidate` is false                                                  StandAside NOT_CANDIDATE
+the last leader has passed the lease to this node                           Acquire
+the last leader has passed it to another one, for `patience_s`              Wait HANDOFF
 the cluster is paused, and the node was not its last leader                 StandAside PAUSED
 the state lists who is in sync, and neither that nor the last leader it is  StandAside NOT_IN_SYNC
+the state lists who the last leader asks in failsafe mode, and not this     StandAside NOT_KNOWN
 it has no data, and the cluster has some                                    StandAside EMPTY
 it has no data, and a member has some                                       StandAside EMPTY
 it lags behind the best that is known by more than `maximum_lag`            StandAside LAGS
@@ -60,6 +63,8 @@ class ClusterState:
     paused: bool = False
     in_sync: frozenset[int] | None = None  # None: replication is asynchronous
     positions: Positions = field(default_factory=dict)  # as the last leader wrote them down
+    voters: frozenset[int] | None = None  # failsafe: who is asked, and so may lead; None: it is off
+    handoff_to: int = 0  # whom the last leader has passed the lease to, having made sure that it has everything
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,11 @@ class Why(enum.Enum):
     PAUSED = "paused"
     NO_DATA_THERE = "the primary has no data"
     NOT_IN_SYNC = "not in sync"
+    NOT_KNOWN = "not known to the last leader"
     EMPTY = "empty"
     LAGS = "lags"
     BETTER = "a better candidate"
+    HANDOFF = "passed to another node"
     UNHEARD = "a better candidate that does not answer"
 
 
@@ -162,6 +169,11 @@ def decide(
         if myself.positions and state.cluster_id and not state.has_data:
             return Wait(Why.NO_DATA_THERE, _no_data_there(view.leader, me.candidate))
         return Follow(view.leader)
+    until_s = leaderless_since_s + rules.patience_s
+    if me.candidate and state.handoff_to == me.node_id and (myself.positions or not state.has_data):
+        return Acquire()
+    if state.handoff_to and now_s < until_s:
+        return Wait(Why.HANDOFF, f"the lease was passed to node {state.handoff_to:016x}", until_s)
     others = _others(view, state, me, reachable)
     if not state.has_data and (text := _several_clusters([myself, *others])):
         return StandAside(Why.FOREIGN, text)
@@ -177,7 +189,6 @@ def decide(
     for rival in rivals:
         if rival.answers:
             return Wait(Why.BETTER, f"{_name(rival)} is the better candidate ({_comparison(rival, myself)})")
-    until_s = leaderless_since_s + rules.patience_s
     for rival in rivals:
         if _order(rival.positions) > _order(myself.positions) and now_s < until_s:
             return Wait(Why.UNHEARD, f"{_name(rival)} was ahead when last heard of, and does not answer now", until_s)
@@ -220,10 +231,14 @@ def lag(positions: Positions, best: Positions) -> int:
 
 def positions_of(member: Member) -> Positions:
     """What a member has announced; what is strange in it does not count."""
-    announced = member.info.get(INFO_POSITIONS)
-    if not isinstance(announced, dict):
+    return position_map(member.info.get(INFO_POSITIONS))
+
+
+def position_map(value: object) -> Positions:
+    """Positions from JSON, {name: [epoch, txid]}; what is strange in it does not count."""
+    if not isinstance(value, dict):
         return {}
-    return _with_data({str(name): position for name, value in announced.items() if (position := _position(value))})
+    return _with_data({str(name): position for name, pair in value.items() if (position := _position(pair))})
 
 
 def announced(positions: Positions, cluster_id: str) -> dict[str, Any]:
@@ -296,6 +311,12 @@ def _ineligible(node: _Contender, state: ClusterState, others: list[_Contender],
         known = ", ".join(f"{node_id:016x}" for node_id in sorted({*state.in_sync, state.last_leader}))
         return StandAside(
             Why.NOT_IN_SYNC, f"this node may lack commits that were acknowledged: one of {known} must come back first"
+        )
+    if state.voters is not None and node.node_id not in state.voters and not was_leader:
+        return StandAside(
+            Why.NOT_KNOWN,
+            "the last primary, which may still lead (lease.failsafe), does not know this node yet: "
+            "it must come back, or use litefs promote",
         )
     if not node.positions:
         holders = [other for other in others if other.positions]

@@ -11,12 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 import numpy as np
 
@@ -29,16 +26,18 @@ from pylitefs.cluster.decisions import (
     SendLog,
     SetAside,
     Snapshot,
+    Stale,
+    Taking,
     View,
     branch_point,
     decide,
 )
 from pylitefs.cluster.outlet import Outlet, Turn, send
 from pylitefs.cluster.ports import Database, Log, LogEntry, PageSums, SnapshotReader
-from pylitefs.cluster.recovery_wait import RecoveryWait
-from pylitefs.cluster.roles import Refused
+from pylitefs.cluster.roles import Refused, StaleEpoch
+from pylitefs.cluster.tail import LIMIT_BYTES, NextTransactions, TailReceiver
 from pylitefs.cluster.transfer import COMPACT_MIN, BadLogEntry, Ends, merge, send_entry, small_run
-from pylitefs.errors import DatabaseBusy, DatabaseError, FormatError, LitefsError
+from pylitefs.errors import DatabaseBusy, DatabaseError, LitefsError, Unavailable
 from pylitefs.events import Event
 from pylitefs.formats import stream
 from pylitefs.formats.ltx.format import Position
@@ -126,9 +125,12 @@ class Feed:
         self._behind_since_ms = _now_ms()
         self._in_flight: deque[tuple[int, int]] = deque()  # (last TXID, commit time in ms) of entries not yet applied
         self._changed = asyncio.Event()
+        self._durable = 0  # as acknowledged since its copy is what it is
+        self._in_line = False  # its copy is one that our log led to
         self._incoming: _Incoming | None = None
         self._tail: asyncio.Queue[Message] | None = None
         self._tail_refused = False
+        self._tail_tries = 0
         self._attempts = 0
         self._retry_at_s = 0.0
 
@@ -145,8 +147,24 @@ class Feed:
         while self._in_flight and self._in_flight[0][0] <= progress.applied:
             self._in_flight.popleft()
         self._changed.set()
+        self._durable = progress.durable
+        self._tell_durable()
+
+    def _tell_durable(self) -> None:
+        if self._in_line:
+            self._outlet.holds(self.name, min(self._durable, self.sent.txid))
+
+    def _is_in_line(self) -> None:
+        if not self._in_line:
+            self._in_line = True
+            self._tell_durable()
+
+    def _strayed(self) -> None:
+        self._in_line, self._durable = False, 0
+        self._outlet.strayed(self.name)
 
     def resync(self, message: Resync) -> None:
+        self._strayed()
         database = self._outlet.store.get(self.name)
         self._incoming = _Incoming(message, database.commit if database is not None else 0)
         self.poke()
@@ -222,15 +240,22 @@ class Feed:
             return False
         view = self._view(database)
         known = database is not None and view.head.txid > 0
-        recovering = outlet.recovery is not None and outlet.recovery.concerns(self.name, known)
-        decision = decide(self.sent, view, recovering and not self._tail_refused)
+        taking = Taking.NOTHING if self._tail_refused else Taking.NEXT
+        if outlet.recovery is not None and outlet.recovery.active:
+            concerned = outlet.recovery.concerns(self.name, known) and not self._tail_refused
+            taking = Taking.LOST if concerned else Taking.NOTHING
+        decision = decide(self.sent, view, taking)
         if not isinstance(decision, AskTail):
             outlet.examined(self.name)
         match decision:
+            case Stale(epoch):
+                raise StaleEpoch(outlet.epoch, epoch)
             case CaughtUp():
+                self._is_in_line()
                 self._settled()
                 return False
             case SendLog():
+                self._is_in_line()
                 self._try_again("the log changes faster than it can be sent")
                 self._live = True
             case Snapshot():
@@ -241,7 +266,7 @@ class Feed:
                 await self._ask_checksums(reason)
             case AskTail(after):
                 self._try_again("the replica's transactions cannot be taken over")
-                await self._ask_tail(after)
+                await (self._ask_tail(after) if taking is Taking.LOST else self._ask_next(after))
             case AdoptTxid(position):
                 await self._adopt(position)
             case SetAside():
@@ -251,7 +276,7 @@ class Feed:
 
     def _view(self, database: Database | None) -> View:
         if database is None:
-            return View(NOTHING, 0, False)
+            return View(NOTHING, 0, False, epoch=self._outlet.epoch)
         entries = database.log
         return View(
             entries.head,
@@ -260,6 +285,7 @@ class Feed:
             database.position.checksum,
             entries.size_bytes,
             database.size_bytes,
+            self._outlet.epoch,
         )
 
     def _settled(self) -> None:
@@ -275,6 +301,7 @@ class Feed:
         """The replica is somewhere else, not by a log entry."""
         self.sent = position
         self.progress = Progress(self.name, 0, 0, 0)  # until it says otherwise
+        self._durable = 0
         self._in_flight.clear()
 
     def _check(self) -> None:
@@ -343,6 +370,8 @@ class Feed:
 
     async def _ask_checksums(self, reason: ResyncReason) -> None:
         self._live, self.state = False, "resync"
+        if self._in_line:
+            self._strayed()
         if self._incoming is None:
             await send(self._outlet, stream.SendChecksums(self.name, reason))
         while self._incoming is None:
@@ -413,19 +442,20 @@ class Feed:
                     await send(outlet, message)
                     size_bytes += len(message.packed)
             await asyncio.wrap_future(database.flush())
-            position, commit = await asyncio.wrap_future(
-                outlet.store.worker.submit(lambda: (database.position, database.commit))
+            position, commit, epochs = await asyncio.wrap_future(
+                outlet.store.worker.submit(lambda: (database.position, database.commit, database.log.epochs()))
             )
             if not await self._send_between(database.log, reader.page_size, reader.start, position):
                 return False
-            await send(outlet, stream.SnapshotEnd(self.name, position, commit))
+            epochs = tuple(line for line in epochs if line[1] <= position.txid)
+            await send(outlet, stream.SnapshotEnd(self.name, position, commit, epochs))
         except _NotFollowing:
             return False
         finally:
             await asyncio.shield(asyncio.ensure_future(outlet.blocking(reader.close)))
         self._moved_to(position)
         self._in_flight.append((position.txid, self._behind_since_ms))
-        self._live = True
+        self._live = self._in_line = True
         self._emit("snapshotSent", node_id=f"{outlet.replica_id:016X}", bytes=size_bytes)
         return True
 
@@ -488,7 +518,9 @@ class Feed:
         try:
             with recovery.receiving():
                 await send(self._outlet, GiveBack(self.name, after))
-                problem = await _TailReceiver(self._outlet, self.name, self._tail, recovery).run()
+                problem = await TailReceiver(
+                    self._outlet, self._tail, lambda data: recovery.give_back(self._outlet.store, self.name, data)
+                ).run()
         finally:
             self._tail = None
         database = self._outlet.store.get(self.name)
@@ -498,72 +530,36 @@ class Feed:
         if head == after:
             self._tail_refused = True
 
-
-class _TailReceiver:
-    """Takes in the transactions that one replica gives back for one database."""
-
-    def __init__(self, outlet: Outlet, name: str, queue: asyncio.Queue[Message], recovery: RecoveryWait) -> None:
-        self._outlet, self._name, self._queue, self._recovery = outlet, name, queue, recovery
-        self._problem: str | None = None
-        self._file: BinaryIO | None = None
-        self._left = 0
-
-    async def run(self) -> str | None:
-        """Until the replica has sent its last; what went wrong, or None. After a problem the rest is thrown away."""
-        try:
-            while not isinstance(message := await self._queue.get(), TailEnd):
-                if self._problem is None:
-                    await self._take(message)
-            return self._problem if message.given else self._problem or "its log does not reach back"
-        finally:
-            self._forget_file()
-
-    async def _take(self, message: Message) -> None:
-        try:
-            match message:
-                case Ltx(_, data):
-                    await self._give_back(data)
-                case LtxBegin(_, _, _, size):
-                    self._forget_file()
-                    self._left = size
-                    self._file = await self._outlet.blocking(_temporary, self._outlet.store.data_dir)
-                case LtxData(_, data) if self._file is not None and len(data) <= self._left:
-                    self._left -= len(data)
-                    await self._outlet.blocking(self._file.write, data)
-                case LtxEnd(_, whole) if self._file is not None:
-                    if not whole or self._left:
-                        raise FormatError("a transaction came in part only")
-                    await self._outlet.blocking(self._file.flush)
-                    await self._give_back(self._file.name)
-                    self._forget_file()
-                case _:
-                    raise Refused(ErrorCode.PROTOCOL, f"{type(message).__name__} out of order")
-        except (LitefsError, OSError) as error:
-            if isinstance(error, Refused):
-                raise
-            self._problem = str(error)
-
-    async def _give_back(self, data: bytes | str) -> None:
-        await self._recovery.give_back(self._outlet.store, self._name, data)
-
-    def _forget_file(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._file.name)
-            self._file = None
-
-
-def _temporary(folder: str) -> BinaryIO:
-    """A file for one transaction; what a crash leaves of it begins with "give-back-" and ends with ".tmp"."""
-    handle, path = tempfile.mkstemp(prefix="give-back-", suffix=".tmp", dir=folder)
-    os.close(handle)
-    return open(path, "wb")
+    async def _ask_next(self, after: Position) -> None:
+        """Take over what follows our head exactly, while applications write; what does not fit is left to the
+        replica to keep. Whatever comes of it, the next step decides anew."""
+        self.state = "give-back"
+        self._tail = asyncio.Queue(maxsize=16)
+        problem: str | None
+        with NextTransactions(self._outlet, self.name, after) as transactions:
+            try:
+                await send(self._outlet, GiveBack(self.name, after, LIMIT_BYTES))
+                problem = await transactions.collect(self._tail)
+            finally:
+                self._tail = None
+            if problem is None:
+                try:
+                    await transactions.append()
+                except (LitefsError, OSError) as error:
+                    self._tail_tries += 1
+                    if isinstance(error, Unavailable) and self._tail_tries < ATTEMPTS:
+                        await asyncio.sleep(BUSY_PAUSE_S)
+                        return
+                    problem = str(error)
+        database = self._outlet.store.get(self.name)
+        if problem is not None:
+            log.warning("%s: what the replica has after %s cannot be taken over: %s", self.name, after, problem)
+        if database is None or database.log.head == after:
+            self._tail_refused = True
 
 
 def _branch(resync: Resync, entries: Log) -> int | None:
-    return branch_point(resync.position, resync.history, entries.first_txid, entries.reaches)
+    return branch_point(resync.position, resync.history, entries)
 
 
 def _next_pages(name: str, reader: SnapshotReader) -> list[stream.SnapshotPages] | None:

@@ -35,6 +35,7 @@ class Outlet(Protocol):
     recovery: RecoveryWait | None
     snapshot_slots: asyncio.Semaphore
     snapshot_timeout_s: float
+    epoch: int
 
     @property
     def blocking(self) -> Blocking: ...
@@ -44,6 +45,12 @@ class Outlet(Protocol):
         """The first decision about this database is made, and it is not to ask for transactions."""
 
     def caught_up(self, name: str) -> None: ...
+    def holds(self, name: str, txid: int) -> None:
+        """The replica holds our transactions up to this one durably."""
+
+    def strayed(self, name: str) -> None:
+        """Its copy was not what it seemed to be, and is mended."""
+
     @property
     def replica_id(self) -> int: ...
 

@@ -21,6 +21,7 @@ from pylitefs.formats.ltx.format import Position
 
 T = TypeVar("T")
 PageSums = npt.NDArray[np.uint64]
+Epochs = tuple[tuple[int, int], ...]
 
 
 # --- the engine ------------------------------------------------------------------------------------------------------
@@ -71,8 +72,18 @@ class Log(Protocol):
     def reaches(self, position: Position) -> bool:
         """Whether a receiver at `position` can be brought to the head from this log alone. May read a header."""
 
+    def holds(self, position: Position) -> bool:
+        """Whether this log went through `position`; also where the entry that follows is damaged. May read both."""
+
     def positions(self, limit: int) -> list[Position]:
         """The newest `limit` positions the log passed through, newest first. Reads that many headers."""
+
+    def epochs(self) -> Epochs:
+        """(epoch, its first TXID) of the history that led to the head."""
+
+    def passed(self, position: Position) -> bool:
+        """Whether that history went through `position`, as far as the epochs tell; also where the log does not reach
+        back to it."""
 
     def pin(self, txid: int) -> Closable:
         """Keep retention from removing entries after `txid` until it is closed."""
@@ -107,8 +118,9 @@ class Resync(Protocol):
 
     def pages(self, pages: list[tuple[int, bytes]], /) -> object: ...
     def transaction(self, data: bytes, /) -> object: ...
-    def finish(self, commit: int, position: Position, /) -> Position:
-        """FormatError if the result does not have the checksum of `position`; everything is then as before."""
+    def finish(self, commit: int, position: Position, epochs: Epochs, /) -> Position:
+        """`epochs`: (epoch, its first TXID) of the history. FormatError if the result does not have the checksum of
+        `position`; everything is then as before."""
 
     def abort(self) -> None: ...
 
@@ -116,6 +128,18 @@ class Resync(Protocol):
 class Database(Protocol):
     @property
     def position(self) -> Position: ...
+    @property
+    def epoch(self) -> int:
+        """Of the log's head."""
+
+    @property
+    def captures(self) -> bool:
+        """Applications here write it; else only the daemon does."""
+
+    @property
+    def loan(self) -> Loan | None:
+        """While this node writes it under a HALT lock of the primary's."""
+
     @property
     def page_size(self) -> int: ...
     @property
@@ -134,6 +158,13 @@ class Database(Protocol):
     def page_checksums(self) -> PageSums:
         """Of all `commit` pages, index pgno - 1."""
 
+    def file_checksums(self) -> PageSums:
+        """The same, of what the files really hold. Blocking; neither on the worker nor on the loop."""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Pages were found that do not match their checksums, and nothing was done about it yet."""
+
     def snapshot(self, known: PageSums | None, /) -> SnapshotReader:
         """Blocking; neither on the worker nor on the loop. `known`: only pages that differ from these are read out."""
 
@@ -149,6 +180,9 @@ class Database(Protocol):
     def durable(self) -> int:
         """[W] Make everything that was applied durable; returns its TXID."""
 
+    def log_durable(self) -> int | None:
+        """The same by an fsync of the log alone, which is quicker. None if that would not suffice now. Blocking."""
+
 
 class Store(Protocol):
     @property
@@ -161,8 +195,26 @@ class Store(Protocol):
     def worker(self) -> Worker: ...
     @property
     def is_primary(self) -> bool: ...
+    @property
+    def seen_epoch(self) -> int:
+        """The highest epoch this node has followed or written in."""
+
+    def note_epoch(self, epoch: int, /) -> None:
+        """Keep it durably. Blocking. OSError."""
+
     def adopt_cluster_id(self, cluster_id: str, /) -> None:
         """Keep the id durably. ClusterMismatch if another one is set."""
+
+    def demote_database(self, name: str, timeout_s: float, /) -> bool:
+        """On a primary that takes writes: lock the writers of one database out, capture everything. False if a
+        transaction is open for too long: writers are kept out until `promote_database`. Blocking."""
+
+    def promote_database(self, name: str, /) -> None:
+        """Let the writers in again; not if this node is the primary no more. Blocking."""
+
+    def apply_as_primary(self, name: str, data: bytes | str, /) -> Position:
+        """[W] On a demoted database of the primary: append a transaction of somebody else (an LTX file, or the path of
+        one) that follows the head. FormatError and PositionMismatch change nothing."""
 
     def set_primary_info(self, hostname: str | None, /) -> None: ...
     def set_lag_ms(self, lag_ms: int | None, /) -> None: ...
@@ -184,6 +236,7 @@ class Store(Protocol):
 
 
 if TYPE_CHECKING:
+    from pylitefs.engine.loan import Loan
     from pylitefs.engine.store import Store as EngineStore
 
     def _implements(store: EngineStore) -> Store:

@@ -15,7 +15,8 @@ from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
 from pylitefs.cluster.feed import Feed
 from pylitefs.cluster.ports import Link, LinkClosed, Store
 from pylitefs.cluster.recovery_wait import RecoveryOutcome, RecoveryWait
-from pylitefs.cluster.roles import NodeIdentity, Refused, admit
+from pylitefs.cluster.roles import NodeIdentity, Refused, StaleEpoch, admit
+from pylitefs.cluster.sync_gate import SyncGate
 from pylitefs.errors import LitefsError
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import Position
@@ -57,9 +58,9 @@ T = TypeVar("T")
 class Replicas:
     """The replicas of this node. Everything runs on one asyncio loop, `infos` and `progress` from any thread.
 
-    Use it as an async context manager; leaving it closes every session in good order, so that the replicas come back at
-    once when there is a primary again. `epoch` is the lease's; `recovery` is given when the node may have lost
-    transactions.
+    Use it as an async context manager, one for each term of office; leaving it closes every session in good order, so
+    that the replicas look for the new primary at once. `epoch` is the lease's: a replica that has seen a later one is
+    refused, and `on_newer_epoch` is told, on the loop. `recovery` is given when the node may have lost transactions.
     """
 
     def __init__(
@@ -71,14 +72,17 @@ class Replicas:
         recovery: RecoveryWait | None = None,
         timings: Timings | None = None,
         snapshot_timeout_s: float = 0.0,
+        on_newer_epoch: Callable[[int], None] = lambda epoch: None,
     ) -> None:
         self.store = store
         self.node = node
-        self.epoch = epoch
+        self._epoch = epoch
+        self.on_newer_epoch = on_newer_epoch
         self.recovery = recovery
         self.timings = timings or Timings()
         self.snapshot_timeout_s = snapshot_timeout_s
         self.sessions: dict[int, ReplicaSession] = {}
+        self.gate: SyncGate | None = None  # synchronous replication; set before any replica connects
         self._serving: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="replication")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -86,6 +90,18 @@ class Replicas:
         self._moved: deque[str] = deque()  # names of databases with a new transaction; filled from any thread
         self._wake_pending = False
         self._closing = False
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        """A later epoch has begun: what belongs to the one before ends. On the loop."""
+        before, self._epoch = self._epoch, max(epoch, self._epoch)
+        if self._epoch > before:
+            for session in list(self.sessions.values()):
+                session.stop(StaleEpoch(before, self._epoch))
 
     async def __aenter__(self) -> Replicas:
         self._loop = asyncio.get_running_loop()
@@ -150,6 +166,10 @@ class Replicas:
         elif len(self.sessions) >= MAX_REPLICAS:
             raise Refused(ErrorCode.BUSY, f"the primary has {MAX_REPLICAS} replicas already")
         self.sessions[session.replica_id] = session
+        if self.gate is not None:
+            self.gate.left(session.replica_id)
+            if session.copies_all:
+                self.gate.joined(session.replica_id)
         if self.recovery is not None:
             self.recovery.connected(session)
         self._emit("replicaConnected", session)
@@ -157,6 +177,8 @@ class Replicas:
     def remove(self, session: ReplicaSession, reason: str) -> None:
         if self.sessions.get(session.replica_id) is session:
             del self.sessions[session.replica_id]
+            if self.gate is not None:
+                self.gate.left(session.replica_id)
         if self.recovery is not None:
             self.recovery.disconnected(session)
         self._emit("replicaLost", session, reason=reason)
@@ -191,6 +213,7 @@ class ReplicaSession:
     def __init__(self, replicas: Replicas, link: Link) -> None:
         self.replica_id = 0
         self.hostname = ""
+        self.epoch = replicas.epoch  # what is said here belongs to it
         self.connected_ms = int(time.time() * 1000)
         self.feeds: dict[str, Feed] = {}
         self.store = replicas.store
@@ -212,6 +235,10 @@ class ReplicaSession:
     def address(self) -> str:
         return self._channel.address
 
+    @property
+    def copies_all(self) -> bool:
+        return not self._wanted
+
     async def run(self) -> None:
         """To the end; every error ends here, and is told to the replica, the log and the events."""
         error: BaseException | None = None
@@ -231,6 +258,8 @@ class ReplicaSession:
             log.error("replica %s: %s", self.address, reason, exc_info=error)
         else:
             log.info("replica %s: %s", self.address, reason)
+        if isinstance(error, StaleEpoch) and error.seen > self._replicas.epoch:
+            self._replicas.on_newer_epoch(error.seen)
         if known:  # before anything that waits, and could be cancelled
             self._replicas.remove(self, reason)
         await self._tasks.close()
@@ -291,6 +320,19 @@ class ReplicaSession:
             self._ready = True
             self._tasks.start(self._channel.send(Ready()))
 
+    @property
+    def _gate(self) -> SyncGate | None:
+        """What the replica's acknowledgements are for; a copy of some databases only does not count."""
+        return None if self._wanted else self._replicas.gate
+
+    def holds(self, name: str, txid: int) -> None:
+        if (gate := self._gate) is not None and self._replicas.sessions.get(self.replica_id) is self:
+            gate.holds(self.replica_id, name, txid)
+
+    def strayed(self, name: str) -> None:
+        if (gate := self._gate) is not None and self._replicas.sessions.get(self.replica_id) is self:
+            gate.strayed(self.replica_id, name)
+
     # --- the session ------------------------------------------------------------------------------------------------
 
     async def _handshake(self) -> dict[str, Position]:
@@ -317,7 +359,8 @@ class ReplicaSession:
                         self.store.cluster_id or "",
                         node.node_id,
                         node.hostname,
-                        self._replicas.epoch,
+                        self.epoch,
+                        self._gate is not None and self._gate.active,
                     )
                 )
         except TimeoutError:
@@ -329,7 +372,13 @@ class ReplicaSession:
         if not self.store.is_primary or not cluster_id:
             raise Refused(ErrorCode.NOT_PRIMARY, "this node is not the primary: correct lease.advertise-url")
         has_data = any(position.txid for position in positions.values())
-        admit(hello, has_data, self._replicas.node, cluster_id, self._replicas.epoch)
+        admit(hello, has_data, self._replicas.node, cluster_id, self.epoch)
+        self._check_epoch(max((position.epoch for position in positions.values()), default=0))
+
+    def _check_epoch(self, seen: int = 0) -> None:
+        """StaleEpoch if a later epoch than the session's is known to have begun."""
+        if (latest := max(seen, self._replicas.epoch)) > self.epoch:
+            raise StaleEpoch(self.epoch, latest)
 
     def _begin(self, positions: dict[str, Position]) -> None:
         """Start to serve: a feed for every database that either side has."""
@@ -367,6 +416,7 @@ class ReplicaSession:
             await self._handle(message)
 
     async def _handle(self, message: Message) -> None:
+        self._check_epoch()
         match message:
             case Ack(entries):
                 for progress in entries:
@@ -375,6 +425,7 @@ class ReplicaSession:
             case Heartbeat():
                 pass  # that it came is what counts
             case Resync(name):
+                self._check_epoch(message.position.epoch)
                 self._feed(name).resync(message)
             case Checksums(name):
                 self._feed(name).checksums(message)

@@ -11,17 +11,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
+from pylitefs.cluster.acks import Acks
 from pylitefs.cluster.applier import Applied, Applier, Item, Outcome, Prepared, PrepareResync, Stuck, Unfit, Violation
 from pylitefs.cluster.backoff import Backoff
 from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
-from pylitefs.cluster.ports import Link, LinkClosed, Store
-from pylitefs.cluster.roles import LASTING, NodeIdentity, Refused, accept
+from pylitefs.cluster.ports import Database, Link, LinkClosed, Store
+from pylitefs.cluster.roles import LASTING, NodeIdentity, Refused, StaleEpoch, accept
 from pylitefs.cluster.transfer import send_entry
 from pylitefs.errors import FormatError, LitefsError
+from pylitefs.events import Event
 from pylitefs.formats.ltx.format import Header, Position
 from pylitefs.formats.stream import (
     PROTOCOL_VERSION,
-    Ack,
     Databases,
     GiveBack,
     Heartbeat,
@@ -31,7 +34,6 @@ from pylitefs.formats.stream import (
     LtxData,
     LtxEnd,
     Message,
-    Progress,
     Ready,
     SendChecksums,
     Sender,
@@ -44,14 +46,15 @@ from pylitefs.formats.stream import (
     batches,
     checksum_messages,
 )
-from pylitefs.formats.stream_fields import ErrorCode, is_database_name
+from pylitefs.formats.stream_fields import ErrorCode, ResyncReason, is_database_name
 
 log = logging.getLogger("litefs.replication")
 
-SYNCING_MAX = 4
-
 IN_FLIGHT_BYTES = 8 << 20
 """What may have arrived and wait to be applied; beyond it the connection is not read."""
+
+DRAIN_S = 1.0
+"""How long what has come is applied still when the connection has ended."""
 
 COMPLAIN_EVERY_S = 60.0
 CALM_S = 60.0
@@ -76,7 +79,8 @@ class ReplicaState:
 
 
 class Replica:
-    """Follows one primary until it is cancelled. `databases`: copy only these; empty: all.
+    """Follows one primary until it is cancelled. `databases`: copy only these; empty: all. `epoch` is the highest it
+    knows of: an older primary is not followed, also when this was learned while it was.
 
     `ready` is set once everything that the primary had has been applied, and stays so.
     """
@@ -99,7 +103,7 @@ class Replica:
         self.databases = tuple(databases)
         self.hostname = hostname  # what `.primary` shows; empty: what the primary says
         self.timings = timings or Timings()
-        self.epoch = 0
+        self.epoch = store.seen_epoch
         self.as_of_ms: int | None = None  # the primary's clock when everything we have was still all there was
         self.primary_txids: dict[str, int] = {}
         self._connect = connect
@@ -126,11 +130,20 @@ class Replica:
 
     async def run(self) -> None:
         """Connect, follow, connect again: until cancelled."""
+        loop = asyncio.get_running_loop()
         clock = asyncio.create_task(self._show_lag())
+
+        def heard(event: Event) -> None:
+            if event.type == "damaged" and event.database is not None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                    loop.call_soon_threadsafe(self._heal, event.database)
+
+        unsubscribe = self.store.events.subscribe(heard)
         try:
             while True:
                 await asyncio.sleep(await self._attempt())
         finally:
+            unsubscribe()
             clock.cancel()
             await asyncio.gather(clock, return_exceptions=True)
 
@@ -138,6 +151,17 @@ class Replica:
         """Shake hands again: a database here is at another position than the primary was told. On the loop."""
         if self._session is not None:
             self._session.end(LinkClosed("the positions of this node have changed", clean=True))
+
+    def saw_epoch(self, epoch: int) -> None:
+        """An epoch has begun, somewhere: an older primary does not count any more. On the loop."""
+        if epoch > self.epoch:
+            before, self.epoch = self.epoch, epoch
+            if self._session is not None:
+                self._session.end(StaleEpoch(before, epoch))
+
+    def _heal(self, name: str) -> None:
+        if self._session is not None and self._session.welcomed:
+            self._session.heal(name)
 
     async def _attempt(self) -> float:
         """One connection, to its end; the pause before the next, in seconds."""
@@ -163,7 +187,8 @@ class Replica:
         if isinstance(error, Refused) and error.code in LASTING:
             return self._backoff.after_refusal()
         if welcomed:
-            return self._backoff.after_session(isinstance(error, LinkClosed) and error.clean)
+            over = isinstance(error, Refused) and error.code is ErrorCode.STALE_EPOCH  # there is a new primary
+            return self._backoff.after_session(over or (isinstance(error, LinkClosed) and error.clean))
         return self._backoff.after_failure()
 
     def _complain(self, what: str) -> None:
@@ -196,6 +221,7 @@ class ReplicaLink:
 
     def __init__(self, replica: Replica, link: Link) -> None:
         self.welcomed = False
+        self.epoch = replica.epoch  # the primary's, once it has welcomed us: what comes belongs to it
         self._caught_up = False  # READY has come, and everything before it is applied
         self._replica = replica
         self._store = replica.store
@@ -209,6 +235,7 @@ class ReplicaLink:
         self._marks: deque[tuple[int, Callable[[], None]]] = deque()  # (sequence, what to do when all up to it is done)
         self._resyncs: dict[str, tuple[int, float]] = {}  # name: (how many lately, when the last one)
         self._requests: dict[str, int] = {}  # name: the newest RESYNC
+        self._healing: set[str] = set()
         self._acks = Acks(self._store, self._channel, self._timings)
 
     async def run(self) -> Exception:
@@ -229,6 +256,7 @@ class ReplicaLink:
                 log.exception("replication failed")
         finally:
             await self._tasks.close()
+            await self._applier.drain(DRAIN_S)
             await self._applier.close()
             await self._channel.close(told, self._timings.close_s)
         return error
@@ -241,7 +269,11 @@ class ReplicaLink:
     async def _handshake(self) -> None:
         replica, store = self._replica, self._store
         names = [name for name in store.all_names() if is_database_name(name)]
-        positions = {name: database.position for name in names if (database := store.get(name)) is not None}
+        positions = {
+            name: database.loan.agreed if database.loan is not None else database.position
+            for name in names
+            if (database := store.get(name)) is not None
+        }
         has_data = any(position.txid for position in positions.values())
         wanted = replica.databases
         told = sorted((name, at) for name, at in positions.items() if at.txid and (not wanted or name in wanted))
@@ -265,9 +297,14 @@ class ReplicaLink:
         accept(welcome, has_data, replica.node, store.cluster_id, replica.epoch)
         if store.cluster_id is None:
             await asyncio.to_thread(store.adopt_cluster_id, welcome.cluster_id)
-        self._acks.begin(dict(told))
+        await asyncio.to_thread(store.note_epoch, welcome.epoch)  # before anything of that epoch is applied
+        self.epoch = welcome.epoch
+        self._acks.begin(dict(told), at_once=welcome.sync)
         self.welcomed = True
         replica.welcomed(welcome)
+        for name in names:
+            if (database := store.get(name)) is not None and database.is_damaged:
+                self.heal(name)
 
     # --- what comes -------------------------------------------------------------------------------------------------
 
@@ -280,25 +317,36 @@ class ReplicaLink:
             message, size = await self._channel.receive(deadline_s)
             self._handle(message, size)
 
+    def _check_epoch(self, seen: int = 0) -> None:
+        """StaleEpoch if a later epoch than the session's is known to have begun."""
+        if (latest := max(seen, self._replica.epoch)) > self.epoch:
+            raise StaleEpoch(self.epoch, latest)
+
     def _handle(self, message: Message, size: int) -> None:
+        self._check_epoch()
         match message:
             case Ltx(name, data):
-                sequence = self._put(message, size)
-                if not sequence:
-                    return
+                header: Header | None = None
                 with contextlib.suppress(FormatError):  # the worker will find it, and knows what to do
                     header = Header.unpack(data)
+                    self._check_epoch(header.epoch)
+                sequence = self._put(message, size)
+                if sequence and header is not None:
+                    timestamp_ms = header.timestamp_ms
                     self._acks.received(name, header.max_txid)
-                    self._mark(sequence, lambda: self._as_of(header.timestamp_ms))
+                    self._mark(sequence, lambda: self._as_of(timestamp_ms))
             case Heartbeat(timestamp_ms, positions):
                 self._replica.primary_txids.update(positions)
                 self._mark(self._last, lambda: self._as_of(timestamp_ms))
-            case LtxBegin() | LtxData() | LtxEnd() | SnapshotBegin() | SnapshotPages() | SnapshotEnd() | SetAside():
+            case SnapshotEnd(_, position):
+                self._check_epoch(position.epoch)
+                self._put(message, size)
+            case LtxBegin() | LtxData() | LtxEnd() | SnapshotBegin() | SnapshotPages() | SetAside():
                 self._put(message, size)
             case SendChecksums(name, reason):
                 self._put(PrepareResync(name, reason), 0)
-            case GiveBack(name, after):
-                self._tasks.start(self._give_back(name, after))
+            case GiveBack(name, after, limit_bytes):
+                self._tasks.start(self._give_back(name, after, limit_bytes))
             case Ready():
                 self._mark(self._last, self._is_ready)
             case _:
@@ -354,6 +402,7 @@ class ReplicaLink:
                 case Unfit(name, reason, text):
                     self._tasks.start(self._ask_again(name, reason, text))
                 case Prepared(message):
+                    self._acks.given_up(message.name)
                     self._requests[message.name] = message.request
                     self._tasks.start(self._send_resync(outcome))
                 case Stuck(name):
@@ -375,6 +424,25 @@ class ReplicaLink:
         await asyncio.sleep(delay_s)
         self._put(PrepareResync(name, reason), 0)
 
+    def heal(self, name: str) -> None:
+        """Its files hold pages that do not match their checksums: fetch them."""
+        self._tasks.start(self._heal(name))
+
+    async def _heal(self, name: str) -> None:
+        database = self._store.get(name)
+        if database is None or name in self._healing:
+            return
+        self._healing.add(name)
+        try:
+            sums = await asyncio.to_thread(database.file_checksums)
+        except (LitefsError, OSError) as error:  # it cannot even be read: everything is fetched
+            log.warning("%s: cannot be read: %s", name, error)
+            sums = np.zeros(0, dtype=np.uint64)
+        finally:
+            self._healing.discard(name)
+        log.warning("%s: pages are damaged; fetching them", name)
+        self._put(PrepareResync(name, ResyncReason.LOCAL, sums), 0)
+
     async def _send_resync(self, prepared: Prepared) -> None:
         message, sums = prepared.message, prepared.checksums
         await self._channel.send(message)
@@ -383,12 +451,14 @@ class ReplicaLink:
                 return  # there is a newer one, whose checksums count
             await self._channel.send(part)
 
-    async def _give_back(self, name: str, after: Position) -> None:
-        """Send what the log has after `after`, which the primary has lost."""
+    async def _give_back(self, name: str, after: Position, limit_bytes: int) -> None:
+        """Send what the log has after `after`, which the primary lacks; with a limit, only if it follows exactly."""
         database = self._store.get(name)
         given = False
         # The entry may begin before that position: the primary knows whether its state is one within it.
         entry = None if database is None else database.log.covering(after.txid + 1)
+        if database is not None and limit_bytes and not _follows(database, after, limit_bytes):
+            entry = None
         if database is not None and entry is not None:
             log.info("%s: giving back what the primary has lost after %s", name, after)
             given = True
@@ -407,93 +477,10 @@ class ReplicaLink:
             await asyncio.sleep(self._timings.heartbeat_s)
 
 
-class Acks:
-    """What the primary is told of this replica's progress: at once, then at most every `ack_s`."""
-
-    def __init__(self, store: Store, channel: Channel, timings: Timings) -> None:
-        self._store, self._channel, self._timings = store, channel, timings
-        self._received: dict[str, int] = {}
-        self._applied: dict[str, int] = {}
-        self._durable: dict[str, int] = {}
-        self._changed: set[str] = set()
-        self._undurable: set[str] = set()
-        self._syncing: set[str] = set()  # are being made durable
-        self._wake = asyncio.Event()
-
-    def begin(self, positions: dict[str, Position]) -> None:
-        """What the replica has from before the connection: applied, and to be made durable soon."""
-        for name, position in positions.items():
-            self._received[name] = self._applied[name] = position.txid
-        self._undurable.update(positions)
-
-    def received(self, name: str, txid: int) -> None:
-        self._received[name] = txid
-
-    def applied(self, name: str, txid: int) -> None:
-        rewound = txid < self._applied.get(name, 0)
-        self._received[name] = txid if rewound else max(txid, self._received.get(name, 0))
-        self._applied[name] = txid
-        self._durable[name] = min(txid, self._durable.get(name, 0))
-        self._changed.add(name)
-        self._undurable.add(name)
-
-    def dropped(self, name: str) -> None:
-        """What was received and not applied is not held any more."""
-        self._received[name] = self._applied.get(name, 0)
-        self._changed.add(name)
-
-    def hurry(self) -> None:
-        """Send what is new as soon as the pace allows."""
-        if self._changed:
-            self._wake.set()
-
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        next_s = 0.0
-        while True:
-            await self._wake.wait()
-            if (pause_s := next_s - loop.time()) > 0:
-                await asyncio.sleep(pause_s)
-            self._wake.clear()
-            changed, self._changed = self._changed, set()
-            entries = [
-                Progress(name, self._received.get(name, 0), self._applied.get(name, 0), self._durable.get(name, 0))
-                for name in sorted(changed)
-            ]
-            if entries:
-                for part in batches(entries):
-                    await self._channel.send(Ack(part))
-                next_s = loop.time() + self._timings.ack_s
-
-    async def make_durable(self) -> None:
-        """A few databases at a time, so that their transactions get in between and none waits for a stuck one."""
-        running: set[asyncio.Task[None]] = set()
-        async with asyncio.TaskGroup() as group:
-            while True:
-                await asyncio.sleep(self._timings.durable_s)
-                for name in sorted(self._undurable - self._syncing):
-                    if len(running) >= SYNCING_MAX:
-                        _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    self._undurable.discard(name)
-                    self._syncing.add(name)
-                    running.add(group.create_task(self._make_durable(name)))
-                running = {task for task in running if not task.done()}
-
-    async def _make_durable(self, name: str) -> None:
-        try:
-            database = self._store.get(name)
-            if database is None:
-                return
-            txid = await asyncio.wrap_future(self._store.worker.submit(database.durable, database=name))
-        except (OSError, LitefsError) as error:
-            log.warning("%s: cannot be made durable now: %s", name, error)
-            self._undurable.add(name)
-        else:
-            self._durable[name] = min(txid, self._applied.get(name, txid))
-            self._changed.add(name)
-            self._wake.set()
-        finally:
-            self._syncing.discard(name)
+def _follows(database: Database, after: Position, limit_bytes: int) -> bool:
+    """Whether the log goes on from exactly there to where the database is, with no more than so many bytes."""
+    size = sum(entry.size_bytes for entry in database.log.entries() if entry.min_txid > after.txid)
+    return size <= limit_bytes and database.log.reaches(after) and database.position == database.log.head
 
 
 async def _blocking(call: Callable[..., T], /, *args: Any) -> T:

@@ -69,13 +69,19 @@ LASTING = frozenset(
         ErrorCode.CLUSTER_MISMATCH,
         ErrorCode.FOREIGN,
         ErrorCode.SELF,
-        ErrorCode.STALE_EPOCH,
-        ErrorCode.NOT_PRIMARY,
         ErrorCode.REPLACED,
         ErrorCode.BUSY,
     }
 )
-"""Refusals that trying again soon does not change."""
+"""Refusals that trying again soon does not change. Another node may become the primary at any moment."""
+
+
+class StaleEpoch(Refused):
+    """Epoch `seen` has begun: what belongs to an earlier one does not count any more."""
+
+    def __init__(self, primary: int, seen: int) -> None:
+        super().__init__(ErrorCode.STALE_EPOCH, _epoch_text(primary, seen))
+        self.seen = seen
 
 
 def admit(hello: Hello, has_data: bool, node: NodeIdentity, cluster_id: str, epoch: int) -> None:
@@ -92,7 +98,7 @@ def admit(hello: Hello, has_data: bool, node: NodeIdentity, cluster_id: str, epo
     if not hello.cluster_id and has_data:
         raise Refused(ErrorCode.FOREIGN, _foreign_text(cluster_id))
     if hello.epoch > epoch:
-        raise Refused(ErrorCode.STALE_EPOCH, _epoch_text(epoch, hello.epoch))
+        raise StaleEpoch(epoch, hello.epoch)
 
 
 def accept(welcome: Welcome, has_data: bool, node: NodeIdentity, cluster_id: str | None, epoch: int) -> None:
@@ -111,7 +117,7 @@ def accept(welcome: Welcome, has_data: bool, node: NodeIdentity, cluster_id: str
     if not cluster_id and has_data:
         raise Refused(ErrorCode.FOREIGN, _foreign_text(welcome.cluster_id))
     if welcome.epoch < epoch:
-        raise Refused(ErrorCode.STALE_EPOCH, _epoch_text(welcome.epoch, epoch))
+        raise StaleEpoch(welcome.epoch, epoch)
 
 
 def _version_text(this: str, ours: int, other: str, theirs: int) -> str:

@@ -50,7 +50,7 @@ class Ends:
 
     @property
     def after(self) -> Position:
-        return Position(self.header.max_txid, self.trailer.post_apply_checksum)
+        return Position(self.header.max_txid, self.trailer.post_apply_checksum, self.header.epoch)
 
     @classmethod
     def of(cls, entry: LogEntry, head: bytes, tail: bytes) -> Ends:

@@ -15,19 +15,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pylitefs.engine.building import Building
 from pylitefs.engine.commit_points import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.opener import Opener
-from pylitefs.engine.replica_wal import ReplicaWal
+from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.worker import Worker
-from pylitefs.errors import FormatError, PositionMismatch
+from pylitefs.errors import DatabaseBusy, FormatError, PositionMismatch
 from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.decoder import Reader, decode
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, Trailer
@@ -51,7 +53,10 @@ class Apply:
         self._file_mode = file_mode
         self.notifier: Notifier | None = None
         self._opening: dict[str, int] = {}
+        self._aside: dict[str, list[Future[None]]] = {}  # databases that are being made active by the opener
         self._lock = threading.Lock()
+        self.names_wait: Callable[[], bool] = lambda: False
+        """Whether requests about names may wait for the worker, which must then not resolve any."""
 
     # -- active and at rest ------------------------------------------------------------------------------------
 
@@ -61,27 +66,86 @@ class Apply:
             self._opening[database.name] = self._opening.get(database.name, 0) + 1
 
         def work() -> None:
-            if database.set_aside_reason is None:  # else its WAL is all there is of what it holds
-                self.activate(database)
+            if database.set_aside_reason is not None or database.captures:  # its WAL is all there is of what it holds
+                done(None)
+            elif database.replica is None and self.names_wait():
+                self.activate_aside(database).add_done_callback(lambda made: done(made.exception()))
+            else:
+                finish(done, lambda: self.activate(database))
 
         def done(error: BaseException | None) -> None:
             then(error)
             with self._lock:
                 self._opening[database.name] -= 1
 
-        self._worker.post(finish, done, work, database=database.name)
+        self._worker.post(work, database=database.name)
 
-    def activate(self, database: Database) -> ReplicaWal:
+    def activate(self, database: Database) -> SharedWal:
         """Raises DatabaseBusy, OSError; PositionMismatch for a database that was set aside."""
         if database.set_aside_reason is not None:
             raise _is_set_aside(database)
+        self._refuse(database)
+        if database.replica is None and self.names_wait():
+            self.activate_aside(database)
+            raise DatabaseBusy(f"{database.name}: its WAL is being made")
         if database.replica is None:
-            replica = ReplicaWal(database.files, database.page_size, database.commit, self._file_mode)
-            self._remove(database, FileKind.WAL, FileKind.SHM)
-            replica.open()
-            database.replica = replica
+            database.replica = self._open(database)
             self._later(database)
         return database.replica
+
+    def _open(self, database: Database) -> SharedWal:
+        replica = SharedWal(database.files, database.page_size, database.commit, self._file_mode)
+        self._remove(database, FileKind.WAL, FileKind.SHM)
+        replica.open()
+        return replica
+
+    @staticmethod
+    def _refuse(database: Database) -> None:
+        if database.captures:
+            raise DatabaseBusy(f"{database.name}: applications write to it")
+
+    def activate_aside(self, database: Database) -> Future[None]:
+        """As `activate`, where the worker may not: by the opener. Any thread."""
+        done: Future[None] = Future()
+        with self._lock:
+            waiting = self._aside.setdefault(database.name, [])
+            waiting.append(done)
+            first = len(waiting) == 1
+        if first:
+            self._worker.post(self._begin_aside, database, database=database.name)
+        return done
+
+    def is_made_active(self, database: Database) -> bool:
+        """Whether the opener is at it; its names are not ours then."""
+        with self._lock:
+            return database.name in self._aside
+
+    def _begin_aside(self, database: Database) -> None:
+        if database.replica is not None or database.captures or not database.exists:
+            self._end_aside(database, None, None)
+            return
+
+        def make() -> None:
+            replica, error = None, None
+            try:
+                replica = self._open(database)
+            except Exception as caught:
+                error = caught
+            self._worker.post(self._end_aside, database, replica, error, database=database.name)
+
+        self._opener.do(make)
+
+    def _end_aside(self, database: Database, replica: SharedWal | None, error: Exception | None) -> None:
+        if replica is not None:
+            database.replica = replica
+            self._later(database)
+        with self._lock:
+            waiting = self._aside.pop(database.name, [])
+        for done in waiting:
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
 
     def idle(self, database: Database) -> None:
         """The last application closed it. Any thread."""
@@ -102,7 +166,7 @@ class Apply:
         try:
             if quiet_s >= _SETTLE_S * 0.9 and replica.backfill < replica.mx_frame:
                 replica.checkpoint()
-            if quiet_s >= _REST_S and self._is_unused(database) and self.rest(database):
+            if quiet_s >= _REST_S and self.is_unused(database) and not self.names_wait() and self.rest(database):
                 return
         except OSError as error:
             log.warning("%s: checkpoint will be tried again: %s", database.name, error)
@@ -110,7 +174,8 @@ class Apply:
         wait = _SETTLE_S if replica.mx_frame or quiet_s < _SETTLE_S else _REST_S / 3
         self._worker.call_later(wait, self._upkeep, database)
 
-    def _is_unused(self, database: Database) -> bool:
+    def is_unused(self, database: Database) -> bool:
+        """Whether no application has it open, or is about to."""
         with self._lock:
             return database.app_handles == 0 and not self._opening.get(database.name)
 
@@ -152,10 +217,11 @@ class Apply:
     def commit(
         self, database: Database, header: Header, trailer: Trailer, temporary: str,
         pages: Iterable[tuple[int, bytes]], pgnos: NDArray[np.uint32], sums: NDArray[np.uint64], started_s: float,
-        live: ReplicaWal | None = None,
+        live: SharedWal | None = None,
     ) -> Position:  # fmt: skip
         """A checked transaction whose file is `temporary`: into the log, into the database, move the position.
         `live`: has its pages already, in a transaction that is to be finished."""
+        self._refuse(database)
         file_before = _inode(database.files.database)
         database.unclean()
         entry = database.log.publish(temporary, header, trailer.post_apply_checksum)
@@ -254,9 +320,10 @@ class Apply:
 
     def replace_files(self, database: Database, building: Building) -> None:
         """Put a whole new database file in place."""
+        self._refuse(database)
         building.sync()
         if database.replica is not None:  # its WAL need not be in the old file: the log has what it holds
-            database.replica.close(remove=True)
+            database.replica.close(remove=not self.names_wait())
             database.replica = None
         building.publish(self._file_mode)
 
@@ -269,6 +336,7 @@ class Apply:
             database.replica = None
 
     def remove_files(self, database: Database) -> None:
+        self._refuse(database)
         self._drop_files(database)
 
 
@@ -328,39 +396,3 @@ def file_chunks(path: str) -> Iterator[bytes]:
                 yield data
 
     return chunks()
-
-
-class Building:
-    """A database file that is written beside the live one, to be given its name when it is complete."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self.path = os.path.join(database.files.folder, "database.new")
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-
-    def write(self, pages: Iterable[tuple[int, bytes]], header: Header) -> None:
-        for pgno, page in pages:
-            write_at(self.fd, page, (pgno - 1) * header.page_size)
-        os.ftruncate(self.fd, header.commit * header.page_size)
-
-    def sync(self) -> None:
-        """After it nothing that `publish` does needs room on the disk."""
-        os.fsync(self.fd)
-
-    def publish(self, mode: int) -> None:
-        os.fchmod(self.fd, mode)
-        self.sync()
-        files = self._database.files
-        for kind in (FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(files.backing(kind))
-        os.rename(self.path, files.database)
-        sync_folder(files.folder)
-
-    def __enter__(self) -> Building:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)

@@ -43,7 +43,8 @@ class Batch:
     gap: bool = False
     pgnos: NDArray[np.uint32] = field(default_factory=lambda: NONE)  # the pages, and the frames they are in
     numbers: NDArray[np.uint32] = field(default_factory=lambda: NONE)
-    from_file: NDArray[np.uint32] = field(default_factory=lambda: NONE)  # pages a diff took from the database file
+    from_file: NDArray[np.uint32] = field(default_factory=lambda: NONE)  # pages taken from the database file
+    takes_back: bool = False  # also brings back the pages of a pending transaction that did not come to be
 
 
 class Missed(UnstableSource):

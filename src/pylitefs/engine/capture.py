@@ -99,9 +99,10 @@ class Capture(CommitPoints):
             self._look(database)
 
     def _look(self, database: Database) -> None:
+        if not database.captures:
+            return
         schedule = self._schedules.setdefault(database.name, _Schedule())
-        started, before = time.monotonic(), database.position.txid
-        found = False
+        started, before, found = time.monotonic(), database.position.txid, False
         try:
             self.open_shm(database)
             with database.wal.mutex:
@@ -158,7 +159,7 @@ class Capture(CommitPoints):
         self._opening.discard(database.name)
         if fds is None:
             return
-        if database.wal is wal and wal.shm_fd < 0 and _same_file(fds[0], database.files.shm):
+        if database.captures and database.wal is wal and wal.shm_fd < 0 and _same_file(fds[0], database.files.shm):
             wal.use_shm(fds[0])
             self.wake(database)
         else:
@@ -186,8 +187,7 @@ class Capture(CommitPoints):
         self._opener.open(paths, os.O_RDWR, opened)
 
     def let_restart(self, database: Database) -> None:
-        fds = database.wal.barrier.release()
-        if fds:
+        if fds := database.wal.barrier.release():
             self._opener.close(fds)
 
     def created(self, database: Database, kind: FileKind, seeded: Seed | None) -> None:
@@ -261,7 +261,7 @@ class Capture(CommitPoints):
 
     def _pass(self, database: Database) -> bool:
         """One pass over WAL and rollback state; True if a transaction was recorded. Raises OSError."""
-        if database.set_aside_reason is not None:
+        if database.set_aside_reason is not None or not database.captures:
             return False
         try:
             found = self._wal_pass(database)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from pylitefs.engine.commit_points import finish, wal_in_use
 from pylitefs.engine.database import Database
+from pylitefs.engine.gated import GatedCommits
 from pylitefs.engine.store import Store
 from pylitefs.engine.wal_capture import BARRIER_FRAMES
 from pylitefs.ports import Then
@@ -25,8 +26,10 @@ class Checkpoints:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.gated = GatedCommits(store)
 
     def before_wal_fsync(self, database: Database, then: Then) -> None:
+        self.gated.before_wal_fsync(database)
         if not database.wal.checkpoint_running():
             then(None)
             return

@@ -7,6 +7,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import read_at
@@ -16,6 +19,7 @@ from pylitefs.engine.rollback_capture import database_size
 from pylitefs.engine.transaction import Change
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import FormatError
+from pylitefs.formats.ltx.checksum import page_checksum, page_checksums
 from pylitefs.formats.ltx.format import lock_pgno
 from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
 from pylitefs.ports import FileKind
@@ -26,6 +30,7 @@ _SETTLE_S = 0.05
 _SETTLE_TRIES = 40
 _LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
 _READ_PAGES = 64
+_SUM_BYTES = 4 << 20
 
 
 class CommitPoints:
@@ -74,6 +79,31 @@ class CommitPoints:
         database.rollback.clear()
         self._opener.do(database.log.make_spare)
         return entry is not None
+
+    @staticmethod
+    def is_as_logged(database: Database) -> bool:
+        """Whether the file holds what the log does, so what was written came to nothing or was rolled back. Nobody
+        writes meanwhile; any thread."""
+        with database.lock:
+            if not database.rollback.pending:
+                return True
+            with open(database.files.database, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                try:
+                    page_size, commit = database_size(file.read(100), size)
+                except FormatError:
+                    return False
+                if (page_size, commit) != (database.page_size, database.commit) or size < page_size * commit:
+                    return False
+                known = database.table.values
+                if database.rollback.suspect:
+                    return bool(np.array_equal(file_checksums(database.files.database), known[:commit]))
+                fd = file.fileno()
+                return all(
+                    page_checksum(pgno, read_at(fd, page_size, (pgno - 1) * page_size)) == int(known[pgno - 1])
+                    for pgno in database.rollback.dirty.pgnos(page_size, commit).tolist()
+                    if pgno != lock_pgno(page_size)
+                )
 
     def settle_rollback(self, database: Database, mount_fd: int) -> bool:
         """Record noted writes whose commit nothing told us of (MEMORY, OFF, a copied file): committed they are when
@@ -141,6 +171,22 @@ def file_pages(fd: int, page_size: int, commit: int) -> Iterator[tuple[int, byte
         for index in range(count):
             if first + index != skip:
                 yield first + index, run[index * page_size : (index + 1) * page_size]
+
+
+def file_checksums(path: str) -> NDArray[np.uint64]:
+    """Of every page of a database file; empty if it is none. Raises OSError."""
+    with open(path, "rb") as file:
+        try:
+            page_size, commit = database_size(file.read(100), os.fstat(file.fileno()).st_size)
+        except FormatError:
+            return np.zeros(0, dtype=np.uint64)
+        run = max(1, _SUM_BYTES // page_size)
+        parts = [np.zeros(0, dtype=np.uint64)]
+        for first in range(1, commit + 1, run):
+            count = min(run, commit - first + 1)
+            data = read_at(file.fileno(), count * page_size, (first - 1) * page_size)
+            parts.append(page_checksums(first, data, page_size))
+        return np.concatenate(parts)
 
 
 def wal_in_use(database: Database) -> bool:

@@ -8,6 +8,7 @@ in `apply`.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -18,18 +19,20 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pylitefs.engine.files import DatabaseFiles, publish_file, sync_folder
+from pylitefs.engine.durable import log_durable
+from pylitefs.engine.epochs import FIRST, Lines
+from pylitefs.engine.fence import Fence
+from pylitefs.engine.files import DatabaseFiles, sync_folder
+from pylitefs.engine.live_files import LiveFiles
+from pylitefs.engine.loan import Loan
 from pylitefs.engine.ltx_log import EMPTY, LogEntry, LtxLog
 from pylitefs.engine.page_checksums import CleanState, PageChecksums, stamp
-from pylitefs.engine.replica_wal import ReplicaWal
 from pylitefs.engine.rollback_capture import RollbackCapture
+from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.transaction import Change, Pages, ReadPage, TransactionWriter
 from pylitefs.engine.wal_capture import WalCapture
-from pylitefs.errors import FormatError
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.format import Header, Position
-from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
-from pylitefs.ports import FileKind
 
 if TYPE_CHECKING:
     from pylitefs.engine.incoming import IncomingFile
@@ -38,18 +41,21 @@ if TYPE_CHECKING:
 
 
 class Services(Protocol):
-    """What the store does for its databases (`store.StoreServices`)."""
+    """What the store does for its databases (`store.StoreServices`). `epoch`: of what this node writes."""
+
+    epoch: int
 
     def flush(self, database: Database) -> Future[Position]: ...
     def snapshot(self, database: Database, known: NDArray[np.uint64] | None) -> SnapshotReader: ...
     def copy_to(self, database: Database, path: str) -> Position: ...
+    def file_checksums(self, database: Database) -> NDArray[np.uint64]: ...
     def apply(self, database: Database, data: bytes) -> Position: ...
     def receive(self, database: Database, min_txid: int, max_txid: int) -> IncomingFile: ...
     def resync(self, database: Database, page_size: int, keep_branch_after: int | None) -> Resync: ...
     def durable(self, database: Database) -> int: ...
 
 
-class Database:
+class Database(LiveFiles):
     """All attributes may be read from any thread; `lock` guards position, table, `rollback` and the log's growth."""
 
     def __init__(self, name: str, files: DatabaseFiles, events: EventBus) -> None:
@@ -63,9 +69,17 @@ class Database:
         self.timestamp_ms = 0
         self.set_aside_reason: str | None = None  # why it is not replicated, None if all is well
         self.compress = True  # pages in the log
+        self.term = 0  # the epoch in which applications of this node were last let in; 0: not since the start
+        self.is_damaged = False  # pages that do not match their checksums were found, and not replaced yet
+        self.was_measured = False  # since they were found
         self.is_busy = False  # a process of an earlier mount still has its files open: nobody may touch them
-        self.handles_lock = threading.Lock()  # guards the next two; `lock` may be held for long by a large transaction
+        self.captures = True  # applications write it, and what they commit is recorded; False: only the daemon does
+        self.yields = False  # `captures` is to end: nothing may be committed any more
+        self.fence = Fence(math.inf)
+        self.loan: Loan | None = None  # while this node writes it under a HALT lock
+        self.handles_lock = threading.Lock()  # guards the next 3; `lock` may be held for long by a large transaction
         self.app_handles = 0  # open handles of the database file, not counting the daemon's own
+        self.opening = 0  # those that were let in, and are not open yet
         self.raw_writers = 0  # of these, writable ones whose writes pass us by
         self.log = LtxLog(files.ltx)
         self._table: PageChecksums | None = None
@@ -73,11 +87,12 @@ class Database:
         self._noted = (0, 0)  # size and time of the file when it was known where it stands, see `evidence`
         self.wal = WalCapture(files, self.page_checksums)
         self.rollback = RollbackCapture(files)
-        self.replica: ReplicaWal | None = None
+        self.replica: SharedWal | None = None
         self.upkeep_scheduled = False
         self.applied_s = 0.0  # monotonic time of the last apply
         self.settled_stamp = (0, 0)  # of the file when unseen writes were last looked for
         self.durable_txid = 0  # replica: what is known to be on disk
+        self.log_durable_txid = 0  # replica: up to where the log is on disk, from `durable_txid` on
         self._services: Services | None = None
         self.failing: str | None = None  # why the log cannot be written (disk full)
 
@@ -89,38 +104,26 @@ class Database:
         return self.commit > 0
 
     @property
+    def may_commit(self) -> bool:
+        """Whether a commit of an application may be answered now."""
+        return self.captures and not self.yields and self.fence.holds()
+
+    @property
+    def epoch(self) -> int:
+        """In which epoch the newest transaction was written."""
+        return self.log.head.epoch
+
+    @property
+    def writing_epoch(self) -> int:
+        """The epoch of what is written here. What is recorded late, when another has begun, is of the one in which it
+        was committed."""
+        if self.loan is not None:
+            return self.loan.epoch
+        return self.term or (self._services.epoch if self._services is not None else FIRST)
+
+    @property
     def size_bytes(self) -> int:
         return self.page_size * self.commit
-
-    @property
-    def wal_size_bytes(self) -> int:
-        return stamp(self.files.wal)[0]
-
-    @property
-    def journal_mode(self) -> str:
-        """ "wal" or "rollback", as page 1 says."""
-        header = self._header()
-        return "rollback" if header is None else header.journal_mode
-
-    @property
-    def sqlite_version(self) -> int:
-        """SQLITE_VERSION_NUMBER of the library that last changed page 1 in the file, 0 if unknown."""
-        header = self._header()
-        return 0 if header is None else header.sqlite_version
-
-    def _header(self) -> DatabaseHeader | None:
-        try:
-            return DatabaseHeader.unpack(self.first_bytes())
-        except FormatError:
-            return None
-
-    def first_bytes(self) -> bytes:
-        """The 100 bytes of the header in the database file; nothing if it cannot be read."""
-        try:
-            with open(self.files.database, "rb") as file:
-                return file.read(HEADER_SIZE)
-        except OSError:
-            return b""
 
     @property
     def table(self) -> PageChecksums:
@@ -152,6 +155,16 @@ class Database:
         """Read the whole database while it is being written. Blocking; not on the worker."""
         return self._by.snapshot(self, known)
 
+    def file_checksums(self) -> NDArray[np.uint64]:
+        """The checksums of all pages as the files hold them. Blocking; not on the worker."""
+        self.was_measured = True
+        return self._by.file_checksums(self)
+
+    def note_damage(self, reason: str) -> None:
+        """Pages do not match their checksums. Any thread."""
+        self.is_damaged, self.was_measured = True, False
+        self.emit("damaged", reason=reason)
+
     def copy_to(self, path: str) -> Position:
         """A consistent copy of the database file. Blocking; not on the worker."""
         return self._by.copy_to(self, path)
@@ -172,6 +185,10 @@ class Database:
         """Replica, worker: make what was applied durable; its TXID."""
         return self._by.durable(self)
 
+    def log_durable(self) -> int | None:
+        """Replica, blocking, any thread: the same by the log alone; None if that would not suffice now."""
+        return log_durable(self)
+
     # -- changes ---------------------------------------------------------------------------------------------
 
     def record(
@@ -188,8 +205,9 @@ class Database:
                 self._forget_noted()
             self.unclean()
             writer = TransactionWriter(
-                self.log, self.table, self.position, self.page_size, self.commit, change, compress=self.compress
-            )
+                self.log, self.table, self.position, self.page_size, self.commit, change,
+                compress=self.compress, epoch=self.writing_epoch,
+            )  # fmt: skip
             entry = writer.write(pages, read_missing, is_stable)
             if entry is None:
                 return None
@@ -229,17 +247,21 @@ class Database:
             self.timestamp_ms = header.timestamp_ms
             self.announce(header, entry, len(pgnos), "apply", time.monotonic() - started_s)
 
-    def reposition(self, position: Position, page_size: int, commit: int, sums: NDArray[np.uint64]) -> None:
-        """Start over at a position that came from elsewhere, with the checksums of all pages."""
+    def reposition(
+        self, position: Position, page_size: int, commit: int, sums: NDArray[np.uint64], epochs: Lines | None = None
+    ) -> None:
+        """Start over at a position that came from elsewhere, with the checksums of all pages and its history's epochs
+        (None: it is our own history)."""
         with self.lock:
             self.unclean()
+            self.log.restart_at(position, epochs)  # first: if it fails, table and position are still the old ones
             self.table.reset()
             self.table.reserve(commit)
             self.table.values[:commit] = sums
-            self.log.restart_at(position)
             self.position, self.page_size, self.commit = position, page_size, commit
             self.timestamp_ms = int(time.time() * 1000)
             self._noted = (0, 0)
+            self.durable_txid = self.log_durable_txid = 0
             self._write_unclean()
 
     def announce(self, header: Header, entry: LogEntry, pages: int, source: str, seconds: float) -> None:
@@ -322,7 +344,7 @@ class Database:
         before = self.wal
         self.files = files
         self.wal = WalCapture(files, self.page_checksums)
-        self.wal.collected, self.wal.cursor = before.collected, before.cursor
+        self.wal.collected, self.wal.cursor, self.wal.pending = before.collected, before.cursor, before.pending
 
     def release_files(self) -> None:
         """Close what the capture has open of the live files. How far it has come is kept: what is missed is noticed."""
@@ -343,22 +365,5 @@ class Database:
                 os.fsync(file.fileno())
             sync_folder(self.files.ltx)
 
-    def begin_empty(self) -> None:
-        os.makedirs(self.files.folder, exist_ok=True)
-        os.makedirs(self.files.ltx, exist_ok=True)
-
     def emit(self, kind: str, **data: object) -> None:
         self.events.emit(Event(kind, self.name, data))
-
-    def remove_live_files(self) -> None:
-        """Remove database, journal, WAL and -shm (the drop of the database); the log stays."""
-        for kind in (FileKind.DATABASE, FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):
-            try:
-                os.unlink(self.files.backing(kind))
-            except FileNotFoundError:
-                continue
-
-
-def note_position(files: DatabaseFiles, position: Position) -> None:
-    """Keep a position beside the log (kept branches in lost/ say where they began)."""
-    publish_file(os.path.join(files.lost, "position"), f"{position}\n".encode())

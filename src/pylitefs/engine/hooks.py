@@ -10,104 +10,39 @@ import contextlib
 import errno
 import logging
 import os
-import threading
 from collections.abc import Callable
 
 from pylitefs.engine.apply import Apply
-from pylitefs.engine.checkpoints import Checkpoints
+from pylitefs.engine.commit_hooks import CommitHooks
 from pylitefs.engine.commit_points import finish, wal_in_use
 from pylitefs.engine.database import Database
-from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.store import Store
 from pylitefs.engine.wal_seed import seed
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader, is_sqlite
-from pylitefs.ports import SIDE_KINDS, SUFFIXES, VIRTUAL_KINDS, FileKind, FileRef, Then
+from pylitefs.ports import SIDE_KINDS, VIRTUAL_KINDS, FileKind, FileRef, LockOpening, Then
 
 log = logging.getLogger("litefs.hooks")
 
 _WRITES = os.O_WRONLY | os.O_RDWR
 _ZERO_HEADER = bytes(28)
-_LARGE_BYTES = 8 << 20  # a commit of more than this leaves the FUSE thread
-_NEVER_REPLICATED_MS = 2147483647
-_DOT_FILES = {".primary": FileKind.PRIMARY, ".lag": FileKind.LAG}
 
 
 def read_only() -> OSError:
     return OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-class EngineHooks:
-    """Implements `FileHooks` on a store."""
+class EngineHooks(CommitHooks):
+    """Implements `FileHooks` on a store. What an application commits is answered only while `Database.may_commit`."""
 
     def __init__(self, store: Store, apply: Apply) -> None:
-        self._store = store
+        super().__init__(store)
         self._apply = apply
-        self._checkpoints = Checkpoints(store)
         self._engine_renames: set[tuple[str, str]] = set()
 
-    # -- names -----------------------------------------------------------------------------------------------
-
-    def resolve(self, name: str) -> FileRef:
-        if name in _DOT_FILES:
-            return FileRef(name, _DOT_FILES[name], None, None)
-        database = self._store.get(name)
-        if database is not None and database.exists:
-            return FileRef(name, FileKind.DATABASE, name, database.files.database)
-        for suffix, kind in SUFFIXES.items():
-            if name.endswith(suffix):
-                database = self._store.get(name[: -len(suffix)])
-                if database is not None and database.exists:
-                    path = database.files.backing(kind) if kind in SIDE_KINDS else None
-                    return FileRef(name, kind, database.name, path)
-        return FileRef(name, FileKind.PLAIN, None, os.path.join(self._store.plain_dir, name))
-
-    def names(self) -> list[str]:
-        found = [".lag"]
-        if self._store.primary_hostname is not None:
-            found.append(".primary")
-        for name in self._store.names():
-            database = self._store.get(name)
-            assert database is not None
-            found += [name, name + "-pos"]
-            for suffix, kind in SUFFIXES.items():
-                if kind in SIDE_KINDS and os.path.exists(database.files.backing(kind)):
-                    found.append(name + suffix)
-        return found + os.listdir(self._store.plain_dir)
-
-    def virtual_size(self, ref: FileRef) -> int | None:
-        if ref.kind is FileKind.POSITION:
-            return 34
-        if ref.kind is FileKind.LAG:
-            return 11
-        hostname = self._store.primary_hostname
-        return None if hostname is None else len(hostname.encode()) + 1
-
-    def virtual_content(self, ref: FileRef, then: Callable[[bytes | BaseException], None]) -> None:
-        if ref.kind is FileKind.POSITION:
-            database = self._store.get(ref.database or "")
-            if database is None:
-                then(FileNotFoundError(errno.ENOENT, ref.name))
-                return
-            self._store.flush(database).add_done_callback(
-                lambda done: then(done.exception() or f"{done.result()}\n".encode())
-            )
-        elif ref.kind is FileKind.LAG:
-            then(self._lag())
-        elif self._store.primary_hostname is None:
-            then(FileNotFoundError(errno.ENOENT, ref.name))
-        else:
-            then(f"{self._store.primary_hostname}\n".encode())
-
-    def _lag(self) -> bytes:
-        """Milliseconds as LiteFS prints them: sign and 9 digits; 0 on the primary, the largest number before the
-        first contact (11 bytes, so that its newline is cut)."""
-        lag = self._store.lag_ms
-        value = 0 if self._store.is_primary else _NEVER_REPLICATED_MS if lag is None else lag
-        return f"{value:+010d}\n".encode()[:11]
-
-    def writable(self) -> bool:
-        return self._store.is_primary
+    def writable(self, ref: FileRef) -> bool:
+        database = self._database(ref)
+        return self._store.is_primary if database is None else database.captures
 
     # -- open and close --------------------------------------------------------------------------------------
 
@@ -119,14 +54,28 @@ class EngineHooks:
             then(_busy(database))
         elif database.set_aside_reason is not None and (flags & _WRITES or ref.kind is not FileKind.DATABASE):
             then(read_only())
-        elif self._store.is_primary:
-            then(None)
-        elif flags & _WRITES and ref.kind is not FileKind.SHM:
-            then(read_only())
+        elif ref.kind is FileKind.DATABASE and not database.captures and self._store.roles.is_lent(database):
+            self._apply.before_open(database, then)
+        elif database.captures or (flags & _WRITES and ref.kind is not FileKind.SHM):
+            writing = flags & _WRITES != 0 and ref.kind is not FileKind.SHM
+            again = (lambda: self.may_open(ref, flags, by_daemon, then)) if ref.kind is FileKind.DATABASE else None
+            self._store.roles.let_in(database, writing=writing, then=then, again=again)
         elif ref.kind is FileKind.DATABASE and database.set_aside_reason is None:
             self._apply.before_open(database, then)
         else:
             then(None)
+
+    def open_lock(self, ref: FileRef, then: Then) -> LockOpening:
+        database = self._database(ref)
+        if database is not None and database.is_busy:
+            then(_busy(database))
+        elif database is None or database.set_aside_reason is not None:
+            then(read_only())
+        elif self._store.lock_files is not None:
+            return self._store.lock_files.open(database.name, then)
+        else:
+            then(None if self._store.is_primary else read_only())
+        return NothingHeld()
 
     def may_create(self, ref: FileRef, by_daemon: bool, then: Then) -> None:
         database = self._database(ref)
@@ -136,13 +85,19 @@ class EngineHooks:
             then(PermissionError(errno.EPERM, ref.name))
         elif database is not None and database.is_busy:
             then(_busy(database))
-        elif not self._store.is_primary and (database is not None or ref.name.endswith(("-journal", "-wal"))):
+        elif not self._may_begin(ref, database):
             self._remove_stillborn(ref)
             then(PermissionError(errno.EACCES, ref.name))  # SQLite reports it as "attempt to write a readonly database"
         elif database is not None and database.set_aside_reason is not None:
             then(read_only())
         else:
             then(None)
+
+    def _may_begin(self, ref: FileRef, database: Database | None) -> bool:
+        """Whether this file may be made; readers of a database in WAL mode make its -wal and -shm too."""
+        if database is None:
+            return self._may_make or not ref.name.endswith(("-journal", "-wal"))
+        return database.may_commit or (database.captures and ref.kind is not FileKind.JOURNAL)
 
     def _remove_stillborn(self, ref: FileRef) -> None:
         """SQLite has made an empty file for a new database, which cannot be begun on a replica: leave none behind."""
@@ -154,7 +109,7 @@ class EngineHooks:
 
     def created(self, ref: FileRef) -> None:
         database = self._database(ref)
-        if database is None or not self._store.is_primary or ref.kind not in SIDE_KINDS:
+        if database is None or not database.captures or ref.kind not in SIDE_KINDS:
             return
         with contextlib.suppress(OSError):  # the database's permissions: SQLite would ask for them with another request
             os.chmod(database.files.backing(ref.kind), os.stat(database.files.database).st_mode & 0o777)
@@ -165,7 +120,9 @@ class EngineHooks:
 
     def wants_write_hook(self, ref: FileRef) -> bool:
         if ref.kind is FileKind.DATABASE:
-            return self._store.is_primary and not self._in_wal_mode(ref)
+            database = self._database(ref)
+            may_write = self._store.options.role_from_marker or (database is not None and database.captures)
+            return may_write and not self._in_wal_mode(ref)
         if ref.kind is not FileKind.PLAIN or ref.path is None:
             return False
         head = self._head(ref.path)
@@ -200,12 +157,12 @@ class EngineHooks:
             database.app_handles = max(0, database.app_handles - 1)
             raw = writable and not hooked
             database.raw_writers = max(0, database.raw_writers - raw)
-        if raw and self._store.is_primary and not wal_in_use(database) and not self._in_wal_mode(ref):
+        if raw and database.captures and not wal_in_use(database) and not self._in_wal_mode(ref):
             database.rollback.suspect = True
         if writable:
             database.rollback.replacing = False
         pending = database.rollback.pending
-        if self._store.is_primary:
+        if database.captures:
             if pending:
                 self._store.capture.settle_later(database, lambda error: None)
         elif database.app_handles == 0:
@@ -213,32 +170,27 @@ class EngineHooks:
 
     def flushed(self, ref: FileRef, then: Then) -> None:
         database = self._database(ref)
-        if not self._store.is_primary:
-            then(None)
-        elif database is not None:
-            if database.rollback.pending:
+        if database is not None:
+            if database.captures and database.rollback.pending:
                 database.rollback.replacing = False
                 self._store.capture.settle_later(database, then)
             else:
                 then(None)
-        elif ref.kind is FileKind.PLAIN and not ref.name.startswith(".") and self._is_importable(ref):
+        elif self._may_make and not ref.name.startswith(".") and self._is_importable(ref):
             self._in_thread(lambda: self._store.import_plain(ref.name), then)
         else:
             then(None)
-
-    def _is_importable(self, ref: FileRef) -> bool:
-        return self._store.is_plain_database(ref.name) and not journal_in_use(self._plain(ref.name + "-journal"))
 
     # -- writes ----------------------------------------------------------------------------------------------
 
     def write(self, ref: FileRef, fd: int, data: memoryview, offset: int) -> int:
         database = self._database(ref)
         if database is None:
-            if not self._store.is_primary and offset == 0 and is_sqlite(bytes(data[:HEADER_SIZE])):
+            if not self._may_make and offset == 0 and is_sqlite(bytes(data[:HEADER_SIZE])):
                 raise read_only()
             if offset == 0 and ref.name.endswith("-journal") and bytes(data[:28]) == _ZERO_HEADER:
                 self._import_base(ref.name)
-        elif self._store.is_primary:
+        elif database.captures:
             if ref.kind is FileKind.DATABASE:
                 return self._write_database(database, fd, data, offset)
             if ref.kind is FileKind.JOURNAL and offset == 0 and bytes(data[:28]) == _ZERO_HEADER:
@@ -248,8 +200,13 @@ class EngineHooks:
     def _write_database(self, database: Database, fd: int, data: memoryview, offset: int) -> int:
         if wal_in_use(database):
             return os.pwrite(fd, data, offset)  # a checkpoint: the WAL has told us these pages
+        if (self._store.roles.paused or not database.may_commit) and not (
+            # The rest of a transaction, or what undoes it, must be possible: whether it counts is decided at its end.
+            database.rollback.pending or database.rollback.journal_in_use()
+        ):
+            raise read_only()
         with database.lock:
-            if database.rollback.starts_transaction():
+            if database.rollback.starts_transaction() and database.may_commit:
                 self._store.capture.commit_point(database)
             written = os.pwrite(fd, data, offset)
             database.rollback.note(offset, written)
@@ -259,14 +216,18 @@ class EngineHooks:
         database = self._database(ref)
         if ref.kind is FileKind.PLAIN and size_bytes == 0 and self._store.is_primary:
             self._plain_commit(ref, then, leave_journal=False)
-        elif database is None:
+        elif database is None or by_daemon:
             then(None)
-        elif not self._store.is_primary:
-            then(None if by_daemon else read_only())
+        elif not database.captures:
+            then(read_only())
         elif ref.kind is FileKind.JOURNAL and size_bytes == 0:  # PERSIST cuts an old one's end off before a commit
             self._commit(database, then)
+        elif ref.kind is FileKind.WAL and not size_bytes and database.journal_mode == "rollback":
+            then(PermissionError(errno.EACCES, ref.name))  # an empty one would not be found: see `Apply`
         elif ref.kind is FileKind.WAL:
-            self._on_worker(database, lambda: self._store.capture.flush_if_possible(database), then)
+            self._on_worker(database, lambda: self._wal_truncates(database, size_bytes), then)
+        elif ref.kind is FileKind.DATABASE and not size_bytes and not self._may_replace(database):
+            then(read_only())
         else:
             if ref.kind is FileKind.DATABASE and size_bytes == 0:
                 database.rollback.suspect = database.rollback.replacing = True
@@ -274,66 +235,18 @@ class EngineHooks:
                 database.wal.before_index_truncate()
             then(None)
 
+    def _may_replace(self, database: Database) -> bool:
+        """Whether it may go, or get another content, without SQLite's locks."""
+        return database.may_commit and not self._store.roles.paused
+
+    def _wal_truncates(self, database: Database, size_bytes: int) -> None:
+        self._store.capture.flush_if_possible(database)
+        self._gated.wal_goes(database, size_bytes)
+
     def after_truncate(self, ref: FileRef, size_bytes: int) -> None:
         database = self._database(ref) if ref.kind is FileKind.SHM else None
-        if database is not None and self._store.is_primary:
+        if database is not None and database.captures:
             database.wal.after_index_truncate()
-
-    def fsync_failed(self, ref: FileRef) -> None:
-        database = self._database(ref) if ref.kind is FileKind.WAL else None
-        if database is not None and self._store.is_primary:
-            database.wal.fsync_failed()
-
-    def before_fsync(self, ref: FileRef, then: Then) -> None:
-        database = self._database(ref) if self._store.is_primary else None
-        if database is not None and ref.kind is FileKind.WAL:
-            self._checkpoints.before_wal_fsync(database, then)
-        elif database is not None and ref.kind is FileKind.DATABASE:
-            self._checkpoints.before_database_fsync(database, then)
-        else:
-            then(None)
-
-    def after_fsync(self, ref: FileRef) -> None:
-        if ref.kind in (FileKind.DATABASE, FileKind.JOURNAL) and self._store.is_primary:
-            database = self._database(ref)
-            if database is None or wal_in_use(database):
-                return
-            with database.lock:
-                if ref.kind is FileKind.DATABASE and database.raw_writers:
-                    database.rollback.suspect = True
-                if database.rollback.pending and not database.rollback.journal_in_use():
-                    self._store.capture.commit_point(database)
-        elif ref.kind is FileKind.PLAIN and self._store.is_primary and self._is_importable(ref):
-            self._store.import_plain(ref.name)
-
-    # -- commit points -----------------------------------------------------------------------------------------
-
-    def _commit(self, database: Database, then: Then) -> None:
-        """The journal goes away: the transaction is committed, or rolled back (then no page has changed)."""
-        with database.lock:
-            if database.raw_writers and not wal_in_use(database):
-                database.rollback.suspect = True
-            large = database.rollback.suspect and database.size_bytes > _LARGE_BYTES
-        if large:
-            self._in_thread(lambda: self._commit_now(database), then)
-        else:
-            finish(then, lambda: self._commit_now(database))
-
-    def _commit_now(self, database: Database) -> None:
-        self._store.capture.commit_point(database)
-
-    def _plain_commit(self, ref: FileRef, then: Then, *, leave_journal: bool) -> None:
-        """The journal of a file that is no database yet goes away: it may have become one."""
-        base = ref.name.removesuffix("-journal")
-        if base != ref.name and self._store.is_primary and self._store.is_plain_database(base):
-            self._in_thread(lambda: self._store.import_plain(base, leave_journal=leave_journal), then)
-        else:
-            then(None)
-
-    def _import_base(self, journal: str) -> None:
-        """A plain file's journal was invalidated in place (PERSIST, EXCLUSIVE)."""
-        if self._store.is_primary:
-            self._store.import_plain(journal.removesuffix("-journal"))
 
     # -- names that go -----------------------------------------------------------------------------------------
 
@@ -350,10 +263,12 @@ class EngineHooks:
             then(None)
         elif database.is_busy:
             then(_busy(database))
-        elif not self._store.is_primary:
+        elif by_daemon or not database.captures:
             then(None if by_daemon else read_only())
         elif ref.kind is FileKind.JOURNAL:
             self._commit(database, then)
+        elif ref.kind is FileKind.DATABASE and (self._store.roles.paused or not database.may_commit or database.loan):
+            then(read_only())
         elif ref.kind is FileKind.DATABASE:
             self._on_worker(database, lambda: self._drop(database), then)
         else:
@@ -367,6 +282,8 @@ class EngineHooks:
     def _remove_side(self, database: Database, kind: FileKind, then: Then) -> None:
         def take() -> None:
             self._store.capture.flush_if_possible(database)
+            if kind is FileKind.WAL:
+                self._gated.wal_goes(database)
             self._store.capture.removed(database, kind)
 
         finish(then, take)
@@ -379,7 +296,8 @@ class EngineHooks:
         if FileKind.DATABASE not in kinds and not self._store.is_plain_database(old.name):
             then(None)
             return
-        if not self._store.is_primary:
+        involved = [database for name in (old.name, new.name) if (database := self._store.get(name)) is not None]
+        if not self._may_make or not all(database.may_commit for database in involved):
             then(read_only())
             return
         self._engine_renames.add((old.name, new.name))
@@ -393,18 +311,19 @@ class EngineHooks:
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
-    def _database(self, ref: FileRef) -> Database | None:
-        return None if ref.database is None else self._store.get(ref.database)
-
-    def _plain(self, name: str) -> str:
-        return os.path.join(self._store.plain_dir, name)
-
     def _on_worker(self, database: Database, work: Callable[[], object], then: Then) -> None:
         self._store.worker.post(finish, then, work, database=database.name)
 
-    @staticmethod
-    def _in_thread(work: Callable[[], object], then: Then) -> None:
-        threading.Thread(target=finish, args=(then, work), name="commit", daemon=True).start()
+
+class NothingHeld:
+    """A `LockOpening` that stands for nothing."""
+
+    def cancel(self) -> None: ...
+
+    def flush(self, last: bool, then: Then) -> None:
+        then(None)
+
+    def release(self) -> None: ...
 
 
 def _busy(database: Database) -> OSError:

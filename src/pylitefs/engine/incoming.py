@@ -15,7 +15,8 @@ from pylitefs.engine.evidence import Standing, counts_on, standing
 from pylitefs.engine.files import write_at
 from pylitefs.engine.recovery import Recovered
 from pylitefs.engine.redo import apply_entries, redo_is_noted
-from pylitefs.engine.replica_wal import RUN_FRAMES, ReplicaWal
+from pylitefs.engine.replica_wal import RUN_FRAMES
+from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.transaction import runs
 from pylitefs.errors import FormatError, PositionMismatch
 from pylitefs.formats.ltx.checksum import checksums_of
@@ -38,7 +39,7 @@ class IncomingFile:
         self._offset = 0
         self._head = b""  # the file's header, as far as it has come
         self._started_s = time.monotonic()
-        self._live: ReplicaWal | None = None  # has our transaction open
+        self._live: SharedWal | None = None  # has our transaction open
 
     def write(self, data: bytes) -> None:
         """Raises FormatError; OSError, DatabaseBusy (then the same piece may be written again)."""
@@ -54,7 +55,7 @@ class IncomingFile:
             if self._live is not None:
                 self._append(self._live, pages)
 
-    def _begin(self, header: Header) -> ReplicaWal | None:
+    def _begin(self, header: Header) -> SharedWal | None:
         database = self._database
         if not (database.exists and header.commit and header.page_size == database.page_size):
             return None
@@ -64,7 +65,7 @@ class IncomingFile:
         live.begin()
         return live
 
-    def _append(self, live: ReplicaWal, pages: list[tuple[int, bytes]]) -> None:
+    def _append(self, live: SharedWal, pages: list[tuple[int, bytes]]) -> None:
         try:
             live.extend(pages)
         except OSError:  # no room: `finish` does it from the file, when there is

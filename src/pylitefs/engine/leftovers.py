@@ -67,6 +67,21 @@ def forget_journal(files: DatabaseFiles) -> None:
 
 def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
     """Play a hot journal back and remove it; True if the database was changed."""
+    if not os.path.exists(files.journal):
+        return False
+    changed = False
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(files.database, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            changed = play_back(files, super_journal_dirs, fd)
+        finally:
+            os.close(fd)
+    forget_journal(files)
+    return changed
+
+
+def play_back(files: DatabaseFiles, super_journal_dirs: list[str], fd: int) -> bool:
+    """Undo in `fd`, the database, what a hot journal is about; the journal stays. True if something was changed."""
     try:
         journal = os.open(files.journal, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -77,15 +92,14 @@ def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
         def read(offset: int, count: int) -> bytes:
             return os.pread(journal, count, offset)
 
-        changed = False
-        if is_hot_header(read(0, 28)) and os.path.exists(files.database):
-            super_journal = read_super_journal_name(read, size)
-            if super_journal is None or _exists(super_journal, super_journal_dirs):
-                changed = _play_back(files, read, size)
+        if not is_hot_header(read(0, 28)):
+            return False
+        super_journal = read_super_journal_name(read, size)
+        if super_journal is not None and not _exists(super_journal, super_journal_dirs):
+            return False
+        return _play_back(fd, read, size)
     finally:
         os.close(journal)
-    forget_journal(files)
-    return changed
 
 
 def _exists(super_journal: str, folders: list[str]) -> bool:
@@ -93,20 +107,16 @@ def _exists(super_journal: str, folders: list[str]) -> bool:
     return os.path.exists(super_journal) or any(os.path.exists(os.path.join(folder, base)) for folder in folders)
 
 
-def _play_back(files: DatabaseFiles, read: Read, size: int) -> bool:
-    fd = os.open(files.database, os.O_RDWR | os.O_CLOEXEC)
+def _play_back(fd: int, read: Read, size: int) -> bool:
     try:
-        try:
-            rollback = records(read, size)
-        except FormatError:
-            return False
-        os.ftruncate(fd, rollback.initial_pages * rollback.page_size)
-        for pgno, page in rollback:
-            if pgno <= rollback.initial_pages:
-                write_at(fd, page, (pgno - 1) * rollback.page_size)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        rollback = records(read, size)
+    except FormatError:
+        return False
+    os.ftruncate(fd, rollback.initial_pages * rollback.page_size)
+    for pgno, page in rollback:
+        if pgno <= rollback.initial_pages:
+            write_at(fd, page, (pgno - 1) * rollback.page_size)
+    os.fsync(fd)
     return True
 
 

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
+from pylitefs.engine.epochs import EpochLines, Lines, passed
+from pylitefs.engine.files import sync_folder
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.decoder import verify_stream
 from pylitefs.formats.ltx.format import (
@@ -38,6 +40,9 @@ from pylitefs.formats.ltx.format import (
 )
 
 CHUNK_BYTES = 1 << 20
+LATE_ENTRIES = 2048
+"""So many of the newest entries are verified after a crash: more than a replica has ever promised to hold by its log
+alone (see `durable`). A torn one is a hole: those after it were written later, and need not be kept."""
 EMPTY = Position(0, 0)
 
 
@@ -93,6 +98,7 @@ class LtxLog:
         self._pins: set[Pin] = set()
         self._numbers = itertools.count(1)
         self._spare: str | None = None
+        self._epochs = EpochLines(os.path.join(folder, "epochs"))
 
     # -- start -----------------------------------------------------------------------------------------------
 
@@ -102,6 +108,7 @@ class LtxLog:
         Returns the names of the files that were dropped because they are torn, or do not follow the others.
         """
         os.makedirs(self.folder, exist_ok=True)
+        self._epochs.load()
         found: list[LogEntry] = []
         for item in os.scandir(self.folder):
             span = parse_file_name(item.name)
@@ -121,7 +128,8 @@ class LtxLog:
         self.size_bytes = sum(entry.size_bytes for entry in kept)
         self.head = EMPTY
         if kept:
-            self.head = Position(kept[-1].max_txid, kept[-1].trailer().post_apply_checksum)
+            newest = kept[-1]
+            self.head = Position(newest.max_txid, newest.trailer().post_apply_checksum, newest.header().epoch)
         return [os.path.basename(entry.path) for entry in dropped]
 
     def _chain(self, found: list[LogEntry], verify: bool) -> tuple[list[LogEntry], list[LogEntry]]:
@@ -133,6 +141,14 @@ class LtxLog:
         next_header: Header | None = None
         while first > 0:
             entry = found[first - 1]
+            late = len(found) - first < LATE_ENTRIES
+            if verify and late and not self._is_whole(entry, verify):
+                # A hole in what was written lately: what comes after it cannot be trusted to follow.
+                dropped += found[first - 1 :]
+                del found[first - 1 :]
+                next_header = None
+                first = len(found)
+                continue
             try:
                 header, trailer = entry.header(), entry.trailer()
             except (FormatError, OSError):
@@ -142,13 +158,6 @@ class LtxLog:
                 or trailer.post_apply_checksum != next_header.pre_apply_checksum
             ):
                 break
-            if verify and not self._is_whole(entry, verify and len(found) - first < 64):
-                # A hole in what was written lately: what comes after it cannot be trusted to follow.
-                dropped += found[first - 1 :]
-                del found[first - 1 :]
-                next_header = None
-                first = len(found)
-                continue
             next_header = header
             first -= 1
             if not verify and len(found) - first >= 2:
@@ -204,7 +213,10 @@ class LtxLog:
         return entry if entry is not None and entry.min_txid == txid + 1 else None
 
     def reaches(self, position: Position) -> bool:
-        """Whether a receiver at `position` can be brought to the head from this log alone."""
+        """Whether a receiver at `position` can be brought to the head from this log alone. Also by its epoch: two nodes
+        that parted may come to the same checksum."""
+        if not self.passed(position) and position.txid:
+            return False
         if position == self.head:
             return True
         entry = self.after(position.txid)
@@ -215,13 +227,36 @@ class LtxLog:
         except (FormatError, OSError):
             return False
 
+    def holds(self, position: Position) -> bool:
+        """Whether this log went through `position`; also where the entry that follows is damaged."""
+        if self.reaches(position):
+            return True
+        entry = self.covering(position.txid)
+        if entry is None or entry.max_txid != position.txid or not self.passed(position):
+            return False
+        try:
+            return entry.trailer().post_apply_checksum == position.checksum
+        except (FormatError, OSError):
+            return False
+
     def positions(self, limit: int) -> list[Position]:
         """The newest `limit` positions this log passed through, newest first."""
         found = []
         for entry in reversed(self.entries()[-limit:]):
             with contextlib.suppress(FormatError, OSError):
-                found.append(Position(entry.max_txid, entry.trailer().post_apply_checksum))
+                found.append(Position(entry.max_txid, entry.trailer().post_apply_checksum, entry.header().epoch))
         return found
+
+    def epochs(self) -> Lines:
+        """(epoch, its first TXID) of the history that led to the head; epochs up to 1 are left out."""
+        with self._lock:
+            return self._epochs.up_to(self.head.txid)
+
+    def passed(self, position: Position) -> bool:
+        """Whether the history that led to the head went through `position`, as far as the epochs tell; also where the
+        log no longer reaches back to it."""
+        with self._lock:
+            return passed(self._epochs.up_to(self.head.txid), self.head, position)
 
     # -- changes ---------------------------------------------------------------------------------------------
 
@@ -250,6 +285,9 @@ class LtxLog:
         """Give a complete file its name and make it the head. The caller has checked that it follows."""
         path = os.path.join(self.folder, file_name(header.min_txid, header.max_txid))
         size = os.stat(temporary).st_size
+        if header.epoch != self.head.epoch:
+            with self._lock:
+                self._epochs.begin(header.epoch, header.min_txid)
         os.rename(temporary, path)
         entry = LogEntry(header.min_txid, header.max_txid, size, time.time(), path)
         with self._lock:
@@ -258,7 +296,7 @@ class LtxLog:
                 self._entries = []
             self._entries.append(entry)
             self.size_bytes += entry.size_bytes
-            self.head = Position(header.max_txid, post_apply_checksum or CHECKSUM_FLAG)
+            self.head = Position(header.max_txid, post_apply_checksum or CHECKSUM_FLAG, header.epoch)
         return entry
 
     def take_back(self, entry: LogEntry, position: Position) -> None:
@@ -275,26 +313,34 @@ class LtxLog:
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
 
-    def move_branch(self, after_txid: int, folder: str) -> list[str]:
-        """Move the entries that go beyond `after_txid` to `folder`, newest state of a branch that was left. They are
-        never deleted by us. Returns the new paths."""
-        with self._lock:
-            keep = [entry for entry in self._entries if entry.max_txid <= after_txid]
-            branch = self._entries[len(keep) :]
-            moved = []
-            if branch:
-                os.makedirs(folder, exist_ok=True)
-            for entry in branch:
-                target = os.path.join(folder, os.path.basename(entry.path))
-                shutil.move(entry.path, target)
-                moved.append(target)
-                self.size_bytes -= entry.size_bytes
-            self._entries = keep
-            return moved
+    def beyond(self, after_txid: int) -> list[LogEntry]:
+        """The entries that go beyond a TXID."""
+        return [entry for entry in self.entries() if entry.max_txid > after_txid]
 
-    def restart_at(self, position: Position) -> None:
-        """Begin an empty log at a position that came from elsewhere (a snapshot): all entries are removed."""
+    def keep_branch(self, after_txid: int, folder: str) -> list[str]:
+        """Keep the entries that go beyond `after_txid` in `folder` too, durably: a branch that is about to be left. The
+        log is as before: whatever comes next may fail. Returns the new paths. Raises OSError."""
+        kept = []
+        for entry in self.beyond(after_txid):
+            target = os.path.join(folder, os.path.basename(entry.path))
+            with contextlib.suppress(FileExistsError):  # from a try before
+                try:
+                    os.link(entry.path, target)
+                except PermissionError:  # a file system without hard links
+                    shutil.copyfile(entry.path, target)
+            with open(target, "rb") as file:
+                os.fsync(file.fileno())
+            kept.append(target)
+        if kept:
+            sync_folder(folder)
+        return kept
+
+    def restart_at(self, position: Position, epochs: Lines | None = None) -> None:
+        """Begin an empty log at a position that came from elsewhere (a snapshot): all entries are removed. `epochs`: of
+        the history that led there; None: it is our own. Raises OSError, and nothing has changed then."""
         with self._lock:
+            if epochs is not None:
+                self._epochs.replace(epochs)
             self._drop(self._entries)
             self._entries = []
             self.head = position

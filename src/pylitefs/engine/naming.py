@@ -7,12 +7,14 @@ copied through is closed, or when it is renamed: content decides, not the name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
+from pylitefs.engine.lost import write_info
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.rollback_capture import is_complete_database
 from pylitefs.engine.transaction import Change
@@ -47,6 +49,8 @@ class Naming:
             with self._registry.lock:
                 self._move_to_database(name, leave_journal=leave_journal)
             with _still(database):
+                if not database.captures:
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
                 database.wal.begin_here()
                 database.rollback.suspect = True
                 self._registry.capture.commit_point(database, "import")
@@ -87,7 +91,7 @@ class Naming:
         """Plain files that are databases: their import was cut off by a crash. Side files go with their database."""
         for name in sorted(os.listdir(self._registry.plain_dir)):
             if (
-                self._registry.options.is_primary
+                (self._registry.options.is_primary or self._registry.marker.names is None)
                 and is_complete_database(self._registry.plain_path(name))
                 and self._registry.is_name(name)
             ):
@@ -192,7 +196,8 @@ class Naming:
             database = self._registry.databases.get(name)
             if database is None:
                 return
-            folder = new_folder(database.files.lost)
+            folder, head = new_folder(database.files.lost), database.log.head
+            write_info(folder, name, None, head, head.txid, reason)
             self._registry.apply.let_go(database)
             database.close(clean=False)
             for item in ("database", "wal", "journal", "ltx"):
@@ -202,4 +207,5 @@ class Naming:
             if self._registry.notifier is not None:
                 for suffix in ("", "-wal", "-shm", "-journal"):
                     self._registry.notifier.forget_file(name + suffix)
-        self._registry.events.emit(Event("lost", name, {"reason": reason, "folder": folder}))
+        lost = {"transactions": head.txid, "max_txid": head.txid, "epoch": head.epoch, "to": str(head)}
+        self._registry.events.emit(Event("lost", name, {"reason": reason, "folder": folder, **lost}))

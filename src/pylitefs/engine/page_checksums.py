@@ -10,7 +10,8 @@ File `checksums`, a cache: it can always be computed anew from the database.
     24      8     database checksum of that position
     32      1     clean: 1 only after an orderly stop
     40      32    database file and WAL as they were then: (size, mtime ns) each
-    72      16    WAL salts (2 × u32), captured frame count (u64)
+    72      8     epoch of that position; 0 if unknown
+    80      8     reserved, 0
     88      8     CRC-64 of bytes 0..88
     4096    8·n   page checksums, index pgno - 1; 0 for the lock page and for pages past `commit`
 
@@ -36,7 +37,7 @@ from pylitefs.formats.ltx.format import Position
 
 MAGIC = b"PLFSUMS1"
 DATA_OFFSET = 4096
-_HEADER = struct.Struct("<8sIIQQB7xQQQQIIQ")
+_HEADER = struct.Struct("<8sIIQQB7xQQQQQ8x")
 _CRC = struct.Struct("<Q")
 assert _HEADER.size == 88
 
@@ -62,13 +63,11 @@ class CleanState:
     clean: bool
     database: FileStamp = (0, 0)
     wal: FileStamp = (0, 0)
-    wal_salts: tuple[int, int] = (0, 0)
-    wal_frames: int = 0
 
     def pack(self) -> bytes:
         body = _HEADER.pack(
             MAGIC, self.page_size, self.commit, self.position.txid, self.position.checksum, int(self.clean),
-            *self.database, *self.wal, *self.wal_salts, self.wal_frames,
+            *self.database, *self.wal, self.position.epoch,
         )  # fmt: skip
         return body + _CRC.pack(crc64.go_iso(body))
 
@@ -84,8 +83,7 @@ class CleanState:
         if magic != MAGIC:
             raise FormatError("page-checksum table: wrong magic")
         return cls(
-            page_size, commit, Position(txid, checksum), clean == 1,
-            (rest[0], rest[1]), (rest[2], rest[3]), (rest[4], rest[5]), rest[6],
+            page_size, commit, Position(txid, checksum, rest[4]), clean == 1, (rest[0], rest[1]), (rest[2], rest[3]),
         )  # fmt: skip
 
 

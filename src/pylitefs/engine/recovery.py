@@ -172,7 +172,7 @@ def _recover_unclean(database: Database, state: CleanState | None, start: Circum
         proven = Standing.UNKNOWN
     if head.txid and redo(database, _is_start_of_redo(database, checksum, proven, start)):
         return Recovered(Outcome.REDONE, dropped, None, wal_end, not_ahead=True)
-    database.position = Position(head.txid, checksum)
+    database.position = Position(head.txid, checksum, head.epoch)
     return Recovered(Outcome.DIFFERS, dropped, previous, wal_end)
 
 
@@ -241,7 +241,7 @@ def _recover_missing(database: Database, head: Position, header: Header | None) 
         database.page_size = header.page_size
         if redo(database, lambda header: header.is_snapshot):
             return Outcome.REDONE
-    database.position = Position(head.txid, CHECKSUM_FLAG)  # nothing is here, whatever the log says
+    database.position = Position(head.txid, CHECKSUM_FLAG, head.epoch)  # nothing is here, whatever the log says
     return Outcome.DIFFERS
 
 
@@ -297,6 +297,7 @@ def begin_branch(database: Database) -> None:
         header = Header(
             flags=0, page_size=database.page_size, commit=database.commit, min_txid=head.txid + 1,
             max_txid=head.txid + 1, timestamp_ms=int(time.time() * 1000), pre_apply_checksum=head.checksum,
+            epoch=database.writing_epoch,
         )  # fmt: skip
         with open(database.files.database, "rb") as file:
             page = file.read(database.page_size)

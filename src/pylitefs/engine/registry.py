@@ -8,6 +8,7 @@ DATA/files/NAME          plain files: local, not replicated
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -17,14 +18,17 @@ from dataclasses import dataclass
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.database import Database
+from pylitefs.engine.epochs import FIRST, SeenEpoch
+from pylitefs.engine.fence import Fence
 from pylitefs.engine.files import DatabaseFiles, publish_file
+from pylitefs.engine.marker import Marker
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.rollback_capture import is_complete_database
 from pylitefs.engine.services import StoreServices
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError
 from pylitefs.events import EventBus
-from pylitefs.ports import SUFFIXES, Notifier
+from pylitefs.ports import SUFFIXES, CommitGate, LockFiles, Notifier
 
 _CLUSTER_ID = re.compile(r"LFSC[0-9A-F]{16}")
 DEFAULT_PAGE_SIZE = 4096
@@ -32,9 +36,11 @@ DEFAULT_PAGE_SIZE = 4096
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """`file_mode`, `uid`, `gid`: what database files get. Retention: see `LtxLog.retain`."""
+    """`role_from_marker`: the role is not fixed; it starts as a replica, see `marker`. `file_mode`, `uid`, `gid`: what
+    database files get. Retention: see `LtxLog.retain`."""
 
     is_primary: bool = True
+    role_from_marker: bool = False
     mount_dir: str = "/litefs"
     file_mode: int = 0o666
     uid: int | None = None
@@ -54,17 +60,23 @@ class Registry:
         self.events = events
         self.options = options
         self.is_primary = options.is_primary
+        self.lock_files: LockFiles | None = None  # what NAME-lock does; None: nothing, on the primary only
+        self.gate: CommitGate | None = None  # synchronous replication: what a commit waits for
+        self.fence = Fence(math.inf if options.is_primary else 0.0)
+        self.marker = Marker(self.data_dir)
         self.worker = Worker()
         self.opener = Opener()
         self.capture = Capture(self.worker, self.opener)
         self.apply = Apply(self.worker, self.opener, options.file_mode)
+        self.apply.names_wait = lambda: self.captures_any
         self.lock = threading.RLock()
         self.databases: dict[str, Database] = {}
         self.cluster_id: str | None = None
         self.notifier: Notifier | None = None
         self.mount_dir: str | None = None
         self.passthrough = True
-        self._services = StoreServices(self.capture, self.apply, captures=options.is_primary)
+        self._services = StoreServices(self.capture, self.apply)
+        self._seen_epoch = SeenEpoch(self.data_dir)
         self._most_replicas = 0
 
     @property
@@ -113,6 +125,7 @@ class Registry:
                     raise FormatError(f"not a database name: {name[:80]!r}")
                 database = Database(name, self.files_of(name), self.events)
                 database.serve_by(self._services)
+                database.captures, database.fence = self.is_primary, self.fence
                 database.compress = self.options.compress
                 database.begin_empty()
                 self.databases[name] = database
@@ -146,6 +159,11 @@ class Registry:
                 os.chown(path, -1 if self.options.uid is None else self.options.uid,
                          -1 if self.options.gid is None else self.options.gid)  # fmt: skip
 
+    @property
+    def captures_any(self) -> bool:
+        """Whether applications write to something here: their requests about names may wait for the worker."""
+        return self.is_primary or any(database.captures for database in list(self.databases.values()))
+
     # -- the cluster -------------------------------------------------------------------------------------------
 
     def read_cluster_id(self) -> None:
@@ -178,6 +196,30 @@ class Registry:
             raise FormatError(f"not a cluster id: {cluster_id[:40]!r}")
         publish_file(os.path.join(self.data_dir, "clusterid"), f"{cluster_id}\n".encode())
         self.cluster_id = cluster_id
+
+    @property
+    def epoch(self) -> int:
+        """What this node writes with: the epoch of its lease, or where the role is fixed the highest it has seen."""
+        return self._services.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._services.epoch = epoch
+
+    @property
+    def seen_epoch(self) -> int:
+        """The highest epoch that this node has followed or written in: an older primary is not followed."""
+        return max([self._seen_epoch.value, *(database.epoch for database in list(self.databases.values()))])
+
+    def note_epoch(self, epoch: int) -> None:
+        """An epoch has begun, and something of it will be done here: durable on return. Blocking. Raises OSError."""
+        self._seen_epoch.note(epoch)
+        self.epoch = max(epoch, self.epoch)
+
+    def read_epoch(self) -> None:
+        """Raises FormatError if the file is damaged."""
+        self._seen_epoch.load()
+        self.epoch = max(FIRST, self._seen_epoch.value)
 
     def replica_count(self) -> int:
         """How many replicas this primary had at once when it last ran."""

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterable
 
 from pylitefs.engine import ofd_locks
-from pylitefs.engine.files import DatabaseFiles, read_at, write_at
+from pylitefs.engine.files import DatabaseFiles, read_at, sync_folder, write_at
 from pylitefs.engine.transaction import runs
 from pylitefs.engine.wal_view import read_frames
 from pylitefs.errors import DatabaseBusy
@@ -44,6 +44,8 @@ from pylitefs.formats.sqlite.wal_index import (
     HEADER_COPY_SIZE,
     READMARK_NOT_USED,
     REGION_SIZE,
+    RETIRED_VERSION,
+    VERSION,
     CheckpointInfo,
     HashTables,
     WalIndexHeader,
@@ -73,6 +75,7 @@ class ReplicaWal:
         self._before: tuple[int, int, int] | None = None  # (mx_frame, s0, s1) when the open transaction began
         self._held: list[tuple[int, bytes]] = []  # its newest pages, not written yet
         self._unsynced = False
+        self._unnamed = True  # the WAL's name may not be on the disk
         self._header_stale = False  # a generation was begun, its header is not in the file yet
 
     @property
@@ -95,16 +98,19 @@ class ReplicaWal:
                 if not ofd_locks.try_lock(self._shm, byte, exclusive=exclusive):
                     raise DatabaseBusy(f"{self._files.name}: another process holds lock byte {int(byte)} of its -shm")
             self._wal = self._create(FileKind.WAL)
-            os.ftruncate(self._wal, 0)
-            self._write_wal_header()
-            os.ftruncate(self._shm, 0)
-            write_at(self._shm, bytes(REGION_SIZE), 0)
-            marks = (0, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED)
-            write_at(self._shm, CheckpointInfo(0, marks, 0).pack(), CHECKPOINT_INFO_OFFSET)
-            self._publish()
+            self._make_empty()
         except BaseException:
             self._close_fds()
             raise
+
+    def _make_empty(self) -> None:
+        os.ftruncate(self._wal, 0)
+        self._write_wal_header()
+        os.ftruncate(self._shm, 0)
+        write_at(self._shm, bytes(REGION_SIZE), 0)
+        marks = (0, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED)
+        write_at(self._shm, CheckpointInfo(0, marks, 0).pack(), CHECKPOINT_INFO_OFFSET)
+        self._publish()
 
     def _lock_database(self) -> None:
         locked = ofd_locks.try_lock(self._database, PENDING, exclusive=False)
@@ -129,6 +135,15 @@ class ReplicaWal:
             for kind in (FileKind.SHM, FileKind.WAL):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._files.live(kind))
+        self._close_fds()
+
+    def retire(self) -> None:
+        """As `close`, while applications have it open: whoever does gets SQLITE_CANTOPEN from now on. Their descriptors
+        outlive the mount, and the kernel would go on to pass their writes through, to a database that nobody replicates
+        any more."""
+        if self._shm >= 0:
+            with contextlib.suppress(OSError):
+                self._publish(RETIRED_VERSION)
         self._close_fds()
 
     def _close_fds(self) -> None:
@@ -204,11 +219,11 @@ class ReplicaWal:
         write_at(self._wal, self._header.pack(), 0)
         self._s0, self._s1 = self._header.checksum1, self._header.checksum2
 
-    def _publish(self) -> None:
+    def _publish(self, version: int = VERSION) -> None:
         header = WalIndexHeader(
             self._change, self._header.big_endian, self.page_size, self.mx_frame, self.commit,
             (self._s0, self._s1), self._header.salts,
-        ).pack()  # fmt: skip
+        ).pack(version)  # fmt: skip
         write_at(self._shm, header, HEADER_COPY_SIZE)
         write_at(self._shm, header, 0)
 
@@ -222,10 +237,13 @@ class ReplicaWal:
     # -- checkpoint ------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Make what was appended durable."""
+        """Make what was appended durable, the first time the WAL's name too: a checkpoint that is cut off is finished
+        from it, and an older WAL under that name would take the database back."""
         if self._unsynced:
             os.fsync(self._wal)
-            self._unsynced = False
+            if self._unnamed:
+                sync_folder(self._files.folder)
+            self._unsynced = self._unnamed = False
 
     def checkpoint(self) -> bool:
         """Copy frames to the database as far as no reader needs the old pages (PASSIVE, by the rules of wal.c), and
@@ -317,9 +335,12 @@ class ReplicaWal:
         self._header_stale = True
 
     def _restart_if_used(self) -> None:
-        """The first append of a generation writes the WAL's header, as SQLite does."""
+        """The first append of a generation writes the WAL's header, and has it on the disk before any frame, as SQLite
+        does (wal.c, syncHeader): else a power cut might leave the old header with some of its frames, which take pages
+        back."""
         if self._header_stale:
             self._write_wal_header()
+            os.fsync(self._wal)
             self._header_stale = False
 
     # -- whole replacement -----------------------------------------------------------------------------------

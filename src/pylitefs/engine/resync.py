@@ -16,9 +16,12 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pylitefs.engine.apply import Apply, Building
-from pylitefs.engine.database import Database, note_position
-from pylitefs.engine.files import new_folder, read_at, write_at
+from pylitefs.engine.apply import Apply
+from pylitefs.engine.building import Building
+from pylitefs.engine.database import Database
+from pylitefs.engine.epochs import Lines
+from pylitefs.engine.files import read_at, write_at
+from pylitefs.engine.lost import State, keep_branch
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksum
 from pylitefs.formats.ltx.decoder import decode
@@ -57,14 +60,15 @@ class Resync:
             raise FormatError("the page size changed during the snapshot")
         self.pages(list(ltx.pages))
 
-    def finish(self, commit: int, position: Position) -> Position:
-        """FormatError if the result would not be `position`; everything is then as before."""
+    def finish(self, commit: int, position: Position, epochs: Lines = ()) -> Position:
+        """FormatError if the result would not be `position`; everything is then as before. `epochs`: of the history
+        that led there."""
         try:
-            return self._finish(commit, position)
+            return self._finish(commit, position, epochs)
         finally:
             self.abort()
 
-    def _finish(self, commit: int, position: Position) -> Position:
+    def _finish(self, commit: int, position: Position, epochs: Lines) -> Position:
         database = self._database
         sums = np.zeros(commit, dtype=np.uint64)
         patch = database.exists and database.page_size == self.page_size and database.set_aside_reason is None
@@ -78,7 +82,8 @@ class Resync:
         lock = lock_pgno(self.page_size)
         if any(int(pgno) != lock for pgno in missing) or database_checksum(sums) != position.checksum:
             raise FormatError(f"{database.name}: the snapshot does not add up to {position}")
-        self._keep_branch()
+        if self._keep_branch_after is not None:  # the primary never had it: kept, never deleted by us
+            keep_branch(database, self._keep_branch_after, State(position, self.page_size, sums))
         database.unclean()
         if commit == 0:
             self._apply.remove_files(database)
@@ -88,29 +93,19 @@ class Resync:
         else:
             os.ftruncate(self._building.fd, commit * self.page_size)
             self._apply.replace_files(database, self._building)
-        database.reposition(position, self.page_size, commit, sums)
+        database.reposition(position, self.page_size, commit, sums, epochs)
         if not patch:
             self._apply.forget_names(database)
         database.applied_s = time.monotonic()
         database.set_aside_reason = None
+        if database.was_measured:  # the pages that differ were told by what the files hold
+            database.is_damaged = database.was_measured = False
         database.emit("resync", pages=self._count, bytes=self._count * self.page_size)
         return position
 
     def _spooled(self, wanted: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
         for pgno in wanted.tolist():
             yield pgno, read_at(self._building.fd, self.page_size, (pgno - 1) * self.page_size)
-
-    def _keep_branch(self) -> None:
-        """Transactions that the primary never had are kept, never deleted by us."""
-        if self._keep_branch_after is None:
-            return
-        database = self._database
-        folder = new_folder(database.files.lost)
-        left = database.position
-        moved = database.log.move_branch(self._keep_branch_after, folder)
-        if moved:
-            note_position(database.files, left)
-            database.emit("lost", folder=folder, min_txid=self._keep_branch_after + 1, max_txid=left.txid)
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):

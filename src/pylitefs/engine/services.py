@@ -11,22 +11,23 @@ from numpy.typing import NDArray
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.database import Database
+from pylitefs.engine.epochs import FIRST
 from pylitefs.engine.incoming import IncomingFile
 from pylitefs.engine.resync import Resync
-from pylitefs.engine.snapshot import SnapshotReader, copy_to
+from pylitefs.engine.snapshot import SnapshotReader, copy_to, file_checksums
 from pylitefs.formats.ltx.format import Position
 
 
 class StoreServices:
-    """Implements `database.Services`. `captures`: whether this node writes (primary) or applies (replica)."""
+    """Implements `database.Services`."""
 
-    def __init__(self, capture: Capture, apply: Apply, *, captures: bool) -> None:
+    def __init__(self, capture: Capture, apply: Apply) -> None:
         self.capture = capture
         self.applier = apply
-        self.captures = captures
+        self.epoch = FIRST  # of what is written here
 
     def flush(self, database: Database) -> Future[Position]:
-        if self.captures:
+        if database.captures:
             return self.capture.flush_later(database)
         done: Future[Position] = Future()
         done.set_result(database.position)
@@ -37,6 +38,9 @@ class StoreServices:
 
     def copy_to(self, database: Database, path: str) -> Position:
         return copy_to(database, path)
+
+    def file_checksums(self, database: Database) -> NDArray[np.uint64]:
+        return file_checksums(database)
 
     def apply(self, database: Database, data: bytes) -> Position:
         _free(database)
@@ -55,6 +59,9 @@ class StoreServices:
 
 
 def _free(database: Database) -> None:
-    """Nobody may write to a database that a process of an earlier mount still has open: to be tried again."""
+    """Nobody may write to a database that a process of an earlier mount still has open, or that applications still
+    write to: to be tried again."""
+    if database.captures:
+        raise OSError(errno.EBUSY, f"{database.name}: applications write to it")
     if database.is_busy:
         raise OSError(errno.EBUSY, f"{database.name}: {database.set_aside_reason or 'busy'}")

@@ -80,10 +80,27 @@ class SnapshotReader:
                 )
             self._database.flush().result()
             time.sleep(min(0.001 * (1 << min(attempt, 6)), 0.05))
+        reason = f"{self._database.name}: pages {first}..{first + count - 1} do not match their checksums"
+        self._database.note_damage(reason)
         raise DatabaseError(
-            f"{self._database.name}: pages {first}..{first + count - 1} do not match their checksums: "
-            "restore the database from a replica or a backup"
+            f"{reason}: restore the database from a replica or a backup (a replica fetches them by itself)"
         )
+
+    def checksums(self) -> NDArray[np.uint64]:
+        """Of all pages as they are; 0 where the file is too short. UnstableSource if they cannot be read in peace."""
+        parts = [np.zeros(0, dtype=np.uint64)]
+        for first in range(1, self._commit + 1, self._run):
+            count = min(self._run, self._commit - first + 1)
+            for attempt in range(_ATTEMPTS):
+                try:
+                    data = bytearray(self._view.database_run(first, count, self.page_size))
+                    self._overlay(data, first, count)
+                    break
+                except UnstableSource:
+                    if attempt + 1 == _ATTEMPTS:
+                        raise DatabaseBusy(f"{self._database.name}: it is written to all the time") from None
+            parts.append(page_checksums(first, bytes(data), self.page_size))
+        return np.concatenate(parts)
 
     def _is_being_written(self) -> bool:
         """Whether the file may hold pages of a transaction in a rollback mode that has not come to its end."""
@@ -128,10 +145,16 @@ class SnapshotReader:
     def _overlay(self, data: bytearray, first: int, count: int) -> None:
         """Newer versions of these pages from the WAL."""
         self._view.close()  # files may have been replaced since the last chunk
+        pending = self._database.wal.pending
         now = self._view.committed()
-        if now is None or now.mx_frame == 0 or now.page_size != self.page_size:
-            return
-        pgnos, frames = latest_frames(self._view.pgnos(1, now.mx_frame), 1)
+        if now is not None and now.mx_frame and now.page_size == self.page_size:
+            self._overlay_frames(data, first, count, *latest_frames(self._view.pgnos(1, now.mx_frame), 1))
+        if pending is not None and not pending.gone and pending.tail.stands(self._view):
+            self._overlay_frames(data, first, count, pending.tail.pgnos, pending.tail.numbers)
+
+    def _overlay_frames(
+        self, data: bytearray, first: int, count: int, pgnos: NDArray[np.uint32], frames: NDArray[np.uint32]
+    ) -> None:
         inside = (pgnos >= first) & (pgnos < first + count)
         for pgno, page in self._view.frame_pages(pgnos[inside], frames[inside], self.page_size):
             data[(pgno - first) * self.page_size : (pgno - first + 1) * self.page_size] = page
@@ -139,6 +162,16 @@ class SnapshotReader:
     def close(self) -> None:
         self._pin.close()
         self._view.close()
+
+
+def file_checksums(database: Database) -> NDArray[np.uint64]:
+    """The checksums of all pages as the files hold them, whatever they should be. Blocking; not for the worker. What is
+    committed meanwhile may be in or not."""
+    reader = SnapshotReader(database, None)
+    try:
+        return reader.checksums()
+    finally:
+        reader.close()
 
 
 def copy_to(database: Database, path: str) -> Position:

@@ -37,7 +37,8 @@ class Startup:
 
     def __init__(self, registry: Registry, naming: Naming) -> None:
         self._registry, self._naming = registry, naming
-        self._unsettled: dict[str, Recovered] = {}  # primary: what was found, until `settle`
+        self._unsettled: dict[str, Recovered] = {}  # what was found where the files are the truth, until `settle`
+        self._unknown: dict[str, tuple[Recovered, Position]] = {}  # replica: at no position of its log, and where
         self._put_off: dict[str, tuple[int, float]] = {}  # the disk refused: (how often, when to try again)
         self.started_unclean = False
         self._same_boot = False
@@ -50,6 +51,8 @@ class Startup:
         for folder in (registry.databases_dir, registry.plain_dir):
             os.makedirs(folder, exist_ok=True)
         registry.read_cluster_id()
+        registry.read_epoch()
+        registry.marker.load()
         for leftover in os.scandir(registry.data_dir):
             if leftover.name.endswith(".tmp"):
                 os.unlink(leftover.path)
@@ -70,7 +73,10 @@ class Startup:
     def _load_one(self, database: Database) -> bool:
         """True unless it has to be tried again: an old process still holds its files, or the disk fails."""
         database.set_aside_reason = None
-        start = Circumstances([self._registry.plain_dir], self._same_boot, self._registry.is_primary)
+        is_truth = self._registry.is_primary or self._registry.marker.covers(database.name)
+        if not self._registry.is_primary:
+            database.term = self._registry.marker.epoch  # of what is recorded now, if anything
+        start = Circumstances([self._registry.plain_dir], self._same_boot, is_truth)
         try:
             found = recover(database, start)
         except FormatError as error:
@@ -90,10 +96,12 @@ class Startup:
         if found.outcome not in (Outcome.CLEAN, Outcome.EMPTY):
             self.started_unclean = True
             database.emit("recovered", outcome=found.outcome.value, txid=database.position.txid)
-        if self._registry.is_primary:
+        if is_truth:
             self._unsettled[database.name] = found
         else:
             remove_wal(database.files)
+            if self._registry.options.role_from_marker and found.outcome is Outcome.DIFFERS:
+                self._unknown[database.name] = found, database.position
         return True
 
     def _set_aside(self, database: Database, error: LitefsError) -> None:
@@ -144,8 +152,17 @@ class Startup:
                         self._registry.notifier.invalidate_entry(database.name + suffix)
                 database.emit("recovered", outcome="released", txid=database.position.txid)
 
+    def settle_promoted(self) -> None:
+        """A replica becomes the primary: what the files hold is recorded also where nobody has told what is missing."""
+        for name, (found, position) in self._unknown.items():
+            database = self._registry.databases.get(name)
+            if database is not None and database.position == position != database.log.head:
+                self._unsettled[name] = found
+        self._unknown.clear()
+        self.settle()
+
     def settle(self) -> None:
-        """Primary: nobody gives anything back any more; what the files hold is recorded as it is."""
+        """Nobody gives anything back any more: what the files hold is recorded as it is, where they are the truth."""
         for name in list(self._unsettled):
             self._settle_one(self._registry.databases[name])
 
@@ -163,7 +180,8 @@ class Startup:
                 else:
                     raise Unavailable(_missing(database))
                 database.note_files()
-            remove_wal(database.files)
+            if database.replica is None:  # else it is empty, and applications have it open
+                remove_wal(database.files)
         except OSError as error:
             self._try_later(database, error)
             return False
@@ -266,10 +284,12 @@ class Startup:
         files = database.files
         if database.is_busy or database.set_aside_reason is not None or database.name in self._unsettled:
             return False
+        if database.is_damaged and not self._registry.is_primary:
+            return False  # the next start reads all pages, and the primary sends those that differ
         database.release_files()
         if any(is_held_elsewhere(files.backing(kind)) for kind in (FileKind.DATABASE, FileKind.WAL, FileKind.SHM)):
             return False
-        if self._registry.is_primary:
+        if database.captures:
             if database.rollback.pending and not journal_in_use(files.journal):
                 self._registry.capture.commit_point(database)
             try:

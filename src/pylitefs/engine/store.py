@@ -14,16 +14,18 @@ from pylitefs.engine.files import sync_filesystem
 from pylitefs.engine.inotify import DirectoryWatch
 from pylitefs.engine.naming import Naming
 from pylitefs.engine.registry import Registry, StoreOptions
+from pylitefs.engine.roles import Roles
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.startup import Startup
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.verifier import Verifier
 from pylitefs.errors import LitefsError
 from pylitefs.events import Event, EventBus
-from pylitefs.formats.ltx.format import Position
+from pylitefs.formats.ltx.format import HEADER_SIZE, Header, Position
 from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
 from pylitefs.ports import Notifier
 
+_CHUNK_BYTES = 1 << 20
 _WATCH_PAUSE_S = 0.001
 _PLAIN_SETTLE_S = 0.2
 _HIDDEN_SETTLE_S = 5.0  # rsync and others write `.NAME.XXXXXX` first, and rename it
@@ -40,6 +42,10 @@ class Store(Registry):
         self.lag_ms: int | None = None
         self._watch: DirectoryWatch | None = None
         self._settling: set[str] = set()
+        self.roles = Roles(self, settle=self._startup.settle_promoted, watch=self._watch_or_not, told=self._told_role)
+        self.promote, self.demote = self.roles.promote, self.roles.demote
+        self.promote_database, self.demote_database = self.roles.promote_database, self.roles.demote_database
+        self.pause_writes, self.resume_writes = self.roles.pause_writes, self.roles.resume_writes
 
     def load(self) -> None:
         """Recover every database (see `recovery`). Nothing is mounted yet. One that cannot be read is set aside."""
@@ -50,8 +56,28 @@ class Store(Registry):
         return self._startup.started_unclean
 
     def settle(self) -> None:
-        """Primary: nobody gives anything back any more; what the files hold is recorded as it is."""
+        """Nobody gives anything back any more: what the files hold is recorded as it is, on a primary, and for what
+        this node wrote when it last was one. On the worker."""
         self._startup.settle()
+        if not self.is_primary:
+            self.roles.unmark()
+
+    def apply_as_primary(self, name: str, data: bytes | str) -> Position:
+        """A transaction of somebody else (an LTX file, or the path of one) for a database that was demoted here. On the
+        worker. FormatError, PositionMismatch change nothing; DatabaseBusy, OSError: to be tried again."""
+        database = self.find(name)
+        if isinstance(data, bytes):
+            return database.apply(data)
+        with open(data, "rb") as file:
+            header = Header.unpack(file.read(HEADER_SIZE))
+            incoming = database.receive(header.min_txid, header.max_txid)
+            file.seek(0)
+            try:
+                while chunk := file.read(_CHUNK_BYTES):
+                    incoming.write(chunk)
+                return incoming.finish()
+            finally:
+                incoming.abort()
 
     def note_boot(self) -> None:
         """All databases are recovered: from now on only what this boot writes counts."""
@@ -74,19 +100,43 @@ class Store(Registry):
         self.naming.set_aside(name, reason)
 
     def mounted(self, mount_dir: str, passthrough: bool, notifier: Notifier) -> None:
-        """From now on applications see the files under `mount_dir`."""
+        """From now on applications see the files under `mount_dir`. On the worker, before any request is answered: who
+        is served first must meet the locks that are taken there."""
         self.mount_dir, self.passthrough, self.notifier = mount_dir, passthrough, notifier
         self.apply.notifier = notifier
         with self.lock:
             for database in self.databases.values():
                 database.set_files(self.files_of(database.name))
-        if self.is_primary:
-            self._watch = DirectoryWatch(mount_dir)
+
+    def serving(self) -> None:
+        """Requests are answered. On the worker."""
+        self._watch_or_not()
+
+    def _watch_or_not(self) -> None:
+        """Hear of what applications write, as long as there is something for them to write. On the worker."""
+        wanted = self.mount_dir is not None and self.captures_any
+        if wanted and self._watch is None:
+            assert self.mount_dir is not None
+            self._watch = DirectoryWatch(self.mount_dir)
             self.worker.watch(self._watch.fd, self._written)
+        elif not wanted and self._watch is not None:
+            self.worker.unwatch(self._watch.fd)
+            self._watch.close()
+            self._watch = None
+
+    def _told_role(self) -> None:
+        """The node's role has changed. What the mount shows of it changes too."""
+        self.primary_hostname, self.lag_ms = None, None
+        self.events.emit(Event("primaryChange", None, {"is_primary": self.is_primary, "hostname": None}))
+        if self.notifier is not None:
+            self.notifier.invalidate_entry(".primary")
+            for name in self.names():
+                self.notifier.renamed_backing(name)
 
     def _written(self) -> None:
         """Files of the mount were written to: look at the WALs among them."""
-        assert self._watch is not None
+        if self._watch is None:
+            return
         names = self._watch.read()
         if names is None:
             names = {name + "-wal" for name in self.names()}
@@ -94,22 +144,22 @@ class Store(Registry):
         for name in names:
             if name.endswith("-wal"):
                 database = self.databases.get(name[:-4])
-                if database is not None and database.exists:
+                if database is not None and database.exists and database.captures:
                     pauses.append(self.capture.wake(database))
             else:
                 base = name.removesuffix("-journal")
                 database = self.databases.get(base)
-                if database is not None and self.capture.has_unseen_writes(database):
+                if database is not None and database.captures and self.capture.has_unseen_writes(database):
                     self.capture.wake_rollback(database)
-                elif (database is None or not database.exists) and self.is_plain_database(base):
+                elif (database is None or not database.exists) and self.is_primary and self.is_plain_database(base):
                     self._wake_plain(base)
 
         # A busy writer would wake us for every write: look away for a moment, events are kept meanwhile.
         self.worker.unwatch(self._watch.fd)
-        self.worker.call_later(max(_WATCH_PAUSE_S, min(pauses, default=0.0)), self._watch_again)
+        self.worker.call_later(max(_WATCH_PAUSE_S, min(pauses, default=0.0)), self._watch_again, self._watch)
 
-    def _watch_again(self) -> None:
-        if self._watch is not None:
+    def _watch_again(self, watch: DirectoryWatch) -> None:
+        if self._watch is watch:
             self.worker.watch(self._watch.fd, self._written)
 
     def _wake_plain(self, name: str) -> None:
@@ -137,10 +187,11 @@ class Store(Registry):
         """Applications see the files no more. On the worker."""
         unsure = [database for database in list(self.databases.values()) if not self._is_captured(database)]
         self.mount_dir, self.notifier, self.apply.notifier = None, None, None
+        self._watch_or_not()
         with self.lock:
             for database in self.databases.values():
                 database.set_files(self.files_of(database.name))
-                if self.is_primary and not self.passthrough and not database.is_busy:
+                if database.captures and not self.passthrough and not database.is_busy:
                     with contextlib.suppress(FileNotFoundError):  # its pages may be older: the frames tell
                         os.unlink(database.files.shm)
             for database in unsure:
@@ -149,7 +200,7 @@ class Store(Registry):
 
     def _is_captured(self, database: Database) -> bool:
         """Take what is committed, and notice what was missed, while it is known how far the capture had come."""
-        if self.is_primary and self.passthrough:  # else only the mount has shown what the wal-index says
+        if database.captures and self.passthrough:  # else only the mount has shown what the wal-index says
             try:
                 self.capture.flush(database)
             except (OSError, UnstableSource):
@@ -158,11 +209,7 @@ class Store(Registry):
 
     def flush(self, database: Database) -> Future[Position]:
         """The position after everything that was committed before the call."""
-        if not self.is_primary:
-            done: Future[Position] = Future()
-            done.set_result(database.position)
-            return done
-        return self.capture.flush_later(database)
+        return database.flush()
 
     def flush_all(self) -> Future[dict[str, Position]]:
         """The positions of all databases, each a barrier. One whose log cannot be written keeps the position it has."""
@@ -219,12 +266,15 @@ class Store(Registry):
         """Replica, before unmounting: leave every database as one file where no reader needs more. On the worker."""
         for database in list(self.databases.values()):
             with contextlib.suppress(OSError):
-                if not self.apply.rest(database) and database.replica is not None:
-                    database.replica.close(remove=False)
+                in_use = self.captures_any or not self.apply.is_unused(database) or not self.apply.rest(database)
+                if in_use and database.replica is not None:
+                    database.replica.checkpoint()
+                    database.replica.retire()
                     database.replica = None
 
     def close(self, *, clean: bool) -> None:
         """Stop the worker and release all databases. `clean`: nobody can write to them any more."""
+        self.roles.stop()
         self.worker.stop()
         self.opener.stop()
         orderly = {}
@@ -238,6 +288,8 @@ class Store(Registry):
         if clean:
             with contextlib.suppress(OSError):
                 self._startup.note_stop()
+                if all(orderly.get(database.name) for database in self.databases.values() if database.exists):
+                    self.marker.write(self.epoch, ())
 
 
 __all__ = ["Store", "StoreOptions"]

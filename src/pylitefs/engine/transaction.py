@@ -52,7 +52,7 @@ class TransactionWriter:
 
     def __init__(
         self, log: LtxLog, table: PageChecksums, position: Position, old_page_size: int, old_commit: int,
-        change: Change, *, compress: bool = True,
+        change: Change, *, compress: bool = True, epoch: int = 0,
     ) -> None:  # fmt: skip
         self._log, self._table, self._change = log, table, change
         fresh = position.txid == 0
@@ -72,6 +72,7 @@ class TransactionWriter:
             wal_size=change.wal_size,
             wal_salt1=change.wal_salts[0] if change.wal_offset else 0,
             wal_salt2=change.wal_salts[1] if change.wal_offset else 0,
+            epoch=epoch,
         )
         self._encoder = Encoder(self.header, compress=compress)
         self._pgnos: list[NDArray[np.uint32]] = []

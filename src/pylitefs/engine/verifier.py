@@ -56,7 +56,8 @@ class Verifier:
                 verify(database)
             except (LitefsError, OSError) as error:
                 log.error("%s: %s", name, error)
-                database.emit("damaged", reason=str(error))
+                if not database.is_damaged:  # else it has said so itself
+                    database.emit("damaged", reason=str(error))
 
 
 def verify(database: Database) -> None:

@@ -25,17 +25,17 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pylitefs.engine import ofd_locks
 from pylitefs.engine.barrier import Barrier
 from pylitefs.engine.batches import COLLECT_BYTES, FRESH, IN_DOUBT, Batch, CollectedQueue, Cursor, Missed
 from pylitefs.engine.files import DatabaseFiles
 from pylitefs.engine.page_checksums import stamp
+from pylitefs.engine.pending import Pending, Tail, after, find_tail, take_back, without
 from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_compare import WalPages
+from pylitefs.engine.wal_locks import WalLocks
 from pylitefs.engine.wal_seed import Seed
-from pylitefs.engine.wal_view import Committed, WalView, index_in_use
+from pylitefs.engine.wal_view import Committed, WalView
 from pylitefs.formats.ltx.format import lock_pgno
-from pylitefs.formats.sqlite.locks import CKPT, WRITE
 from pylitefs.formats.sqlite.wal import FRAME_HEADER_SIZE, frame_offset
 from pylitefs.formats.sqlite.wal_index import latest_frames
 from pylitefs.ports import FileKind
@@ -45,18 +45,20 @@ COLLECT_FRAMES = 4096  # a batch of so many frames may be held in memory
 _U32 = 1 << 32
 
 
-class WalCapture:
+class WalCapture(WalLocks):
     """The observer of one database's WAL. The worker uses it; a FUSE thread may, for a moment, with `mutex`."""
 
     def __init__(self, files: DatabaseFiles, known_sums: Callable[[], NDArray[np.uint64]]) -> None:
         """`known_sums`: the page checksums at the log's head."""
-        self.files = files
+        super().__init__(files)
         self._known_sums = known_sums
         self.view = WalView(files)
         self._pages = WalPages(self.view)
         self.cursor = FRESH
         self.barrier = Barrier()
-        self.shm_fd = -1  # the mount's -shm: to ask for locks with; in cached mode also to read it
+        self.pending: Pending | None = None  # in the log, and not committed yet, see `pending`
+        self._lost: Tail | None = None  # what was taken back last, and may stand in the WAL
+        self._index_end: Committed | None = None  # the wal-index's end, if that was removed in order
         self.mutex = threading.RLock()  # guards cursor and view, and what goes into `collected`
         self.collected = CollectedQueue()  # taken into memory, not in the log yet
         self._awaited: Committed | None = None  # what a checkpoint that runs may overwrite afterwards
@@ -75,6 +77,7 @@ class WalCapture:
         Returns descriptors to close."""
         self.view.forget(kind)
         closable: list[int] = []
+        self._index_end = None
         if kind is FileKind.SHM:
             closable = self._forget_shm()
             # Unless a pass has seen commits already, when this was still on its way to us.
@@ -91,12 +94,15 @@ class WalCapture:
         """The -wal or -shm goes away. If not all of the WAL was taken, the next pass compares the whole database."""
         if kind is FileKind.WAL:
             self.cursor = IN_DOUBT if self._is_incomplete() else FRESH
+            self.pending = self._lost = None
             self._fsync_failed, self._refused, self._synced, self._left = False, None, None, FRESH
+        elif kind is FileKind.SHM:
+            self._index_end = self.view.committed() if self.view.has_index() else None
         self.view.forget(kind)
         return self._forget_shm() if kind is FileKind.SHM else []
 
     def _is_incomplete(self) -> bool:
-        if self.in_doubt or self._fsync_failed or self._refused is not None:
+        if self.in_doubt or self._fsync_failed or self._refused is not None or self.pending is not None:
             return True
         with contextlib.suppress(OSError):
             return self.backlog() != 0
@@ -108,7 +114,7 @@ class WalCapture:
         return self._forget_shm()
 
     def forget_all(self) -> list[int]:
-        self.cursor = self._left = FRESH
+        self.cursor, self._left, self.pending = FRESH, FRESH, None
         return self.release()
 
     def begin_here(self) -> None:
@@ -144,30 +150,6 @@ class WalCapture:
             self.view.use_shm(-1)
         return closable
 
-    def checkpoint_running(self) -> bool:
-        """Whether a process holds CKPT (True if that cannot be known). Any thread; asks the kernel only."""
-        fd = self.shm_fd
-        if fd < 0:
-            return True
-        try:
-            return ofd_locks.write_locked(fd, CKPT) is not None or not index_in_use(fd)
-        except OSError:
-            return True
-
-    def has_index(self) -> bool:
-        """Whether there is a -shm that is in use. Any thread; asks the kernel only."""
-        return index_in_use(self.shm_fd) if self.shm_fd >= 0 else stamp(self.files.shm) != (0, 0)
-
-    def checkpoint_restarts(self) -> bool:
-        """Whether the checkpoint that runs also wants the WAL to itself (FULL, RESTART, TRUNCATE hold WRITE too)."""
-        fd = self.shm_fd
-        if fd < 0:
-            return True
-        try:
-            return ofd_locks.write_locked(fd, WRITE) == ofd_locks.write_locked(fd, CKPT)
-        except OSError:
-            return True
-
     # -- one pass --------------------------------------------------------------------------------------------
 
     def backlog(self) -> int:
@@ -193,6 +175,8 @@ class WalCapture:
         """What is committed. The first frame of a generation brings its salts into the WAL; until then a process that
         has to read the WAL anew goes on in the one before."""
         now, left = self.view.committed(), self._left
+        if now is not None and self._lost is not None and self._index_end is not None:
+            now = without(self._lost, now, self._index_end, self.view)
         if now is not None and self.cursor.frame == 0 and now.salts == left.salts and now.mx_frame >= left.frame:
             self.cursor = left
         return now
@@ -213,12 +197,19 @@ class WalCapture:
             return None
         if self._fsync_failed:
             self._fsync_failed, self._refused = False, now.salts
+        if self.pending is not None and self.pending.look(now, self.view):
+            self._is_published(self.pending.tail, now)
         if now.salts == self.cursor.salts and now.change is not None:
             if self.cursor.change is not None and (now.change - self.cursor.change) % _U32 > _U32 // 2:
                 self._uncount()
             if self.cursor.change is None and now.mx_frame == self.cursor.frame:
                 self.cursor = replace(self.cursor, change=now.change)
         return now
+
+    def _is_published(self, tail: Tail, now: Committed) -> None:
+        self.pending, old, last = None, self.cursor, now.mx_frame
+        if old.salts in (None, tail.salts) or not self._gap(now, self.view.commit_count(1, last, now.page_size)):
+            self.cursor = after(tail, now, old)
 
     def _uncount(self) -> None:
         """SQLite's commit counter does not go on from where the cursor saw it."""
@@ -230,10 +221,13 @@ class WalCapture:
         were missed: a comparison with the log, which must have all that was collected; Missed without `diff`."""
         now = self._look()
         cursor = self.cursor
-        if now is None or (now.mx_frame == 0 and cursor.salts is None and cursor.change in (None, now.change)):
+        gone = self.pending if self.pending is not None and self.pending.gone else None
+        if now is None:
+            return None
+        if now.mx_frame == 0 and cursor.salts is None and cursor.change in (None, now.change) and gone is None:
             return None
         if now.salts == cursor.salts and now.mx_frame == cursor.frame:
-            return None
+            return take_back(gone, self._pages, now, cursor.frame + 1) if gone else None
         first = cursor.frame + 1
         gap = False
         if now.salts != cursor.salts or now.mx_frame < cursor.frame:
@@ -243,6 +237,8 @@ class WalCapture:
                 gap = self._gap(now, 0)
                 if not gap:
                     self._left = replace(cursor, change=None)
+                    if gone:
+                        return take_back(gone, self._pages, now, 1)
                     self.cursor = Cursor(now.salts, 0, now.change)
                     return None
             elif now.page_size == 0 or not self.view.salts_are(now.salts):
@@ -252,9 +248,12 @@ class WalCapture:
         else:
             self._synced = None
         if not gap:
-            return self._batch(now, first)
+            return take_back(gone, self._pages, now, first) if gone else self._batch(now, first)
         if not diff:
             raise Missed
+        if self.pending is not None and self.pending.may_be_answered() and self.pending.tail.salts == now.salts:
+            self.pending.give_up()  # the comparison would take it back
+            raise UnstableSource
         return self.diff(now)
 
     def _gap(self, now: Committed, commits: int) -> bool:
@@ -291,6 +290,10 @@ class WalCapture:
             Cursor(now.salts, now.mx_frame, now.change), frames, pgnos=pgnos, numbers=numbers,
         )  # fmt: skip
 
+    def unpublished(self) -> Tail | None:
+        """Whole transactions behind the published ones, all of which the log has. Raises UnstableSource."""
+        return find_tail(self.view, self.cursor, self._left.salts)
+
     def diff(self, now: Committed) -> Batch | None:
         """Everything in which the database differs from the log, as of a moment while this runs (see `wal_compare`).
         None if there is no database any more."""
@@ -309,9 +312,9 @@ class WalCapture:
         now = batch.committed
         if now.mx_frame and not self.view.salts_are(now.salts):
             return False
-        if not batch.gap:
+        if not batch.gap and not batch.takes_back:
             return True
-        # A diff read pages of the database file: none of them may have got a frame, which a checkpoint may have copied.
+        # It read pages of the database file: none of them may have got a frame, which a checkpoint may have copied.
         end = self.view.committed()
         if end is None or end.salts != now.salts:
             return False
@@ -321,11 +324,8 @@ class WalCapture:
 
     def is_collectable(self, batch: Batch) -> bool:
         """Whether a batch is small enough for `collect`."""
-        return (
-            not batch.gap
-            and batch.frames <= COLLECT_FRAMES
-            and batch.frames * batch.change.page_size <= COLLECT_BYTES
-        )
+        small = batch.frames <= COLLECT_FRAMES and batch.frames * batch.change.page_size <= COLLECT_BYTES
+        return small and not batch.gap and not batch.takes_back
 
     def collect(self, batch: Batch, known_commit: int) -> None:
         """Take a small batch's pages into memory and move the cursor past it: its frames may be overwritten from now
@@ -353,6 +353,8 @@ class WalCapture:
         """The log has everything up to here."""
         self.cursor = batch.cursor
         self.collected.commit = None
+        if self.pending is not None and (batch.gap or batch.takes_back):
+            self._lost, self.pending = self.pending.tail, None
         if batch.gap and batch.committed.salts != self._refused:
             self._refused = None
 

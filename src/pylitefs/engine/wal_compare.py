@@ -26,7 +26,7 @@ class WalPages:
     """Used where its view is used. Everything raises UnstableSource where something was overwritten meanwhile."""
 
     def __init__(self, view: WalView) -> None:
-        self._view = view
+        self.view = view
 
     def one(self, pgno: int, now: Committed) -> bytes:
         """One page as of `now`, wherever it is."""
@@ -39,7 +39,7 @@ class WalPages:
         """(pgno, page) as of `now`, in the given order."""
         newest: dict[int, int] = {}
         if now.mx_frame:
-            pgnos, frames = latest_frames(self._view.pgnos(1, now.mx_frame), 1)
+            pgnos, frames = latest_frames(self.view.pgnos(1, now.mx_frame), 1)
             at = np.searchsorted(pgnos, wanted)
             inside = at < len(pgnos)
             hit = np.zeros(len(wanted), dtype=bool)
@@ -48,10 +48,10 @@ class WalPages:
         for pgno in wanted.tolist():
             frame = newest.get(pgno)
             if frame is None:
-                yield pgno, self._view.database_page(pgno, now.page_size)
+                yield pgno, self.view.database_page(pgno, now.page_size)
             else:
                 one = np.array([pgno], dtype=np.uint32), np.array([frame], dtype=np.uint32)
-                yield from self._view.frame_pages(*one, now.page_size)
+                yield from self.view.frame_pages(*one, now.page_size)
 
     def sized(self, now: Committed) -> Committed:
         """With page size and number of pages: the index of an empty WAL may not know them. 0 pages if there is no
@@ -59,7 +59,7 @@ class WalPages:
         if now.mx_frame or (now.page_size and now.commit):
             return now
         try:
-            page_size, commit = database_size(*self._view.database_header())
+            page_size, commit = database_size(*self.view.database_header())
         except FormatError:
             return replace(now, commit=0)
         return replace(now, page_size=page_size, commit=commit)
@@ -73,13 +73,13 @@ class WalPages:
         Then the pages found, and all that have frames, are taken as of the newest commit.
         """
         differs = self._that_differ(now, known)
-        later = self._view.committed()
+        later = self.view.committed()
         if later is None:
             raise UnstableSource
         later = self.sized(later)
         if later.salts != now.salts or later.page_size != now.page_size:
             raise UnstableSource
-        framed = np.unique(self._view.pgnos(1, later.mx_frame)) if later.mx_frame else NONE
+        framed = np.unique(self.view.pgnos(1, later.mx_frame)) if later.mx_frame else NONE
         from_file = np.setdiff1d(differs, framed)
         wanted = np.union1d(from_file, framed).astype(np.uint32)
         wanted = wanted[(wanted <= later.commit) & (wanted != lock_pgno(later.page_size))]
@@ -91,7 +91,7 @@ class WalPages:
         run = max(1, _DIFF_BYTES // now.page_size)
         for first in range(1, now.commit + 1, run):
             count = min(run, now.commit - first + 1)
-            data = self._view.database_run(first, count, now.page_size)
+            data = self.view.database_run(first, count, now.page_size)
             sums = page_checksums(first, data, now.page_size)
             expected = np.zeros(count, dtype=np.uint64)
             part = known[first - 1 : first - 1 + count]

@@ -273,11 +273,18 @@ class WalView:
 
     def frame_exists(self, frame: int, page_size: int, salts: tuple[int, int]) -> bool:
         """Whether a frame with these salts stands at a place in the WAL."""
+        return self.frame_head(frame, page_size)[8:16] == b"".join(salt.to_bytes(4, "big") for salt in salts)
+
+    def frame_head(self, frame: int, page_size: int) -> bytes:
+        """The header of a frame as it stands there; less if the WAL ends before."""
         wal = self._fd(FileKind.WAL)
-        if wal is None:
-            return False
-        head = os.pread(wal, FRAME_HEADER_SIZE, frame_offset(frame, page_size))
-        return len(head) == FRAME_HEADER_SIZE and head[8:16] == b"".join(salt.to_bytes(4, "big") for salt in salts)
+        return b"" if wal is None else os.pread(wal, FRAME_HEADER_SIZE, frame_offset(frame, page_size))
+
+    def raw_frames(self, first: int, count: int, page_size: int) -> bytes:
+        """Up to `count` frames as they stand there, whatever they are."""
+        wal = self._fd(FileKind.WAL)
+        size = (page_size + FRAME_HEADER_SIZE) * count
+        return b"" if wal is None else os.pread(wal, size, frame_offset(first, page_size))
 
     def frame_pages(
         self, pgnos: NDArray[np.uint32], frames: NDArray[np.uint32], page_size: int

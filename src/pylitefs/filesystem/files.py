@@ -9,19 +9,25 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import threading
+from collections import deque
 from collections.abc import Callable
-from errno import EACCES, EBADF, EOPNOTSUPP, EPERM, ESTALE
+from errno import EACCES, EBADF, EINTR, EOPNOTSUPP, EPERM, ESTALE
 
+from pylitefs.filesystem.dying import Patience
 from pylitefs.filesystem.handles import Handle
+from pylitefs.filesystem.openers import is_interrupted, is_open_anywhere
 from pylitefs.filesystem.tree import Node
 from pylitefs.filesystem.volume import FOREVER_S, Request, Volume
 from pylitefs.formats.fuse import abi, replies, requests
+from pylitefs.ports import FileKind, LockOpening, Then
 
 _FALLOCATE_MODES = (0, 1)  # extend; 1: FALLOC_FL_KEEP_SIZE
 WRITING = os.O_WRONLY | os.O_RDWR
 _VIRTUAL_FLAGS = abi.FOPEN_DIRECT_IO | abi.FOPEN_NOFLUSH
 _SETID = stat.S_ISUID | stat.S_ISGID
 _OWNER = abi.FATTR_UID | abi.FATTR_GID
+_INTERRUPTS = 64
 _TIMES = abi.FATTR_ATIME | abi.FATTR_MTIME
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -35,6 +41,51 @@ def open_backing(path: str, writable: bool) -> int:
     return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
+class _Waiting:
+    """An open of a lock file that is under way. What is to happen to its `LockOpening` may come up before there is one:
+    the engine may answer before it has returned it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._opening: LockOpening | None = None
+        self._then: list[Callable[[], object]] = []
+
+    def set(self, opening: LockOpening) -> None:
+        with self._lock:
+            self._opening = opening
+            then, self._then = self._then, []
+        for call in then:
+            call()
+
+    def when_open(self, call: Callable[[], object]) -> None:
+        with self._lock:
+            if self._opening is None:
+                self._then.append(call)
+                return
+        call()
+
+    def opening(self) -> LockOpening:
+        assert self._opening is not None
+        return self._opening
+
+    def cancel(self) -> None:
+        self.opening().cancel()
+
+
+class _NoOpening:
+    """Of an open that was interrupted before it began."""
+
+    def cancel(self) -> None: ...
+
+    def flush(self, last: bool, then: Then) -> None:
+        then(None)
+
+    def release(self) -> None: ...
+
+
+_NO_OPENING = _NoOpening()
+
+
 class FileRequests:
     """Handlers by opcode in `table`."""
 
@@ -44,12 +95,17 @@ class FileRequests:
         self._handles = volume.handles
         self._open = volume.handles.open
         self._nodes = volume.tree.nodes
+        self._patience = Patience()
+        self._waiting: dict[int, _Waiting] = {}  # opens of lock files, by the number of their request
+        self._waiting_lock = threading.Lock()
+        self._interrupted: deque[int] = deque(maxlen=_INTERRUPTS)  # of requests that have not come yet, or do not wait
         self.table: dict[int, Handler] = {
             abi.OPEN: self._open_file,
             abi.READ: self._read,
             abi.WRITE: self._write,
             abi.FSYNC: self._fsync,
             abi.FLUSH: self._flush,
+            abi.INTERRUPT: self._interrupt,
             abi.RELEASE: self._release,
             abi.GETATTR: self._getattr,
             abi.SETATTR: self._setattr,
@@ -71,6 +127,9 @@ class FileRequests:
         flags = requests.parse_open(rq.data)
         writable = flags & WRITING != 0
         if node.virtual:
+            if writable and node.ref.kind is FileKind.LOCK:
+                self._open_lock(rq, node)
+                return None
             if writable:
                 raise OSError(EACCES, f"{node.name} is read-only")
             return replies.pack_open(self._handles.open_virtual(node), _VIRTUAL_FLAGS)
@@ -85,6 +144,41 @@ class FileRequests:
         self._hooks.may_open(volume.ref(node), flags, by_daemon, volume.after(rq, act))
         return None
 
+    def _open_lock(self, rq: Request, node: Node) -> None:
+        """It may take long, and the caller can be interrupted meanwhile."""
+        unique, answers = rq.unique, self._volume.answers
+        waiting = _Waiting()
+        with self._waiting_lock:
+            self._waiting[unique] = waiting
+            interrupted = unique in self._interrupted or is_interrupted(rq.pid)
+
+        def act() -> None:
+            fh = self._handles.open_virtual(node, waiting.opening())
+            if not answers.sink.reply(unique, replies.pack_open(fh, abi.FOPEN_DIRECT_IO)):
+                self._handles.release(fh)
+
+        answer = self._volume.after(rq, act)
+
+        def then(error: BaseException | None) -> None:
+            self._waiting.pop(unique, None)
+            waiting.when_open(lambda: answer(error))
+
+        if interrupted:
+            then(InterruptedError(EINTR, "interrupted"))
+            waiting.set(_NO_OPENING)
+        else:
+            waiting.set(self._hooks.open_lock(node.ref, then))
+
+    def _interrupt(self, rq: Request) -> None:
+        """Only what can be given up halfway heeds it. There is no answer. It may overtake its request."""
+        unique = requests.parse_interrupt(rq.data)
+        with self._waiting_lock:
+            waiting = self._waiting.get(unique)
+            if waiting is None:
+                self._interrupted.append(unique)
+        if waiting is not None:
+            waiting.when_open(waiting.cancel)
+
     def open_handle(self, node: Node, writable: bool, by_daemon: bool) -> tuple[int, int, int]:
         """A handle on the backing file of `node`, which a name or an earlier handle leads to."""
 
@@ -96,7 +190,11 @@ class FileRequests:
         return self._handles.open_node(node, open_fd, writable, by_daemon)
 
     def _flush(self, rq: Request) -> bytes | None:
-        node = self._handle(requests.parse_handle(rq.data)).node
+        handle = self._handle(requests.parse_handle(rq.data))
+        node = handle.node
+        if handle.lock is not None:
+            handle.lock.flush(not is_open_anywhere(node.ref.name, node.ino), self._volume.after(rq, lambda: b""))
+            return None
         if not node.hooked:
             return b""
         self._hooks.flushed(self._volume.ref(node), self._volume.after(rq, lambda: b""))
@@ -154,14 +252,19 @@ class FileRequests:
         hooks = self._hooks
         fsync = os.fdatasync if data_only else os.fsync
 
-        def act() -> bytes:
+        pid, answered = rq.pid, self._volume.after(rq, lambda: b"")
+
+        def act() -> None:
             try:
                 fsync(node.fd)
             except OSError:
                 hooks.fsync_failed(ref)
                 raise
-            hooks.after_fsync(ref)
-            return b""
+            patient = self._patience.of(pid, answered)
+            try:
+                hooks.after_fsync(ref, patient)
+            except BaseException as error:
+                patient(error)
 
         hooks.before_fsync(ref, self._volume.after(rq, act))
 
@@ -192,6 +295,8 @@ class FileRequests:
             return self._setattr_root(request)
         volume = self._volume
         node = volume.node(rq.nodeid)
+        if node.virtual and node.ref.kind is FileKind.LOCK:
+            return volume.attr_body(node)  # O_TRUNC, touch: nothing to change
         if node.virtual:
             raise OSError(EPERM, f"{node.name} is read-only")
         if not request.valid & abi.FATTR_SIZE:

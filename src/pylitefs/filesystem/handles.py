@@ -17,7 +17,7 @@ from typing import Protocol
 
 from pylitefs.filesystem.tree import IoMode, Node
 from pylitefs.formats.fuse import abi
-from pylitefs.ports import FileHooks, FileKind
+from pylitefs.ports import FileHooks, FileKind, LockOpening
 
 OpenBacking = Callable[[bool], int]
 """Opens the backing file of a node, for reading and writing if True, and returns the descriptor."""
@@ -40,13 +40,14 @@ class BackingFiles(Protocol):
 class Handle:
     """An open file of one process. `content` is what a virtual file said when this handle first read it."""
 
-    __slots__ = ("by_daemon", "content", "node", "writable")
+    __slots__ = ("by_daemon", "content", "lock", "node", "writable")
 
     def __init__(self, node: Node, writable: bool, by_daemon: bool) -> None:
         self.node = node
         self.writable = writable
         self.by_daemon = by_daemon
         self.content: bytes | None = None
+        self.lock: LockOpening | None = None  # of a lock file that is open for writing
 
 
 class Handles:
@@ -62,9 +63,11 @@ class Handles:
         self.passthrough = passthrough
         self.open: dict[int, Handle] = {}
 
-    def open_virtual(self, node: Node) -> int:
+    def open_virtual(self, node: Node, lock: LockOpening | None = None) -> int:
         fh = next(self._numbers)
-        self.open[fh] = Handle(node, False, False)
+        handle = Handle(node, lock is not None, False)
+        handle.lock = lock
+        self.open[fh] = handle
         return fh
 
     def open_node(self, node: Node, open_fd: OpenBacking, writable: bool, by_daemon: bool) -> tuple[int, int, int]:
@@ -135,6 +138,8 @@ class Handles:
     def release(self, fh: int) -> None:
         handle = self.open.pop(fh)
         node = handle.node
+        if handle.lock is not None:
+            handle.lock.release()
         if node.virtual:
             return
         with node.gate:

@@ -232,25 +232,27 @@ class Rings:
     def start(self) -> None:
         """OSError if they cannot be had; the mount is then of no use."""
         try:
-            for queue in range(len(self._idle)):
-                for _ in range(_START_PER_CPU):
-                    self._add(queue)
-            for _ in range(len(self._threads)):
+            queues = [queue for queue in range(len(self._idle)) for _ in range(_START_PER_CPU)]
+            begun = sum(self._add(queue, first=True) for queue in queues)
+            for _ in range(begun):  # those that serve already may have added others
                 if (error := self._begun.get()) is not None:
                     raise error
-            if len(self._threads) < _START_PER_CPU * len(self._idle):
+            if begun < len(queues):
                 raise OSError(errno.EAGAIN, "threads for io_uring cannot be started")
         except BaseException:
             self.stop()
             raise
 
-    def _add(self, queue: int) -> None:
+    def _add(self, queue: int, *, first: bool = False) -> bool:
+        """Whether there is one more. `first`: one of those that `start` waits for."""
         with self._lock:
             if self._stopping or self._count[queue] >= _MAX_PER_CPU:
-                return
+                return False
             self._count[queue] += 1
             thread = threading.Thread(
-                target=self._serve, args=(queue, self._count[queue]), name=f"fuse-{queue}.{self._count[queue]}",
+                target=self._serve,
+                args=(queue, first),
+                name=f"fuse-{queue}.{self._count[queue]}",
                 daemon=True,
             )
             self._threads.append(thread)
@@ -260,8 +262,10 @@ class Rings:
             with self._lock:
                 self._count[queue] -= 1
                 self._threads.remove(thread)
+            return False
+        return True
 
-    def _serve(self, queue: int, number: int) -> None:
+    def _serve(self, queue: int, first: bool) -> None:
         with contextlib.suppress(OSError):  # it may be offline
             os.sched_setaffinity(0, {queue})
         error: OSError | None = None
@@ -271,12 +275,12 @@ class Rings:
             ring.register()
         except OSError as refused:
             error = refused
-        if number <= _START_PER_CPU:
+        if first:
             self._begun.put(error)
         if error is not None:
             return
         try:
-            if number > _START_PER_CPU:
+            if not first:
                 self._start_nudge(queue)
             self._serve_ring(ring, queue)
         except OSError as ended:

@@ -46,7 +46,7 @@ _REFUSED: dict[int, int] = {
     abi.READDIRPLUS: errno.ENOTSUP,
 }
 """Requests with a fixed answer. Every other one without a handler gets ENOSYS, after which the kernel does without it
-or no longer asks (locks, extended attributes, OPENDIR, ACCESS, POLL, INTERRUPT, STATX)."""
+or no longer asks (locks, extended attributes, OPENDIR, ACCESS, POLL, STATX)."""
 
 
 _PASSTHROUGH_NEEDS: dict[int, str] = {
@@ -130,7 +130,8 @@ class Session:
 
     `hooks` is the engine. `passthrough` asks for it; whether it is used tells the property of that name. `uid` and
     `gid` own the root directory and the virtual files. `log` gets one line per event. `on_gone` is called, on a
-    thread of the session, if somebody else unmounts the directory.
+    thread of the session, if somebody else unmounts the directory; `on_connected` by `start`, before any request is
+    answered, with `passthrough` and the notifier (twice if it has to begin anew).
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Session:
         debug: bool = False,
         log: Callable[[str], None] = lambda line: None,
         on_gone: Callable[[], None] = lambda: None,
+        on_connected: Callable[[bool, KernelNotifier], None] = lambda passthrough, notifier: None,
     ) -> None:
         self._mount_dir = mount_dir
         self._data_dir = os.path.realpath(data_dir)
@@ -161,6 +163,7 @@ class Session:
         self._debug = debug
         self._log = log
         self._on_gone = on_gone
+        self._on_connected = on_connected
         self._lock = threading.Lock()  # starting and stopping
         self._unmounting = False  # by us
         self._stopping = False  # readers end after the request they have
@@ -245,6 +248,7 @@ class Session:
                 expire_only=agreed.expire_only, uid=self._uid, gid=self._gid, debug=self._debug,
             )  # fmt: skip
             dispatcher.notifier.start()
+            self._on_connected(dispatcher.handles.passthrough, dispatcher.notifier)
             if agreed.io_uring:
                 rings = Rings(device.fd, BUFFER_SIZE, device.awaited, dispatcher.dispatch, self._log, self._path)
                 rings.start()

@@ -105,11 +105,16 @@ class Volume:
         size_bytes = self.hooks.virtual_size(ref)
         if size_bytes is None:
             raise OSError(ENOENT, "no such file")
-        return VirtualStat(self.root, size_bytes)
+        found = VirtualStat(self.root, size_bytes)
+        if ref.kind is FileKind.LOCK and ref.database is not None:  # for those who may write the database
+            owner = os.lstat(backing_path(self.hooks.resolve(ref.database)))
+            found.st_mode = stat.S_IFREG | (owner.st_mode & 0o666)
+            found.st_uid, found.st_gid = owner.st_uid, owner.st_gid
+        return found
 
     def shown_mode(self, ref: FileRef, mode: int) -> int:
         """A database cannot be written on a replica, and says so."""
-        if ref.kind is FileKind.DATABASE and not self.hooks.writable():
+        if ref.kind is FileKind.DATABASE and not self.hooks.writable(ref):
             return mode & ~_WRITE_BITS
         return mode
 

@@ -16,8 +16,10 @@ short one is `TruncatedError`, anything else wrong `FormatError`.
     ACK, HEARTBEAT               ◀─▶     HEARTBEAT
     RESYNC CHECKSUMS…            ◀──     SEND_CHECKSUMS: the replica's copy does not fit, send me what differs from it
     RESYNC CHECKSUMS…            ──▶     (also unasked: what came cannot be applied) a snapshot follows
-    LTX… TAIL_END                ◀──     GIVE_BACK: transactions that the primary has lost
+    LTX… TAIL_END                ◀──     GIVE_BACK: transactions that the primary has lost, or never got
 
+Everything that is said belongs to the epoch of the WELCOME: a side that learns of a later one ends the connection with
+STALE_EPOCH. Positions carry the epoch of their last transaction.
 Databases interleave freely; within one the order is strict. A RESYNC has a number, and the replica ignores what
 comes for that database until the SNAPSHOT_BEGIN with that number. A snapshot is a scan of pages, each as of some moment
 between its start and its end position, then the log between the two, then the end position to verify the result
@@ -50,6 +52,7 @@ from pylitefs.formats.stream_fields import (
     Chunk,
     ClusterId,
     Code,
+    Epochs,
     FileSize,
     Flag,
     History,
@@ -71,7 +74,7 @@ from pylitefs.formats.stream_fields import (
     rest,
 )
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 MAX_MESSAGE: Final = 1_100_000  # bytes
 MAX_PAGES_SIZE: Final = 256 * 1024  # bytes of the pages in one SNAPSHOT_PAGES, unpacked
@@ -108,7 +111,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The replica's first message. An empty `databases_wanted` means all; `cluster_id` is empty if it has none."""
+    """The replica's first message. No `databases_wanted`: all. No `cluster_id`: any. `epoch`: the highest seen."""
 
     CODE: ClassVar[int] = 10
     protocol: U16
@@ -224,7 +227,7 @@ class LtxEnd:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The primary's answer to HELLO."""
+    """The primary's answer to HELLO. `epoch` is that of its lease. `sync`: its commits wait for the replicas."""
 
     CODE: ClassVar[int] = 30
     protocol: U16
@@ -232,6 +235,7 @@ class Welcome:
     node_id: U64 = 0
     hostname: Hostname = ""
     epoch: U64 = 0
+    sync: Flag = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,21 +294,24 @@ class SnapshotPages:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotEnd:
-    """The result: `commit` pages at `position`."""
+    """The result: `commit` pages at `position`. `epochs` are (epoch, its first TXID) of the history that led there."""
 
     CODE: ClassVar[int] = 34
     name: Name
     position: At
     commit: U32
+    epochs: Epochs = ()
 
 
 @dataclass(frozen=True, slots=True)
 class GiveBack:
-    """The primary is at `after` and has lost what the replica has beyond it."""
+    """The primary is at `after` and lacks what comes then. `limit_bytes` 0: it takes no writes yet, and wants whatever
+    may fit. Otherwise it takes writes: only what follows exactly, and not more bytes than that."""
 
     CODE: ClassVar[int] = 35
     name: Name
     after: At
+    limit_bytes: U64 = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,10 +349,7 @@ Message: TypeAlias = FromReplica | FromPrimary
 _SENDERS: Final[tuple[tuple[Sender, tuple[type[Message], ...]], ...]] = (
     (Sender.BOTH, (Error, Heartbeat, Ltx, LtxBegin, LtxData, LtxEnd)),
     (Sender.REPLICA, (Hello, Databases, Ack, Resync, Checksums, TailEnd)),
-    (
-        Sender.PRIMARY,
-        (Welcome, SendChecksums, SnapshotBegin, SnapshotPages, SnapshotEnd, GiveBack, SetAside, Ready),
-    ),
+    (Sender.PRIMARY, (Welcome, SendChecksums, SnapshotBegin, SnapshotPages, SnapshotEnd, GiveBack, SetAside, Ready)),
 )
 MESSAGES: Final[dict[int, tuple[type[Message], Sender]]] = {
     message.CODE: (message, sender) for sender, messages in _SENDERS for message in messages

@@ -1,7 +1,7 @@
 """Fields of replication messages: how each is written, and the limit it is read against.
 
     u8 u16 u32 u64   big-endian                          flag      u8, 0 or 1
-    text             varint length, then UTF-8           position  u64 txid, u64 checksum
+    text             varint length, then UTF-8           position  u64 txid, u64 checksum, u64 epoch
     list             varint count, then the items        rest      raw bytes up to the end of the message
     name             text; a plain file name of 1 to 255 bytes: no slash, no NUL, neither "." nor ".."
 
@@ -28,6 +28,7 @@ MAX_TEXT: Final = 1000
 MAX_FILTER: Final = 1000  # names
 MAX_ENTRIES: Final = 1000  # databases in one message
 MAX_HISTORY: Final = 1024  # positions
+MAX_EPOCHS: Final = 1024  # of one database's history
 MAX_FILE_SIZE: Final = 1 << 44  # bytes of an LTX file; it goes to disk as it comes
 MIN_FILE_SIZE: Final = HEADER_SIZE + TRAILER_SIZE
 
@@ -190,7 +191,8 @@ _NAME: Final = Kind(lambda name: _RAW_NAME.pack(_check_name(name)), lambda curso
 _U32: Final = number(4)
 _U64: Final = number(8)
 _POSITION: Final = Kind(
-    lambda value: _U64.pack(value.txid) + _U64.pack(value.checksum), lambda cursor: Position(cursor.u64(), cursor.u64())
+    lambda value: _U64.pack(value.txid) + _U64.pack(value.checksum) + _U64.pack(value.epoch),
+    lambda cursor: Position(cursor.u64(), cursor.u64(), cursor.u64()),
 )
 _PAGE_SIZE: Final = Kind(
     lambda value: _U32.pack(_check_page_size(value)), lambda cursor: _check_page_size(cursor.u32())
@@ -214,6 +216,7 @@ At: TypeAlias = Annotated[Position, _POSITION]
 Names: TypeAlias = Annotated[tuple[str, ...], list_of(_NAME, MAX_FILTER)]
 Txids: TypeAlias = Annotated[tuple[tuple[str, int], ...], list_of(pair(_NAME, _U64), MAX_ENTRIES)]
 Positions: TypeAlias = Annotated[tuple[tuple[str, Position], ...], list_of(pair(_NAME, _POSITION), MAX_ENTRIES)]
+Epochs: TypeAlias = Annotated[tuple[tuple[int, int], ...], list_of(pair(_U64, _U64), MAX_EPOCHS)]
 History: TypeAlias = Annotated[tuple[Position, ...], list_of(_POSITION, MAX_HISTORY)]
 Chunk: TypeAlias = Annotated[bytes, rest(MAX_CHUNK)]
 WholeFile: TypeAlias = Annotated[bytes, rest(MAX_CHUNK, least=MIN_FILE_SIZE)]

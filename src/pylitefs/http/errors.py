@@ -19,8 +19,10 @@ STATUS_OF_ERROR: tuple[tuple[type[BaseException], int], ...] = (  # the first th
     (errors.UsageError, 400),
     (errors.ReadOnlyReplica, 503),
     (errors.DatabaseBusy, 503),
+    (errors.NotPrimary, 421),
     (errors.Unavailable, 503),
     (errors.PositionMismatch, 409),
+    (errors.Ineligible, 409),
     (errors.ClusterMismatch, 409),
     (errors.ProtocolError, 400),
     (TimeoutError, 408),
@@ -28,6 +30,8 @@ STATUS_OF_ERROR: tuple[tuple[type[BaseException], int], ...] = (  # the first th
 )
 _DISK_FULL = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 _MAX_LINE = 500  # characters: a name that a peer sent may be in it
+PRIMARY_HEADER = "Litefs-Primary-Url"
+"""Of an answer 421: the node to ask instead."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -68,7 +72,7 @@ class ErrorTranslator:
             raise  # the peer is gone: there is nobody to answer
         except Exception as error:
             status, text = status_and_text(error)
-            headers = {}
+            headers = _headers(error)
             _write_down(request, status, error)
         finally:
             begun = self._begun.pop(id(request))
@@ -90,6 +94,11 @@ def status_and_text(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return 507, f"the disk of this node is full: {error.strerror}"
     return 500, "internal error: see the log of this node"
+
+
+def _headers(error: BaseException) -> dict[str, str]:
+    url = error.primary_url if isinstance(error, errors.NotPrimary) else ""
+    return {PRIMARY_HEADER: url} if url and url.isascii() and url.isprintable() else {}
 
 
 def _write_down(request: web.Request, status: int, error: Exception) -> None:

@@ -145,7 +145,7 @@ def connector(session: aiohttp.ClientSession, url: str) -> Connect:
                 f"{address} answered with HTTP status {error.status}: is it the HTTP address of a pylitefs primary?"
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise LinkClosed(f"cannot connect to {address}: {_plain(error)}") from None
+            raise LinkClosed(f"cannot connect to {address}: {plain_error(error)}") from None
         if websocket.protocol != SUBPROTOCOL:
             await websocket.close()
             raise ProtocolError(f"{address} is not a pylitefs primary")
@@ -162,7 +162,8 @@ def client_session() -> aiohttp.ClientSession:
     )
 
 
-def _plain(error: BaseException) -> str:
+def plain_error(error: BaseException) -> str:
+    """Why a connection failed, as a part of a line."""
     if isinstance(error, aiohttp.ClientConnectorError):
         number = error.os_error.errno
         return os.strerror(number).lower() if number else str(error.os_error).lower()

@@ -8,6 +8,7 @@
     GET   /metrics     Prometheus
     GET   /healthz     200 "ok", or 503 and the reason
     GET   /debug/vars  positions without a barrier
+    …     the cluster's, see `cluster_routes`
 
 Every answer carries Litefs-Id and, once it is known, Litefs-Cluster-Id. An error is a status and one line of text.
 Limits: request lines and headers 8 KiB each (aiohttp), bodies 64 KiB except an import's, `MAX_CONNECTIONS`, and
@@ -19,13 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import logging
 import socket
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 from aiohttp import web
@@ -35,11 +34,13 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pylitefs.errors import LitefsError, Unavailable
 from pylitefs.events import EventStream
 from pylitefs.formats.ltx.format import Position
+from pylitefs.http.cluster_routes import ClusterRoutes
 from pylitefs.http.errors import ErrorTranslator, Handler
+from pylitefs.http.route import Route as Route
+from pylitefs.http.route import json_answer
 from pylitefs.http.transfers import SEND_TIMEOUT_S, Importer, Transfers
 from pylitefs.observability.metrics import Metrics
 from pylitefs.status import (
-    Json,
     NodeInfo,
     Replicas,
     StoreView,
@@ -68,20 +69,20 @@ class HttpSettings(Protocol):
     def max_import_size_bytes(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Route:
-    method: str
-    path: str
-    handler: Handler
-
-
 class Api:
     """The handlers of one node's own routes."""
 
     def __init__(
-        self, store: StoreView, replicas: Replicas, config: HttpSettings, node: NodeInfo, importer: Importer
+        self,
+        store: StoreView,
+        replicas: Replicas,
+        config: HttpSettings,
+        node: NodeInfo,
+        importer: Importer,
+        cluster: ClusterRoutes | None,
     ) -> None:
         self._store = store
+        self._cluster = cluster
         self._replicas = replicas
         self._node = node
         self._metrics = Metrics(store, replicas)
@@ -96,7 +97,7 @@ class Api:
             Route("GET", "/export", self._transfers.export),
             Route("POST", "/import", self._transfers.import_),
             Route("GET", "/metrics", self.metrics),
-            Route("GET", "/healthz", self.healthz),
+            *(Route(method, path, self.healthz) for path in ("/healthz", "/health") for method in ("GET", "HEAD")),
             Route("GET", "/debug/vars", self.debug_vars),
         )
 
@@ -122,19 +123,21 @@ class Api:
 
     async def info(self, _request: web.Request) -> web.Response:
         positions = await self._barrier()
-        return _json(info_document(self._store, self._node, positions, time.time()))
+        return json_answer(info_document(self._store, self._node, positions, time.time()))
 
     async def status(self, _request: web.Request) -> web.Response:
         await self._barrier()
         replicas = self._replicas()
+        cluster = self._cluster.document() if self._cluster is not None else None
         loop = asyncio.get_running_loop()
         document = await loop.run_in_executor(
-            self._thread, status_document, self._store, self._node, replicas, time.time()
+            self._thread, status_document, self._store, self._node, replicas, time.time(), cluster
         )
-        return _json(document)
+        return json_answer(document)
 
     async def metrics(self, _request: web.Request) -> web.Response:
-        body = await asyncio.get_running_loop().run_in_executor(self._thread, self._metrics.expose)
+        numbers = self._cluster.numbers() if self._cluster is not None else None
+        body = await asyncio.get_running_loop().run_in_executor(self._thread, self._metrics.expose, numbers)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(self, _request: web.Request) -> web.Response:
@@ -144,7 +147,7 @@ class Api:
         return web.Response(text="ok\n")
 
     async def debug_vars(self, _request: web.Request) -> web.Response:
-        return _json(debug_document(self._store, self._node))
+        return json_answer(debug_document(self._store, self._node))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         if self._streams >= MAX_EVENT_STREAMS:
@@ -197,26 +200,26 @@ def build_app(
     node: NodeInfo,
     importer: Importer,
     extra_routes: Iterable[Route] = (),
+    cluster: ClusterRoutes | None = None,
 ) -> web.Application:
     """The application of one node. Call it on the event loop; run it with `HttpServer`.
 
     `importer` is described where its type is. `extra_routes`: for example the replication endpoint; their errors are
-    translated and their answers get the headers; what takes long in them must end by itself at shutdown.
+    translated and their answers get the headers; what takes long in them must end by itself at shutdown. `cluster`
+    brings its routes, and what /status and /metrics tell of the cluster.
     """
-    api = Api(store, replicas, config, node, importer)
+    api = Api(store, replicas, config, node, importer, cluster)
     app = web.Application(client_max_size=MAX_BODY_BYTES)
     ErrorTranslator().install(app)
-    for route in (*api.routes, *extra_routes):
+    for route in (*api.routes, *(cluster.routes if cluster is not None else ()), *extra_routes):
         app.router.add_route(route.method, route.path, route.handler)
     app.on_response_prepare.append(api.on_prepare)
     app.on_startup.append(api.on_startup)
     app.on_shutdown.append(api.on_shutdown)
+    if cluster is not None:
+        app.on_shutdown.append(cluster.on_shutdown)
     app.on_cleanup.append(api.on_cleanup)
     return app
-
-
-def _json(document: Json) -> web.Response:
-    return web.Response(text=json.dumps(document, indent=2) + "\n", content_type="application/json")
 
 
 _BACKLOG = 128  # connections that wait to be accepted

@@ -22,9 +22,10 @@ from urllib.parse import quote
 
 from aiohttp import web
 
-from pylitefs.errors import DatabaseNotFound, FormatError, NotADatabase, ReadOnlyReplica, Unavailable, UsageError
+from pylitefs.errors import DatabaseNotFound, FormatError, NotADatabase, ReadOnlyReplica, Unavailable
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
 from pylitefs.http.errors import HttpProblem
+from pylitefs.http.queries import checked_name
 from pylitefs.status import StoreView
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ Importer = Callable[[str, str], object]
 
 Called on a thread of its own; blocks until the transaction is in the log. Raises LitefsError."""
 
-MAX_NAME_BYTES = 255 - len("-journal")  # its journal is a file name too
 SEND_TIMEOUT_S = 60.0  # for one chunk to leave or to arrive: a peer that is slower is cut off
 _CHUNK_BYTES = 1 << 18
 _MAX_TRANSFERS = 4
@@ -43,24 +43,6 @@ _STEPS_BETWEEN_LOOKS = 100_000  # virtual machine steps of SQLite: some millisec
 _MISSING = re.compile(r"no such (collation sequence|function): (\S+)")
 
 T = TypeVar("T")
-
-
-def checked_name(name: str | None) -> str:
-    """The database name of a request. Raises UsageError for one that could not be a database's."""
-    if not name:
-        raise UsageError("name required: add ?name=DATABASE")
-    try:
-        size_bytes = len(name.encode())
-    except UnicodeEncodeError:
-        size_bytes = 0
-    if (
-        not 1 <= size_bytes <= MAX_NAME_BYTES
-        or name in (".", "..")
-        or "/" in name
-        or any(ord(character) < 32 or ord(character) == 127 for character in name)
-    ):
-        raise UsageError(f"not the name of a database: {name[:80]!a}")
-    return name
 
 
 class Transfers:
@@ -121,7 +103,7 @@ class Transfers:
         database = self._store.get(name)
         if database is None:
             raise DatabaseNotFound(name)
-        with self._temporary_file() as path:
+        with temporary_file(self._store.data_dir) as path:
             position = database.copy_to(path)
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(position)
 
@@ -133,7 +115,7 @@ class Transfers:
             raise ReadOnlyReplica
         self._check_size(request.content_length or 0)
         async with self._slots:
-            with self._temporary_file() as path:
+            with temporary_file(self._store.data_dir) as path:
                 await self._receive(request, path)
                 await self._in_thread(check_database, path, self._closing.is_set)
                 if not self._store.is_primary:  # it may have changed while we read
@@ -146,35 +128,44 @@ class Transfers:
         received = 0
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            while True:
-                chunk = await asyncio.wait_for(request.content.read(_CHUNK_BYTES), SEND_TIMEOUT_S)
-                if not chunk:
-                    break
+            while chunk := await read_chunk(request):
                 received += len(chunk)
                 self._check_size(received)
-                await self._in_thread(_write_all, fd, chunk)
+                await self._in_thread(write_all, fd, chunk)
         finally:
             os.close(fd)
 
     def _check_size(self, size_bytes: int) -> None:
-        if self._max_size_bytes and size_bytes > self._max_size_bytes:
-            raise HttpProblem(
-                413, f"larger than {self._max_size_bytes} bytes, the limit of this node (http.max-import-size)"
-            )
-
-    @contextlib.contextmanager
-    def _temporary_file(self) -> Iterator[str]:
-        """An empty file on the file system of the databases; its name is gone at the end, whatever happens."""
-        fd, path = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=self._store.data_dir)
-        os.close(fd)
-        try:
-            yield path
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        check_size(size_bytes, self._max_size_bytes)
 
 
-def _write_all(fd: int, data: bytes) -> None:
+# --- receiving -------------------------------------------------------------------------------------------------------
+
+
+async def read_chunk(request: web.Request) -> bytes:
+    """The next piece of a body, empty at its end. TimeoutError when none comes, an error when the body breaks off."""
+    return await asyncio.wait_for(request.content.read(_CHUNK_BYTES), SEND_TIMEOUT_S)
+
+
+def check_size(size_bytes: int, max_size_bytes: int) -> None:
+    """Refuse a body above the limit of the configuration; 0: none."""
+    if max_size_bytes and size_bytes > max_size_bytes:
+        raise HttpProblem(413, f"larger than {max_size_bytes} bytes, the limit of this node (http.max-import-size)")
+
+
+@contextlib.contextmanager
+def temporary_file(data_dir: str) -> Iterator[str]:
+    """An empty file on the file system of the databases; its name is gone at the end, whatever happens."""
+    fd, path = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=data_dir)
+    os.close(fd)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def write_all(fd: int, data: bytes | bytearray) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

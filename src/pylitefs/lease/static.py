@@ -16,6 +16,8 @@ class StaticLease:
     """A `cluster.roles.Lease` that never expires and cannot be handed over."""
 
     def __init__(self, config: LeaseConfig) -> None:
+        if not config.is_static:
+            raise ValueError(f'a static lease for lease.type "{config.type}"')  # would make every candidate a primary
         self._config = config
 
     async def acquire(self) -> Grant | PrimaryInfo:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric, UntypedMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric, UntypedMetricFamily
 from prometheus_client.registry import Collector
 
 from pylitefs import __version__
 from pylitefs.events import Event
-from pylitefs.status import Replicas, StoreView, lag_txids
+from pylitefs.status import ClusterNumbers, Replicas, StoreView, lag_txids
 
 _LATENCY_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 _WORK_BUCKETS_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1, 5)
@@ -59,25 +59,33 @@ class Metrics:
                 "resync": ("litefs_resyncs", "Times this replica fetched the pages that differ"),
                 "snapshotSent": ("litefs_snapshots_sent", "Snapshots sent to replicas"),
                 "lost": ("litefs_branches_lost", "Branches moved to lost/"),
+                "primaryChange": ("litefs_primary_changes", "Times that the role or the primary changed, as seen here"),
+                "promoted": ("litefs_promotions", "Times this node became the primary"),
+                "demoted": ("litefs_demotions", "Times this node ceased to be the primary"),
             }.items()
         }
+        self._lost = Counter("litefs_lost_transactions", "Transactions moved to lost/", registry=registry)
         self._events = Counter("litefs_events", "Events by type", ["type"], registry=registry)
         self._per_database = _PerDatabase()
-        registry.register(_StateCollector(store, replicas, self._per_database))
+        self._state = _StateCollector(store, replicas, self._per_database)
+        registry.register(self._state)
         ProcessCollector(registry=registry)
         self._unsubscribe: Callable[[], None] = store.events.subscribe(self._on_event)
 
     def close(self) -> None:
         self._unsubscribe()
 
-    def expose(self) -> bytes:
-        """The Prometheus text format. Reads the store; not for the event loop's thread."""
+    def expose(self, cluster: ClusterNumbers | None = None) -> bytes:
+        """The Prometheus text format. Reads the store; not for the event loop's thread, nor for two at a time."""
+        self._state.cluster = cluster
         return generate_latest(self.registry)
 
     def _on_event(self, event: Event) -> None:
         self._events.labels(event.type).inc()
         if event.type in self._counted:
             self._counted[event.type].inc()
+        if event.type == "lost":
+            self._lost.inc(event.data.get("transactions") or 0)
         if event.type == "tx" and event.database is not None:
             self._on_transaction(event, event.database)
 
@@ -139,6 +147,7 @@ class _StateCollector(Collector):
         self._store = store
         self._replicas = replicas
         self._counted = counted
+        self.cluster: ClusterNumbers | None = None
 
     def describe(self) -> list[Metric]:
         return []  # nothing is read when this is registered
@@ -153,6 +162,8 @@ class _StateCollector(Collector):
         yield GaugeMetricFamily("litefs_subscriber_count", "Listeners to events", store.events.subscriber_count)
         yield from self._databases(names)
         yield from self._connected()
+        if self.cluster is not None:
+            yield from _cluster(self.cluster)
 
     def _databases(self, names: list[str]) -> Iterator[Metric]:
         txid = GaugeMetricFamily("litefs_db_txid", "TXID of the database", labels=["db"])
@@ -193,3 +204,26 @@ class _StateCollector(Collector):
             if replica.lag_ms is not None:
                 seconds.add_metric([replica.node_id], replica.lag_ms / 1000)
         yield from (seconds, behind)
+
+
+def _cluster(numbers: ClusterNumbers) -> Iterator[Metric]:
+    role = GaugeMetricFamily("litefs_role", "1 for the role of this node", labels=["role"])
+    for name in ("primary", "replica"):
+        role.add_metric([name], int(numbers.role == name))
+    yield role
+    yield GaugeMetricFamily("litefs_epoch", "Epoch of the lease, as far as this node knows", numbers.epoch)
+    if numbers.lease_left_s is not None:
+        yield GaugeMetricFamily(
+            "litefs_lease_remaining_seconds", "Until the lease must be renewed", numbers.lease_left_s
+        )
+    yield CounterMetricFamily("litefs_failovers", "Takeovers from a lost primary, in the cluster", numbers.failovers)
+    yield GaugeMetricFamily("litefs_members", "Nodes of the cluster", numbers.members)
+    seen = GaugeMetricFamily("litefs_member_seen_seconds", "Since a node was last heard of", labels=["member"])
+    for member, seconds in numbers.seen_s.items():
+        seen.add_metric([member], seconds)
+    yield seen
+    yield GaugeMetricFamily("litefs_sync_replicas", "Replicas that a commit waits for", numbers.sync)
+    if numbers.in_sync is not None:
+        yield GaugeMetricFamily("litefs_in_sync_members", "Nodes that have all acknowledged commits", numbers.in_sync)
+    yield GaugeMetricFamily("litefs_paused", "1 while automatic failover is paused", int(numbers.paused))
+    yield GaugeMetricFamily("litefs_cluster_problem", "1 while /cluster tells of a problem", int(numbers.problem))

@@ -227,7 +227,7 @@ OPCODES: dict[int, Opcode] = {
     SETLKW: Opcode("SETLKW"),
     ACCESS: Opcode("ACCESS"),
     CREATE: Opcode("CREATE", CREATE_IN.size + 2),
-    INTERRUPT: Opcode("INTERRUPT", INTERRUPT_IN.size),
+    INTERRUPT: Opcode("INTERRUPT", INTERRUPT_IN.size, replies=False),
     BMAP: Opcode("BMAP"),
     DESTROY: Opcode("DESTROY"),
     IOCTL: Opcode("IOCTL"),

@@ -181,6 +181,12 @@ def parse_handle(data: Buffer) -> int:
     return fh
 
 
+def parse_interrupt(data: Buffer) -> int:
+    """The number of the request that is not waited for any more."""
+    unique: int = abi.INTERRUPT_IN.unpack_from(data, _BODY)[0]
+    return unique
+
+
 def parse_fallocate(data: Buffer) -> Fallocate:
     fh, offset, length, mode, _ = abi.FALLOCATE_IN.unpack_from(data, _BODY)
     return Fallocate(fh, offset, length, mode)

@@ -3,7 +3,8 @@
 Each page comes from the newest file that has it. Pages beyond the size of any later file are dropped, even if the
 database grew again afterwards: truncation emptied them. The result covers all transactions: it begins with the first
 file's TXID and pre-apply checksum and ends with the last one's TXID, size, time and post-apply checksum. The WAL
-fields and the node id mean nothing any more and are zero. If the first file is a snapshot, so is the result.
+fields mean nothing any more and are zero; the epoch is that of the newest file. If the first file is a snapshot, so is
+the result.
 
 The rules are those of superfly/ltx (compactor.go), stricter in two points: files must follow each other without
 overlap, and where checksums are kept each file's must continue the one before.
@@ -60,6 +61,7 @@ def compacted_header(headers: Sequence[Header], flags: int = 0) -> Header:
         max_txid=last.max_txid,
         timestamp_ms=last.timestamp_ms,
         pre_apply_checksum=first.pre_apply_checksum if keeps_checksums else 0,
+        epoch=max(header.epoch for header in headers),
     )
     header.validate()
     return header

@@ -12,7 +12,7 @@
      4  4  flags                   56  8  WAL size            8  8  file checksum
      8  4  page size, bytes        64  4  WAL salt 1
     12  4  commit, pages           68  4  WAL salt 2
-    16  8  first TXID              72  8  node id
+    16  8  first TXID              72  8  epoch (in LTX: node id)
     24  8  last TXID               80 20  reserved: written as zero, ignored when read
     32  8  milliseconds since 1970
     40  8  database checksum before applying the file
@@ -23,6 +23,9 @@ Any other bit is an error: it may change the meaning of the rest.
 The *file checksum* is CRC-64/GO-ISO with bit 63 set, over the logical content: the header, then for each page its
 frame header (with the size field) and the page's **uncompressed** bytes, then everything from the end of pages up
 to the file checksum itself. So it does not depend on the compressor, except for the sizes.
+
+The *epoch* is that of the lease under which the newest transaction of the file was written, 0 where nobody knows. LTX
+has a node id here, whose meaning it leaves to the writer; Litestream writes 0 and ignores what it reads.
 
 Validity:
 - page size is a power of two from 512 to 65,536; 1 <= first TXID <= last TXID;
@@ -43,7 +46,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from pylitefs.errors import FormatError, TruncatedError
@@ -85,13 +88,20 @@ def is_page_size(value: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a database stands: the last TXID in it and the checksum of its pages."""
+    """Where a database stands: the last TXID in it and the checksum of its pages. `epoch`, that of the last one, does
+    not count for equality. Nodes compare it too (`is_at`), because the checksum is linear: where two pages differ
+    in the same bits at the same place, the differences cancel out."""
 
     txid: int
     checksum: int
+    epoch: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return f"{self.txid:016x}/{self.checksum:016x}"
+
+    def is_at(self, other: Position) -> bool:
+        """Whether two nodes are at the same transaction: of the same epoch, where there is more than one."""
+        return self == other and (self.epoch == other.epoch or max(self.epoch, other.epoch) <= 1)
 
     @classmethod
     def parse(cls, text: str) -> Position:
@@ -107,7 +117,7 @@ class Header:
 
     `commit` is the database size in pages afterwards. `min_txid` to `max_txid` are the transactions the file holds.
     `pre_apply_checksum` is the database checksum the file applies to. The WAL fields say where the pages came from
-    and are zero for rollback journals and compacted files; `node_id` is the writer, zero if unset.
+    and are zero for rollback journals and compacted files; `epoch` is that of the newest transaction, zero if unknown.
     """
 
     flags: int
@@ -121,7 +131,7 @@ class Header:
     wal_size: int = 0
     wal_salt1: int = 0
     wal_salt2: int = 0
-    node_id: int = 0
+    epoch: int = 0
 
     @property
     def is_snapshot(self) -> bool:
@@ -181,7 +191,7 @@ class Header:
                 self.wal_size,
                 self.wal_salt1,
                 self.wal_salt2,
-                self.node_id,
+                self.epoch,
             )
         except struct.error as error:
             raise FormatError(f"LTX header: a field is out of range: {error}") from None

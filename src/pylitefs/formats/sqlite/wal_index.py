@@ -99,11 +99,12 @@ class WalIndexHeader:
     salts: tuple[int, int]
     is_init: bool = True
 
-    def pack(self) -> bytes:
-        """One copy, HEADER_COPY_SIZE bytes, with its checksum."""
+    def pack(self, version: int = VERSION) -> bytes:
+        """One copy, HEADER_COPY_SIZE bytes, with its checksum. With another `version` SQLite refuses the database
+        (SQLITE_CANTOPEN): a sound header that it does not know, so that it does not make it anew."""
         size = (self.page_size & 0xFF00) | (self.page_size >> 16)
         body = _COVERED.pack(
-            VERSION, 0, self.change, self.is_init, self.big_endian_checksum, size, self.mx_frame, self.page_count,
+            version, 0, self.change, self.is_init, self.big_endian_checksum, size, self.mx_frame, self.page_count,
             *self.frame_checksum,
         ) + _SALTS.pack(*self.salts)  # fmt: skip
         return body + _PAIR.pack(*wal_checksum(body, 0, 0, _HOST_IS_BIG))
@@ -125,6 +126,10 @@ class WalIndexHeader:
             raise FormatError(f"{page_size} is not a SQLite page size")
         salts = _SALTS.unpack_from(data, _COVERED.size)
         return cls(change, big == 1, page_size, mx_frame, page_count, (sum0, sum1), (salts[0], salts[1]), init == 1)
+
+
+RETIRED_VERSION = 1
+"""Of a wal-index that nobody is to use any more, see `WalIndexHeader.pack`."""
 
 
 def read_header(data: Buffer) -> WalIndexHeader | None:

@@ -1,0 +1,182 @@
+"""What a FUSE request means that may be the end of a transaction: fsyncs, and journals that go.
+
+A commit is answered only while `Database.may_commit`, asked once more right before the answer. One that comes later
+fails with EIO, and SQLite rolls it back. That must be possible: a rollback ends as a commit does, and what tells them
+apart is whether the pages are as the log has them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+from pylitefs.engine.checkpoints import Checkpoints
+from pylitefs.engine.commit_points import finish, wal_in_use
+from pylitefs.engine.database import Database
+from pylitefs.engine.rollback_capture import journal_in_use
+from pylitefs.engine.shown import Shown
+from pylitefs.engine.store import Store
+from pylitefs.ports import FileKind, FileRef, Then
+
+_LARGE_BYTES = 8 << 20  # a commit of more than this leaves the FUSE thread
+
+
+def cut_off(name: str) -> OSError:
+    return OSError(errno.EIO, f"{name}: this node is not the primary any more, nothing can be committed")
+
+
+def if_held(database: Database, then: Then) -> Then:
+    """`then`; with an error if nothing may be committed any more when it comes to that."""
+
+    def answer(error: BaseException | None) -> None:
+        then(cut_off(database.name) if error is None and not database.may_commit else error)
+
+    return answer
+
+
+class CommitHooks(Shown):
+    """On FUSE threads."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._checkpoints = Checkpoints(store)
+        self._gated = self._checkpoints.gated
+        self._early: set[str] = set()  # databases whose commit is in the log, and its journal still there
+
+    # -- helpers -----------------------------------------------------------------------------------------------
+
+    def _database(self, ref: FileRef) -> Database | None:
+        return None if ref.database is None else self._store.get(ref.database)
+
+    def _capturing(self, ref: FileRef) -> Database | None:
+        """The database of a file, if applications write it."""
+        database = self._database(ref)
+        return database if database is not None and database.captures else None
+
+    def _plain(self, name: str) -> str:
+        return os.path.join(self._store.plain_dir, name)
+
+    @property
+    def _may_make(self) -> bool:
+        """Whether a new database may come to be."""
+        return self._store.is_primary and self._store.fence.holds() and not self._store.roles.paused
+
+    def _is_importable(self, ref: FileRef) -> bool:
+        return (
+            ref.kind is FileKind.PLAIN
+            and self._store.is_plain_database(ref.name)
+            and not journal_in_use(self._plain(ref.name + "-journal"))
+        )
+
+    @staticmethod
+    def _in_thread(work: Callable[[], object], then: Then) -> None:
+        threading.Thread(target=finish, args=(then, work), name="commit", daemon=True).start()
+
+    # -- fsync -------------------------------------------------------------------------------------------------
+
+    def fsync_failed(self, ref: FileRef) -> None:
+        database = self._database(ref) if ref.kind is FileKind.WAL else None
+        if database is not None and database.captures:
+            database.wal.fsync_failed()
+            self._gated.wal_fsync_failed(database)
+
+    def before_fsync(self, ref: FileRef, then: Then) -> None:
+        database = self._capturing(ref)
+        if database is not None and not database.may_commit and self._is_commit(database, ref):
+            self.fsync_failed(ref)
+            then(cut_off(database.name))
+        elif database is not None and ref.kind is FileKind.WAL:
+            self._checkpoints.before_wal_fsync(database, then)
+        elif database is not None and ref.kind is FileKind.DATABASE:
+            self._checkpoints.before_database_fsync(database, then)
+        else:
+            then(None)
+
+    def _is_commit(self, database: Database, ref: FileRef) -> bool:
+        """Whether an fsync may be that of a commit. The database's is not, as long as a journal can take it back, or if
+        it was rolled back already."""
+        if ref.kind is not FileKind.DATABASE or wal_in_use(database):
+            return True
+        return not database.rollback.journal_in_use() and not self._store.capture.is_as_logged(database)
+
+    def after_fsync(self, ref: FileRef, then: Then) -> None:
+        database = self._capturing(ref)
+        if database is not None and ref.kind is FileKind.WAL:
+
+            def answer(error: BaseException | None) -> None:
+                if error is None and not database.may_commit:
+                    self.fsync_failed(ref)
+                if_held(database, then)(error)
+
+            self._gated.after_wal_fsync(database, answer)
+            return
+        if database is not None and not database.may_commit:
+            then(cut_off(database.name) if self._is_commit(database, ref) else None)
+            return
+        recorded = False
+        if database is not None and ref.kind in (FileKind.DATABASE, FileKind.JOURNAL) and not wal_in_use(database):
+            is_database = ref.kind is FileKind.DATABASE
+            with database.lock:
+                if is_database and database.raw_writers:
+                    database.rollback.suspect = True
+                is_commit = not database.rollback.journal_in_use()
+                if database.rollback.pending and (is_commit or (is_database and self._gated.may_commit_here(database))):
+                    recorded = self._store.capture.commit_point(database)
+                    if recorded and not is_commit:
+                        self._early.add(database.name)
+        elif ref.kind is FileKind.PLAIN and self._may_make and self._is_importable(ref):
+            self._store.import_plain(ref.name)
+        if database is None:
+            then(None)
+        else:
+            self._gated.after_commit(database, recorded, if_held(database, then) if recorded else then)
+
+    # -- commit points -----------------------------------------------------------------------------------------
+
+    def _commit(self, database: Database, then: Then) -> None:
+        """The journal goes away: the transaction is committed, or rolled back (then no page has changed)."""
+        with database.lock:
+            if database.raw_writers and not wal_in_use(database):
+                database.rollback.suspect = True
+            large = database.rollback.suspect and database.size_bytes > _LARGE_BYTES
+
+        def commit() -> None:
+            try:
+                recorded = self._commit_now(database)
+            except BaseException as error:
+                then(error)
+            else:
+                answer = if_held(database, then) if recorded else then
+                self._gated.after_commit(database, recorded, answer, on_worker=True)
+
+        if large:
+            threading.Thread(target=commit, name="commit", daemon=True).start()
+        else:
+            commit()
+
+    def _commit_now(self, database: Database) -> bool:
+        """Raises OSError: it must not be. The end of what was rolled back may; whether it was, the pages tell."""
+        was_early = database.name in self._early
+        self._early.discard(database.name)
+        if not database.may_commit:
+            if was_early or not self._store.capture.is_as_logged(database):
+                raise cut_off(database.name)
+            return False
+        return self._store.capture.commit_point(database)
+
+    def _plain_commit(self, ref: FileRef, then: Then, *, leave_journal: bool) -> None:
+        """The journal of a file that is no database yet goes away: it may have become one."""
+        base = ref.name.removesuffix("-journal")
+        if base != ref.name and not self._may_make and self._store.is_plain_database(base):
+            then(cut_off(base))
+        elif base != ref.name and self._store.is_plain_database(base):
+            self._in_thread(lambda: self._store.import_plain(base, leave_journal=leave_journal), then)
+        else:
+            then(None)
+
+    def _import_base(self, journal: str) -> None:
+        """A plain file's journal was invalidated in place (PERSIST, EXCLUSIVE)."""
+        if self._may_make:
+            self._store.import_plain(journal.removesuffix("-journal"))

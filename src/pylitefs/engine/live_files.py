@@ -1,0 +1,59 @@
+"""What the files of a database say by themselves, and how they come and go."""
+
+from __future__ import annotations
+
+import os
+
+from pylitefs.engine.files import DatabaseFiles
+from pylitefs.engine.page_checksums import stamp
+from pylitefs.errors import FormatError
+from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
+from pylitefs.ports import FileKind
+
+
+class LiveFiles:
+    """The part of a `Database` that is about its files only. Any thread."""
+
+    files: DatabaseFiles
+
+    @property
+    def wal_size_bytes(self) -> int:
+        return stamp(self.files.wal)[0]
+
+    @property
+    def journal_mode(self) -> str:
+        """ "wal" or "rollback", as page 1 says."""
+        header = self._header()
+        return "rollback" if header is None else header.journal_mode
+
+    @property
+    def sqlite_version(self) -> int:
+        """SQLITE_VERSION_NUMBER of the library that last changed page 1 in the file, 0 if unknown."""
+        header = self._header()
+        return 0 if header is None else header.sqlite_version
+
+    def _header(self) -> DatabaseHeader | None:
+        try:
+            return DatabaseHeader.unpack(self.first_bytes())
+        except FormatError:
+            return None
+
+    def first_bytes(self) -> bytes:
+        """The 100 bytes of the header in the database file; nothing if it cannot be read."""
+        try:
+            with open(self.files.database, "rb") as file:
+                return file.read(HEADER_SIZE)
+        except OSError:
+            return b""
+
+    def begin_empty(self) -> None:
+        os.makedirs(self.files.folder, exist_ok=True)
+        os.makedirs(self.files.ltx, exist_ok=True)
+
+    def remove_live_files(self) -> None:
+        """Remove database, journal, WAL and -shm (the drop of the database); the log stays."""
+        for kind in (FileKind.DATABASE, FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):
+            try:
+                os.unlink(self.files.backing(kind))
+            except FileNotFoundError:
+                continue

@@ -1,0 +1,399 @@
+"""Who writes a database changes while applications have it open: they do (*captures*), or the daemon does (*applies*).
+
+apply -> capture (`promote`), on the worker. If nobody has it open it is checkpointed, and one plain file. Else -wal and
+-shm stay as they are, the capture begins right behind what is published, and the daemon gives up its locks.
+
+capture -> apply (`demote`). From the first moment on nothing is committed any more (`Fence`, `Database.yields`). Then a
+`Grip` keeps writers out, taken by the calling thread, because that may resolve names of the mount; the worker captures
+what there is; and the daemon goes on with the same -wal and -shm. Who is in the middle of a transaction, or has the
+database for itself (`locking_mode=EXCLUSIVE`), keeps it from happening: it is tried again in the background, and until
+it is done nothing is applied to that database (EBUSY).
+
+The steps of one database, and what a crash after each leaves (`marker` covers it from before the first to the last):
+    writers kept out        the files of a database in use: the next start records what the log lacks
+    captured                the log has everything
+    adopted                 a WAL of whole transactions, as any replica's
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from pylitefs.engine import takeover
+from pylitefs.engine.database import Database
+from pylitefs.engine.fence import Fence
+from pylitefs.engine.files import sync_filesystem
+from pylitefs.engine.grip import Grip
+from pylitefs.engine.loan import epoch_of_loans
+from pylitefs.engine.registry import Registry
+from pylitefs.engine.transaction import UnstableSource
+from pylitefs.errors import LitefsError
+from pylitefs.ports import Then
+
+log = logging.getLogger("litefs.role")
+T = TypeVar("T")
+
+_SPIN_S = 0.0005  # between two tries of a lock
+_PATIENCE_S = 0.05  # with the locks held so far, for the next one
+_AGAIN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+class Roles:
+    """One change at a time. Methods block, and are called from a thread that is neither the worker nor a FUSE thread,
+    unless they say otherwise."""
+
+    def __init__(
+        self, registry: Registry, *, settle: Callable[[], object], watch: Callable[[], None], told: Callable[[], None]
+    ) -> None:
+        """`settle`: record what the start has found. `watch`: hear of what is written, or stop to, as the role is now.
+        Both on the worker. `told`: the node's role has changed, any thread."""
+        self._registry = registry
+        self._settle, self._watch, self._told = settle, watch, told
+        self._one = threading.RLock()
+        self._grips: dict[str, Grip] = {}
+        self._wanted: set[str] = set()  # whose capture is to end
+        self._retrying = False
+        self._stopped = threading.Event()
+        self.paused = False
+        self._held: list[Callable[[], object]] = []  # opens that wait for the end of a pause
+        self._held_lock = threading.Lock()
+
+    def _on_worker(self, call: Callable[..., T], *args: object, database: str = "") -> T:
+        return self._registry.worker.submit(call, *args, database=database).result()
+
+    # -- opens (FUSE threads) ------------------------------------------------------------------------------------
+
+    def let_in(self, database: Database, *, writing: bool, then: Then, again: Callable[[], object] | None) -> None:
+        """An application opens a database that captures, or for writing one that does not. `again`: ask once more, when
+        a pause has ended; None: it need not wait for that."""
+        with database.handles_lock:
+            if again is not None and writing and database.captures and self._hold(again):
+                return
+            refused = writing and not database.may_commit and not self.is_lent(database)
+            gone = again is not None and not refused and not database.captures  # since it was asked whether it does
+            if not refused and not gone:
+                database.opening += 1
+        if gone and again is not None:
+            again()
+            return
+        if refused:
+            then(OSError(errno.EROFS, os.strerror(errno.EROFS)))
+            return
+        try:
+            then(None)
+        finally:
+            with database.handles_lock:
+                database.opening -= 1
+
+    def is_lent(self, database: Database) -> bool:
+        """Whether this is the primary, and another node writes the database (HALT lock) or is about to: it may be
+        opened for writing, which is SQLITE_BUSY for the time being, because the daemon holds the locks."""
+        registry = self._registry
+        return registry.is_primary and registry.fence.holds() and (database.yields or not database.captures)
+
+    def _hold(self, again: Callable[[], object]) -> bool:
+        with self._held_lock:
+            if self.paused:
+                self._held.append(again)
+            return self.paused
+
+    def _end_pause(self) -> None:
+        with self._held_lock:
+            self.paused = False
+            held, self._held = self._held, []
+        for again in held:
+            with contextlib.suppress(Exception):
+                again()
+
+    # -- apply -> capture ----------------------------------------------------------------------------------------
+
+    def promote(self, epoch: int) -> None:
+        """All databases: this node is the primary. Raises OSError; nothing has changed then."""
+        with self._one:
+            registry = self._registry
+            registry.note_epoch(epoch)
+            registry.marker.write(epoch, None)
+            registry.epoch = epoch
+            self._wanted.clear()
+            self._drop_grips()
+            self._on_worker(self._promote_all)
+            while not self._on_worker(self._hand_over_all):
+                time.sleep(_SPIN_S)
+            self._end_pause()
+            self._told()
+
+    def _promote_all(self) -> None:
+        registry = self._registry
+        self._settle()
+        if not registry.captures_any:  # else the worker must not resolve names of the mount
+            for database in list(registry.databases.values()):
+                if not takeover.in_use(database):
+                    with contextlib.suppress(OSError):
+                        registry.apply.rest(database)
+        with registry.lock:
+            registry.is_primary = True
+
+    def _hand_over_all(self) -> bool:
+        """[W] All databases together, as soon as they can be."""
+        registry = self._registry
+        done = [
+            takeover.hand_over(registry, database, registry.fence) for database in list(registry.databases.values())
+        ]
+        self._watch()
+        takeover.wake_all(registry)
+        return all(done)
+
+    def promote_database(self, name: str, fence: Fence | None = None) -> None:
+        """One database: on the holder of its HALT lock (`fence`: until when), or on the primary that has it back.
+        Raises DatabaseNotFound, OSError."""
+        with self._one:
+            registry = self._registry
+            database = registry.find(name)
+            if fence is None and not registry.is_primary:
+                return  # it had it back too late: by now all of them are taken over
+            if not registry.is_primary:
+                names = {other.name for other in list(registry.databases.values()) if other.captures}
+                registry.marker.write(epoch_of_loans(registry), names | {name})
+            self._wanted.discard(name)
+            self._drop_grip(name)
+
+            def work() -> bool:
+                done = takeover.hand_over(registry, database, fence or registry.fence)
+                self._watch()
+                takeover.wake_all(registry)
+                return done
+
+            while not self._on_worker(work):  # the opener is making it active
+                time.sleep(_SPIN_S)
+            self._told_one(name)
+
+    # -- capture -> apply ----------------------------------------------------------------------------------------
+
+    def demote(self, timeout_s: float) -> list[str]:
+        """All databases; nothing is committed any more from the first moment on. The names of those that could not be
+        taken over in time: that goes on in the background, and nothing is applied to them until then."""
+        registry = self._registry
+        registry.fence.until_s = 0.0
+        with self._one:
+            with registry.lock:
+                registry.is_primary = False
+                found = [database for database in registry.databases.values() if database.captures]
+            for database in found:
+                self._cut_off(database)
+            left = self._take_over_all(timeout_s)
+            self._end_pause()
+            self._told()
+            self._go_on_later()
+            return left
+
+    def demote_database(self, name: str, timeout_s: float) -> bool:
+        """One database; False if that goes on in the background. Raises DatabaseNotFound."""
+        with self._one:
+            database = self._registry.find(name)
+            if database.captures:
+                self._cut_off(database)
+            left = self._take_over_all(timeout_s)
+            if name not in left and database.exists and self._registry.captures_any:
+                with contextlib.suppress(LitefsError, OSError):
+                    self._registry.apply.activate_aside(database).result()
+            self._told_one(name)
+            self._go_on_later()
+            return name not in left
+
+    def _cut_off(self, database: Database) -> None:
+        with database.handles_lock:
+            database.yields = True
+        self._wanted.add(database.name)
+
+    def _take_over_all(self, timeout_s: float) -> list[str]:
+        """Try until nothing is wanted any more, or for so long; what is left."""
+        until_s = time.monotonic() + timeout_s
+        pause_s = _SPIN_S
+        while True:
+            for name in sorted(self._wanted):
+                if self._take_over(name):
+                    self._wanted.discard(name)
+            if not self._wanted or time.monotonic() >= until_s or self._stopped.is_set():
+                break
+            time.sleep(pause_s)
+            pause_s = min(0.02, 1.5 * pause_s)
+        self._on_worker(self._watch)
+        return sorted(self._wanted)
+
+    def _take_over(self, name: str) -> bool:
+        """One try. True when only the daemon writes it. Writers that are kept out stay so until it has come to that."""
+        database = self._registry.databases.get(name)
+        try:
+            if database is None or not database.captures:
+                self._drop_grip(name)
+                return True
+            at_rest = takeover.yield_at_rest
+            if name not in self._grips and self._on_worker(at_rest, self._registry, database, database=name):
+                return True
+            if self._with_grip(database):
+                return True
+        except (OSError, UnstableSource) as error:
+            log.debug("%s: not taken over yet: %s", name, error)
+        except LitefsError as error:
+            log.warning("%s: cannot be taken over now, will be tried again: %s", name, error)
+        grip = self._grips.get(name)
+        if grip is not None and grip.holds_writers:
+            grip.unseal()  # those who only read go on
+        else:
+            self._drop_grip(name)
+        return False
+
+    def _with_grip(self, database: Database) -> bool:
+        grip = self._grip_of(database)
+        if not (self._patiently(grip.take, grip) and self._patiently(grip.seal, grip)):
+            return False
+        index = grip.open_index() if grip.is_wal and not database.files.reads_shm_directly else -1
+        if not self._on_worker(takeover.capture_rest, self._registry, database, grip, index, database=database.name):
+            return False
+        if not grip.is_wal and not grip.make_wal():
+            return False
+        self._on_worker(takeover.go_on, self._registry, database, grip, database=database.name)
+        del self._grips[database.name]
+        return True
+
+    @staticmethod
+    def _patiently(step: Callable[[], bool], grip: Grip) -> bool:
+        until_s = time.monotonic() + _PATIENCE_S
+        while not step():
+            if grip.is_wal is None or time.monotonic() >= until_s:  # None: it holds nothing, others are let through
+                return False
+            time.sleep(_SPIN_S)
+        return True
+
+    def _grip_of(self, database: Database) -> Grip:
+        grip = self._grips.get(database.name)
+        if grip is None:
+            grip = self._grips[database.name] = Grip(database, self._registry.plain_dir)
+        return grip
+
+    def _drop_grip(self, name: str) -> None:
+        grip = self._grips.pop(name, None)
+        if grip is not None:
+            grip.release()
+
+    def _drop_grips(self) -> None:
+        for name in list(self._grips):
+            self._drop_grip(name)
+
+    # -- in the background ---------------------------------------------------------------------------------------
+
+    def _go_on_later(self) -> None:
+        """Take over what is left, then do without the marker."""
+        if not self._retrying:
+            self._retrying = True
+            threading.Thread(target=self._go_on, name="role", daemon=True).start()
+
+    def _go_on(self) -> None:
+        step = 0
+        while True:
+            with self._one:
+                if self._wanted and not self._stopped.is_set():
+                    self._take_over_all(0.0)
+                if not self._wanted or self._stopped.is_set():
+                    self._retrying = False
+                    break
+            if step == 0:
+                self.unmark()
+            self._stopped.wait(_AGAIN_S[min(step, len(_AGAIN_S) - 1)])
+            step += 1
+        self.unmark()
+
+    def unmark(self) -> None:
+        """Note which databases the log may be behind of, if any. Not on the primary."""
+        registry = self._registry
+        with contextlib.suppress(OSError):
+            if registry.marker.names == frozenset():
+                return
+            if not registry.captures_any:
+                sync_filesystem(registry.data_dir)  # the log and the files, before nothing tells that they may differ
+            with self._one:
+                if not registry.is_primary and not self._stopped.is_set():
+                    names = {
+                        database.name
+                        for database in list(registry.databases.values())
+                        if database.captures or (database.is_busy and registry.marker.covers(database.name))
+                    }
+                    registry.marker.write(epoch_of_loans(registry), names)
+
+    # -- a pause -------------------------------------------------------------------------------------------------
+
+    def pause_writes(self, timeout_s: float) -> bool:
+        """Keep all writers out, and capture everything. False, and all goes on, if that takes longer."""
+        with self._one:
+            until_s = time.monotonic() + timeout_s
+            for database in self._captured():
+                with contextlib.suppress(OSError):
+                    if takeover.in_use(database):
+                        self._grip_of(database).prepare()
+            with self._held_lock:
+                self.paused = True
+            try:
+                if self._grip_all(until_s) and self._on_worker(self._capture_all):
+                    return True
+            except (OSError, LitefsError, UnstableSource) as error:
+                log.warning("writes cannot be paused: %s", error)
+            self.resume_writes()
+            return False
+
+    def _captured(self) -> list[Database]:
+        return [
+            database
+            for database in list(self._registry.databases.values())
+            if database.captures and database.exists and not database.is_busy and database.set_aside_reason is None
+        ]
+
+    def _grip_all(self, until_s: float) -> bool:
+        while True:
+            taken = [self._try_grip(database) for database in self._captured() if takeover.in_use(database)]
+            if all(taken):
+                return True
+            if time.monotonic() >= until_s:
+                return False
+            time.sleep(_SPIN_S)
+
+    def _try_grip(self, database: Database) -> bool:
+        grip = self._grip_of(database)
+        try:
+            return grip.take() and database.opening == 0
+        except OSError as error:
+            log.debug("%s: %s", database.name, error)
+            grip.release()
+            return False
+
+    def _capture_all(self) -> bool:
+        """[W]"""
+        registry = self._registry
+        return all(takeover.capture_rest(registry, found, self._grips.get(found.name)) for found in self._captured())
+
+    def resume_writes(self) -> None:
+        """End a pause without a change of the role."""
+        with self._one:
+            self._drop_grips()
+            self._end_pause()
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Before the mount goes, or after it: let go of everything. The next start does what is left."""
+        self._stopped.set()
+        with self._one:
+            self._wanted.clear()
+            self._drop_grips()
+            self._end_pause()
+
+    def _told_one(self, name: str) -> None:
+        """Whether it can be written shows in its permissions."""
+        if self._registry.notifier is not None:
+            self._registry.notifier.renamed_backing(name)

@@ -1,0 +1,120 @@
+"""The JSON documents of `/cluster`, `/history`, `/sync`, `/halt` and what nodes ask each other, from values. Pure.
+
+As everywhere, node ids are 16 upper-case hex digits, TXIDs and checksums 16 lower-case ones. Epochs are numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from pylitefs.cluster.control import ClusterView, HaltLock, HistoryEntry, MemberView
+from pylitefs.formats.ltx.format import Position
+from pylitefs.status import ClusterNumbers, Json, rfc3339
+
+FAILOVER = "failover"
+"""The reason in the history (`cluster.leadership`) of a change that nobody had asked for."""
+_LAST_MS = 253_402_300_799_999  # of the year 9999: what comes from another node may be anything
+
+
+def node_id_text(node_id: int) -> str:
+    return f"{node_id:016X}"
+
+
+def cluster_document(view: ClusterView) -> Json:
+    return {
+        "nodeID": node_id_text(view.node_id),
+        "isPrimary": view.is_primary,
+        "clusterID": view.cluster_id,
+        "epoch": view.epoch,
+        "primary": None if view.primary is None else member_document(view.primary),
+        "members": [member_document(member) for member in view.members],
+        "paused": view.paused,
+        "sync": view.sync,
+        "inSync": None if view.in_sync is None else [node_id_text(node_id) for node_id in view.in_sync],
+        "history": history_document(view),
+        "engine": view.engine,
+        "problem": view.problem,
+    }
+
+
+def member_document(member: MemberView) -> Json:
+    return {
+        "nodeID": node_id_text(member.node_id),
+        "hostname": member.hostname,
+        "url": member.url,
+        "role": member.role,
+        "state": member.state,
+        "candidate": member.candidate,
+        "priority": member.priority,
+        "tags": dict(member.tags),
+        "positions": {
+            name: {"epoch": epoch, "txid": f"{txid:016x}"} for name, (epoch, txid) in sorted(member.positions.items())
+        },
+        "lagMs": _finite(member.lag_ms),
+        "lagTXIDs": member.lag_txids,
+        "inSync": member.in_sync,
+        "seenSeconds": _finite(member.seen_s),
+    }
+
+
+def history_document(view: ClusterView) -> list[Json]:
+    """Oldest first."""
+    return [_entry(entry) for entry in view.history]
+
+
+def _entry(entry: HistoryEntry) -> Json:
+    return {
+        "epoch": entry.epoch,
+        "nodeID": node_id_text(entry.node_id),
+        "hostname": entry.hostname,
+        "txid": f"{entry.txid:016x}",
+        "reason": entry.reason,
+        "time": rfc3339(min(max(0, entry.time_ms), _LAST_MS)),
+    }
+
+
+def position_answer(name: str, position: Position) -> Json:
+    """Of `/sync`, `/position` and `/tx`."""
+    return {"name": name, "txid": f"{position.txid:016x}", "postApplyChecksum": f"{position.checksum:016x}"}
+
+
+def halt_document(lock: HaltLock) -> Json:
+    """As LiteFS answers, and the epoch."""
+    return {
+        "id": lock.id,
+        "pos": {"TXID": f"{lock.position.txid:016x}", "PostApplyChecksum": f"{lock.position.checksum:016x}"},
+        "expires": rfc3339(min(max(0, lock.expires_ms), _LAST_MS)),
+        "epoch": lock.epoch,
+    }
+
+
+def numbers(view: ClusterView, is_primary: bool, lease_left_s: float, failovers: int) -> ClusterNumbers:
+    """What metrics show."""
+    return ClusterNumbers(
+        role="primary" if is_primary else "replica",
+        epoch=view.epoch,
+        lease_left_s=max(0.0, lease_left_s) if is_primary else None,
+        members=len(view.members),
+        seen_s=_seen_s(view),
+        in_sync=None if view.in_sync is None else len(view.in_sync),
+        sync=view.sync,
+        paused=view.paused,
+        problem=bool(view.problem),
+        failovers=failovers,
+    )
+
+
+def failovers_after(view: ClusterView, epoch: int) -> tuple[int, int]:
+    """How many changes of the primary after `epoch` nobody had asked for; the latest epoch of the history."""
+    new = [entry for entry in view.history if entry.epoch > epoch]
+    return sum(entry.reason == FAILOVER for entry in new), max([epoch, *(entry.epoch for entry in new)])
+
+
+def _seen_s(view: ClusterView) -> Mapping[str, float]:
+    return {node_id_text(member.node_id): member.seen_s for member in view.members if member.seen_s is not None}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return None if value is None or not math.isfinite(value) else round(value, 3)

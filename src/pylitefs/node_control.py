@@ -1,0 +1,335 @@
+"""What the HTTP API asks of a node about its cluster (`cluster.control.Control`), switchover included."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from pylitefs.cluster.control import ClusterView, MemberView
+from pylitefs.cluster.election import positions_of
+from pylitefs.cluster.leadership import Leadership
+from pylitefs.cluster.lease_port import Leader, Member
+from pylitefs.engine.reserve import Reserve
+from pylitefs.errors import DatabaseNotFound, Ineligible, LitefsError, NotPrimary, Unavailable
+from pylitefs.events import Event
+from pylitefs.formats.ltx.format import Position
+from pylitefs.node import LAST_S, PAUSE_S, Node, blocking
+from pylitefs.status import ReplicaInfo, ReplicaProgress
+
+log = logging.getLogger("litefs")
+
+CATCH_UP_S = 10.0  # for a successor, while writes go on
+DISK_S = 0.5  # between two looks at the room on the disk
+TAKE_OVER_S = 15.0  # for a successor to become the primary
+_NEAR_TXIDS = 200  # a successor that is so near is waited for with writes paused
+
+
+class NodeControl:
+    """Of one node. Switchovers run one at a time."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._store = node.store
+        self._switching = asyncio.Lock()
+        self._reserve = Reserve(node.store.data_dir)
+
+    async def watch_disk(self) -> None:
+        """Until cancelled: a node whose disk is full is no candidate, and as the primary passes the lease on."""
+        node = self._node
+        while True:
+            full = await blocking(self._reserve.is_full)
+            if full and node.is_fit:
+                log.warning("the disk of %s is full: this node cannot be the primary", node.store.data_dir)
+            node.is_fit = not full
+            if not full:
+                await blocking(self._reserve.keep)
+            elif node.leadership is not None and node.leadership.leads:
+                await blocking(self._reserve.use)
+                with contextlib.suppress(LitefsError, OSError):
+                    await self._hand_over(0, "the disk of the primary is full", catch_up_s=LAST_S)
+            await asyncio.sleep(DISK_S)
+
+    async def leave(self) -> None:
+        """The node is about to stop: pass the lease to the best replica, if there is one and it is quick."""
+        leadership = self._node.leadership
+        if leadership is not None and leadership.leads and leadership.view is not None:
+            with contextlib.suppress(LitefsError, TimeoutError):
+                async with asyncio.timeout(PAUSE_S + 2 * LAST_S):
+                    await self._hand_over(0, "the primary was stopped", catch_up_s=0.0)
+
+    def view(self) -> ClusterView:
+        leadership = self._node.leadership
+        connected = {int(info.node_id, 16): info for info in self._node.infos()}
+        if leadership is None:
+            return self._static_view(connected)
+        state, view = leadership.document.state, leadership.view
+        leader = view.leader if view is not None else None
+        in_sync = state.in_sync or frozenset()
+        members = [] if view is None else [
+            self._shown(member, leader, connected.get(member.node_id), member.node_id in in_sync)
+            for member in view.members
+        ]  # fmt: skip
+        primary = None if leader is None else next((one for one in members if one.node_id == leader.node_id), None)
+        if leader is not None and primary is None:
+            primary = MemberView(leader.node_id, leader.hostname, leader.url, "primary")
+        return ClusterView(
+            node_id=self._node.node_id,
+            is_primary=self._store.is_primary,
+            cluster_id=self._node.cluster_id or state.cluster_id,
+            epoch=state.epoch,
+            primary=primary,
+            members=tuple(members),
+            paused=state.paused,
+            sync=self._node.config.replication.sync,
+            in_sync=None if state.in_sync is None else tuple(sorted(state.in_sync)),
+            history=leadership.document.history,
+            engine=self._node.engine_name,
+            problem=leadership.problem,
+        )
+
+    def _static_view(self, connected: Mapping[int, ReplicaInfo]) -> ClusterView:
+        me = MemberView(
+            self._node.node_id, self._node.hostname, self._node.url, "primary" if self._store.is_primary else "replica",
+            candidate=self._node.config.lease.candidate, positions=self._node.positions(), seen_s=0.0,
+        )  # fmt: skip
+        others = tuple(
+            self._with_progress(MemberView(node_id, info.hostname, f"//{info.address}", seen_s=0.0), info)
+            for node_id, info in connected.items()
+        )
+        primary: MemberView | None = me
+        if not self._store.is_primary:
+            leader = self._node.following
+            primary = None if leader is None else MemberView(leader.node_id, leader.hostname, leader.url, "primary")
+        return ClusterView(
+            self._node.node_id, self._store.is_primary, self._node.cluster_id, self._store.epoch, primary,
+            (me, *others), sync=self._node.config.replication.sync, problem=self._node.unhealthy() or "",
+        )  # fmt: skip
+
+    def _shown(self, member: Member, leader: Leader | None, info: ReplicaInfo | None, in_sync: bool) -> MemberView:
+        leads = leader is not None and leader.node_id == member.node_id
+        mine = member.node_id == self._node.node_id
+        shown = MemberView(
+            member.node_id,
+            member.hostname,
+            member.url,
+            "primary" if leads else "replica",
+            candidate=member.candidate,
+            priority=member.priority,
+            tags=member.tags,
+            positions=self._node.positions() if mine else positions_of(member),
+            in_sync=in_sync,
+            seen_s=0.0 if info is not None or mine else None,
+            lag_ms=self._store.lag_ms if mine else None,
+            lag_txids=self._node.lag_txids if mine else None,
+        )
+        return shown if info is None else self._with_progress(shown, info)
+
+    def _with_progress(self, shown: MemberView, info: ReplicaInfo) -> MemberView:
+        positions, behind = {}, 0
+        for name, progress in info.databases.items():
+            database = self._store.get(name)
+            if database is not None:
+                positions[name] = (database.epoch, progress.applied)
+                behind += max(0, database.position.txid - progress.applied)
+        return replace(shown, state=info.state, lag_ms=info.lag_ms, lag_txids=behind, positions=positions)
+
+    async def promote(self, node_id: int | None) -> None:
+        leadership = self._by_engine()
+        if node_id is not None and node_id != self._node.node_id:
+            await self._ask_primary(node_id)
+            return
+        if self._store.is_primary and leadership.leads:
+            return
+        if not self._node.config.lease.candidate:
+            raise Ineligible("this node cannot become the primary: lease.candidate is false")
+        view = leadership.view
+        if view is not None and view.leader is not None and view.leader.node_id != self._node.node_id:
+            await self._ask_primary(self._node.node_id)
+        else:
+            await leadership.take()
+        try:
+            async with asyncio.timeout(TAKE_OVER_S):
+                await leadership.wait_in_office()
+        except TimeoutError:
+            raise Unavailable(f"this node has not become the primary: {leadership.problem or 'try again'}") from None
+
+    async def _ask_primary(self, node_id: int) -> None:
+        leadership = self._by_engine()
+        leader = leadership.view.leader if leadership.view is not None else None
+        if leader is None:
+            raise Unavailable(f"there is no primary to hand over: {leadership.problem}")
+        if leader.node_id == self._node.node_id:
+            await self.handoff(node_id)
+            return
+        await self._node.peers.handoff(leader.url, node_id, CATCH_UP_S + PAUSE_S + LAST_S + TAKE_OVER_S)
+
+    async def handoff(self, node_id: int | None) -> None:
+        leadership = self._by_engine()
+        if not leadership.leads:
+            leader = leadership.view.leader if leadership.view is not None else None
+            if leader is None or leader.node_id == self._node.node_id:
+                raise Unavailable(f"there is no primary at present: {leadership.problem}")
+            raise NotPrimary(f"this node is not the primary: {leader.hostname or leader.url} is", leader.url)
+        if node_id == self._node.node_id:
+            return
+        successor = await self._hand_over(node_id or 0, "handed over", catch_up_s=CATCH_UP_S)
+        try:
+            async with asyncio.timeout(TAKE_OVER_S):
+                while self._node.following is None or self._node.following.node_id != successor:
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise Unavailable("the lease was passed on, but that node has not taken it: see litefs status") from None
+
+    async def _hand_over(self, node_id: int, reason: str, *, catch_up_s: float) -> int:
+        """A switchover up to the moment when this node is not the primary any more; the successor's id."""
+        leadership = self._by_engine()
+        async with self._switching:
+            info = await self._successor(node_id, catch_up_s)
+            if not await blocking(self._store.pause_writes, PAUSE_S):
+                raise Unavailable("a transaction stays open, so writes could not be paused: nothing has changed")
+            try:
+                heads = await asyncio.wrap_future(self._store.flush_all())
+                async with asyncio.timeout(LAST_S):
+                    while self._missing(info.node_id, heads):
+                        await asyncio.sleep(0.001)
+                await leadership.leave(reason, int(info.node_id, 16))
+            except TimeoutError:
+                raise Unavailable(f"{info.hostname or info.node_id} does not keep up: nothing has changed") from None
+            finally:
+                if self._store.is_primary:
+                    await blocking(self._store.resume_writes)
+            return int(info.node_id, 16)
+
+    async def _successor(self, node_id: int, catch_up_s: float) -> ReplicaInfo:
+        """The replica that is to take over, once it is near. Ineligible, Unavailable."""
+        leadership = self._by_engine()
+        until_s = time.monotonic() + catch_up_s
+        while True:
+            members = {member.node_id: member for member in leadership.view.members} if leadership.view else {}
+            able = []
+            for info in self._node.infos():
+                number = int(info.node_id, 16)
+                member = members.get(number)
+                if node_id and number != node_id:
+                    continue
+                if member is None or not member.candidate:
+                    if node_id:
+                        raise Ineligible(f"{info.hostname or info.node_id} cannot become the primary: no candidate")
+                    continue
+                able.append((self._behind(info), -member.priority, number, info))
+            if able and min(able)[0] <= _NEAR_TXIDS:
+                return min(able)[3]
+            if time.monotonic() > until_s:
+                if able:
+                    raise Unavailable("the replica is too far behind to take over: try again later")
+                if node_id:
+                    raise Ineligible(f"node {node_id:016X} is not connected to the primary")
+                raise Unavailable("no replica is connected that could take over")
+            await asyncio.sleep(0.02)
+
+    def _behind(self, info: ReplicaInfo) -> int:
+        """How many transactions a replica has not applied."""
+        behind = 0
+        for name in self._store.all_names():
+            database, progress = self._store.get(name), info.databases.get(name)
+            if database is not None:
+                behind += database.position.txid - min(database.position.txid, progress.applied if progress else 0)
+        return behind
+
+    def _missing(self, node_id: str, heads: Mapping[str, Position]) -> bool:
+        """Whether that replica has not applied everything up to `heads` (durably, where acknowledged commits must
+        survive). Unavailable if it has left."""
+        durably = self._node.gate is not None
+        for info in self._node.infos():
+            if info.node_id == node_id:
+                nothing = ReplicaProgress(0, 0, 0)
+                for name, head in heads.items():
+                    progress = info.databases.get(name, nothing)
+                    if min(progress.applied, progress.durable if durably else head.txid) < head.txid:
+                        return True
+                return False
+        raise Unavailable("the replica that was to take over has left: nothing has changed")
+
+    async def pause(self, paused: bool) -> None:
+        await self._by_engine().pause(paused)
+
+    async def fresh_position(self, name: str) -> Position:
+        leadership = self._node.leadership
+        if not self._store.is_primary:
+            raise NotPrimary("this node is not the primary", self._node.primary_url)
+        database = self._store.get(name)
+        if database is None or not database.position.txid:
+            raise DatabaseNotFound(name)
+        position = await asyncio.wrap_future(self._store.flush(database))
+        if leadership is not None and not leadership.leads:
+            raise Unavailable("this node does not know whether it is still the primary")
+        return position
+
+    async def sync(self, name: str, txid: int | None, timeout_s: float) -> Position:
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._store.is_primary:
+                    position = await self.fresh_position(name)
+                    if txid is None or position.txid >= txid:
+                        return position
+                elif txid is None:
+                    if not self._node.primary_url:
+                        raise Unavailable("no primary is known at present")
+                    txid = (await self._node.peers.position(self._node.primary_url, name, timeout_s)).txid
+                return await self._reached(name, txid)
+        except TimeoutError:
+            database = self._store.get(name)
+            here = database.position.txid if database is not None else 0
+            wanted = f"{txid:016x}" if txid is not None else "the primary's position"
+            raise Unavailable(
+                f"{name} has not reached {wanted} within {timeout_s:g} s: it stands at {here:016x}"
+            ) from None
+
+    async def _reached(self, name: str, txid: int) -> Position:
+        loop, moved = asyncio.get_running_loop(), asyncio.Event()
+
+        def heard(event: Event) -> None:
+            if event.database == name:
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(moved.set)
+
+        stop: Callable[[], None] = self._store.events.subscribe(heard)
+        try:
+            while True:
+                moved.clear()
+                database = self._store.get(name)
+                if database is not None and database.position.txid >= txid:
+                    return database.position
+                await moved.wait()
+        finally:
+            stop()
+
+    async def confirm_failsafe(self, leader_id: int, epoch: int) -> str:
+        if self._node.leadership is None:
+            return "this node has a static lease"
+        if self._node.following is None or self._node.following.node_id != leader_id:
+            return "this node does not follow that primary"
+        return self._node.leadership.promise(leader_id, epoch)
+
+    def nudge(self) -> None:
+        """The lease is free, or something else has changed in the engine."""
+        if self._node.leadership is not None:
+            self._node.leadership.nudge()
+
+    def positions(self) -> dict[str, Any]:
+        return {
+            "node-id": f"{self._node.node_id:016X}",
+            "cluster-id": self._node.cluster_id,
+            "epoch": self._store.epoch,
+            "positions": {name: list(position) for name, position in self._node.positions().items()},
+        }
+
+    def _by_engine(self) -> Leadership:
+        if self._node.leadership is None:
+            raise Ineligible("static lease: the primary is fixed by the configuration (lease.candidate)")
+        return self._node.leadership

@@ -1,0 +1,1 @@
+"""Lease engines for tests: real programs, fetched, started and stopped."""

@@ -1,0 +1,147 @@
+"""A client of a test cluster, on one node: it appends values to a database there, or reads it again and again.
+
+    client.py write MOUNT NODE DATABASE full|normal PAUSE_MS HISTORY [REFUSED_MS]
+    client.py read  MOUNT NODE DATABASE -           PAUSE_MS HISTORY
+
+PAUSE_MS is the pause after each commit or read, REFUSED_MS the one after a node has refused.
+
+Standard library only: it is an application. It goes on through every error until its standard input ends, and writes
+down what `history.py` describes. A process of its own: what hangs in the kernel on a stopped daemon is only this.
+
+Reads, and writes with synchronous=NORMAL, go on through the handles of a mount whose daemon has died; so every LOOK_S
+it looks whether it still has the mount it thinks it has, as a supervisor would restart a program that has not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sqlite3
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TABLE = "log"
+SCHEMA = f"create table {TABLE}(seq integer primary key autoincrement, value text not null, payload blob)"
+BUSY_S = 0.3
+REFUSED_MS = "30"
+LOOK_S = 0.5
+PAYLOAD = b"\xa5" * 200
+
+
+class Client:
+    def __init__(
+        self,
+        mount: str,
+        node: str,
+        db: str,
+        synchronous: str,
+        pause_ms: str,
+        history: str,
+        refused_ms: str = REFUSED_MS,
+    ) -> None:
+        self.path = Path(mount) / db
+        self.node, self.db, self.synchronous = node, db, synchronous
+        self.pause_s, self.refused_s = float(pause_ms) / 1000, float(refused_ms) / 1000
+        self.out = os.open(history, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.connection: sqlite3.Connection | None = None
+        self.name = f"{node}.{os.getpid()}"
+        self.device = 0  # of the mount that the connection is on
+        self.looked_s = 0.0
+
+    def record(self, op: str, **more: Any) -> None:
+        os.write(self.out, json.dumps({"op": op, "t": time.monotonic(), **more}).encode() + b"\n")
+
+    def connect(self) -> sqlite3.Connection:
+        """OSError, or an error of SQLite."""
+        if self.connection is not None and time.monotonic() - self.looked_s > LOOK_S:
+            self.looked_s = time.monotonic()
+            if os.stat(self.path.parent).st_dev != self.device:
+                self.disconnect()
+        if self.connection is None:
+            if not self.path.exists():  # else SQLite would make one
+                raise sqlite3.OperationalError("no such database")
+            self.device, self.looked_s = os.stat(self.path.parent).st_dev, time.monotonic()
+            connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, cached_statements=0)
+            try:
+                if self.synchronous != "-":
+                    connection.execute(f"pragma synchronous={self.synchronous}")
+                    connection.execute("pragma wal_autocheckpoint=300")
+            except BaseException:
+                connection.close()
+                raise
+            self.connection = connection
+        return self.connection
+
+    def disconnect(self) -> None:
+        """A handle that was refused once stays read-only, and one of a daemon that is gone stays dead."""
+        if self.connection is not None:
+            connection, self.connection = self.connection, None
+            try:
+                connection.close()
+            except sqlite3.Error:
+                pass
+
+    def goes_on(self, pause_s: float) -> bool:
+        """False when the standard input has ended."""
+        return not select.select([sys.stdin], [], [], pause_s)[0]
+
+
+def write(client: Client) -> None:
+    number = 0
+    pause_s = 0.0
+    while client.goes_on(pause_s):
+        number += 1
+        pause_s = (
+            client.pause_s if append(client, f"{client.name}.{client.synchronous}.{number}.") else client.refused_s
+        )
+
+
+def append(client: Client, value: str) -> bool:
+    """One transaction; whether it was acknowledged."""
+    try:
+        connection = client.connect()
+        connection.execute("begin immediate")
+        connection.execute(f"insert into {TABLE}(value, payload) values (?, ?)", (value, PAYLOAD))
+    except (sqlite3.Error, OSError):
+        client.disconnect()
+        return False
+    client.record("invoke", node=client.node, db=client.db, value=value)
+    try:
+        connection.execute("commit")
+    except sqlite3.Error as error:
+        client.record("unknown", value=value, error=str(error))
+        client.disconnect()
+        return False
+    client.record("ok", value=value)
+    return True
+
+
+def read(client: Client) -> None:
+    before: list[str] = []
+    while client.goes_on(client.pause_s):
+        start_s = time.monotonic()
+        try:
+            found = [value for (value,) in client.connect().execute(f"select value from {TABLE} order by seq")]
+        except (sqlite3.Error, OSError):
+            client.disconnect()
+            continue
+        keep = len(before) if found[: len(before)] == before else 0
+        while keep < min(len(before), len(found)) and found[keep] == before[keep]:
+            keep += 1
+        client.record(
+            "read", t0=start_s, reader=client.name, node=client.node, db=client.db, keep=keep, new=found[keep:]
+        )
+        before = found
+
+
+def main() -> None:
+    client = Client(*sys.argv[2:])
+    {"write": write, "read": read}[sys.argv[1]](client)
+    client.disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+"""A cluster on a real lease engine, with clients, and the judgement of what they saw.
+
+    with HaCluster(folder, engine="etcd", network=True) as cluster:
+        cluster.start(3)
+        with cluster.workload():
+            cluster.primary().kill()
+            …
+        cluster.judge()
+
+Everything started in it ends with it: nodes, clients, the engine, mounts, disks, the network. If a daemon hangs the
+watchdog kills the nodes, by their ids, and what waits for them fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cluster_nodes import Cluster, wait_until
+from engines import services
+from engines.services import BUCKET, HERE, Service
+from harness import history
+from harness.branches import lost_values
+from harness.history import History, Outcome
+from harness.network import Network
+from harness.nodes import Member, wait_for
+
+CLIENT = Path(__file__).with_name("client.py")
+ENGINES = ("etcd", "consul", "directory", "s3")
+TTL_S = {"etcd": 3.0, "consul": 10.0, "directory": 3.0, "s3": 3.0}
+ENGINE_HOST = "engine"
+OBSERVE_S = 0.1
+LIMIT_S = 110.0
+SETTLE_S = 60.0
+
+
+# What the clients write. Name: journal mode, `synchronous`.
+FULL_DB = {"full.db": ("wal", "full")}
+NORMAL_DB = {"normal.db": ("wal", "normal")}
+DELETE_DB = {"delete.db": ("delete", "full")}
+ALL_DBS = FULL_DB | NORMAL_DB | DELETE_DB
+
+
+class HaCluster(Cluster):
+    """A context. `network`: every node, and the engine, is a host of its own."""
+
+    def __init__(
+        self,
+        base: Path,
+        engine: str = "etcd",
+        *,
+        network: bool = False,
+        sync: int = 0,
+        mode: str = "wait",
+        lease: dict[str, Any] | None = None,
+        databases: dict[str, tuple[str, str]] | None = None,
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        super().__init__(base)
+        self._watchdog = threading.Timer(limit_s, self._hung)
+        self._watchdog.daemon = True
+        self.engine = engine
+        self.ttl_s = TTL_S[engine]
+        self.sync = sync
+        self.mode = mode
+        self.databases = FULL_DB if databases is None else databases
+        self.members: list[Member] = []
+        self.service: Service | None = None
+        self.network: Network | None = None
+        self._wants_network = network
+        self._more_lease = lease or {}
+        self._stack = ExitStack()
+        self.clients = Clients(base / "history")
+
+    # -- what there is
+
+    def __enter__(self) -> HaCluster:
+        super().__enter__()
+        try:
+            if self._wants_network:
+                self.network = self._stack.enter_context(Network())
+            self._start_engine()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with contextlib.suppress(Exception):
+                self.heal()
+            self.clients.kill()
+            super().__exit__(kind, error, trace)
+        finally:
+            self._stack.close()
+
+    def _hung(self) -> None:
+        self.clients.kill()
+        super()._hung()
+
+    def _start_engine(self) -> None:
+        folder = self.base / ENGINE_HOST
+        if self.engine == "directory":
+            folder.mkdir(parents=True)
+            return
+        place = self.network.host(ENGINE_HOST) if self.network is not None else HERE
+        make: Any = {"etcd": services.etcd, "consul": services.consul, "s3": services.s3}[self.engine]
+        self.service = self._stack.enter_context(make(folder, place=place))
+
+    def _lease(self) -> dict[str, Any]:
+        """The section of litefs.yml."""
+        ttl = f"{self.ttl_s:g}s"
+        if self.engine == "directory":
+            return {"type": "object-store", "object-store": {"url": (self.base / ENGINE_HOST).as_uri(), "ttl": ttl}}
+        assert self.service is not None
+        url = self.service.url
+        if self.engine == "etcd":
+            return {"type": "etcd", "etcd": {"urls": [url], "prefix": "/litefs/test/", "ttl": ttl}}
+        if self.engine == "consul":
+            return {"type": "consul", "consul": {"url": url, "key": "litefs/test", "ttl": ttl, "lock-delay": "1s"}}
+        store = {"url": f"s3://{BUCKET}/test", "endpoint": url, "region": "us-east-1", "ttl": ttl}
+        return {"type": "object-store", "object-store": {**store, "access-key": "test", "secret-key": "test"}}
+
+    def member(self, name: str, *, lease: dict[str, Any] | None = None, **options: Any) -> Member:
+        """A node that is not started yet."""
+        place = self.network.host(name) if self.network is not None else HERE
+        replication = {"sync": self.sync, "mode": self.mode, "timeout": "10s"} if self.sync else None
+        member = Member(
+            self.base, name, {**self._lease(), **self._more_lease, **(lease or {})}, place=place,
+            replication=replication, **options,
+        )  # fmt: skip
+        self.members.append(member)
+        self.nodes.append(member)
+        return member
+
+    def start(self, count: int = 3, **options: Any) -> list[Member]:
+        """Nodes n1 … that agree on a primary, have the databases, and follow it."""
+        for number in range(1, count + 1):
+            self.member(f"n{number}", **options)
+        return self.begin()
+
+    def begin(self) -> list[Member]:
+        """As `start`, with the members that were made."""
+        members = self.members
+        for member in members:
+            member.start(wait=False)
+        for member in members:
+            wait_for(member.serves, f"{member.name} serves", members)
+        self.wait_primary()
+        for name, (journal, _) in self.databases.items():
+            self.create(name, journal)
+        self.wait_settled()
+        return members
+
+    def create(self, name: str, journal: str) -> None:
+        """A database with the table of the clients."""
+        from harness.client import SCHEMA
+
+        connection = self.primary().connect(name)
+        try:
+            mode = connection.execute(f"pragma journal_mode={journal}").fetchone()[0]
+            assert mode == journal, f"{name}: journal mode {mode} instead of {journal}"
+            connection.execute(SCHEMA)
+        finally:
+            connection.close()
+
+    # -- who is who
+
+    def primary(self) -> Member:
+        """The one that takes writes now; waits for one."""
+        self.wait_primary()
+        return next(member for member in self.members if member.runs and not member.stopped and member.takes_writes())
+
+    def replicas(self) -> list[Member]:
+        primary = self.primary()
+        return [member for member in self.members if member is not primary and member.runs and not member.stopped]
+
+    def wait_primary(self, but: Iterable[Member] = (), timeout_s: float = SETTLE_S) -> float:
+        """Until a node that is not one of `but` takes writes; how long that took."""
+        among = [member for member in self.members if member not in list(but)]
+
+        def found() -> bool:
+            return any(member.runs and not member.stopped and member.takes_writes() for member in among)
+
+        return wait_for(found, f"one of {[member.name for member in among]} takes writes", self.members, timeout_s)
+
+    def wait_no_primary(self, timeout_s: float = SETTLE_S) -> float:
+        def found() -> bool:
+            return not any(member.runs and not member.stopped and member.takes_writes() for member in self.members)
+
+        return wait_for(found, "nobody takes writes", self.members, timeout_s)
+
+    def running(self) -> list[Member]:
+        return [member for member in self.members if member.runs]
+
+    # -- faults
+
+    def heal(self) -> None:
+        """Everything works again: network, engine, disks, stopped processes. Nodes that are dead stay dead."""
+        if self.network is not None:
+            self.network.heal()
+        if self.service is not None:
+            self.service.resume()
+        for member in self.members:
+            member.empty()
+            if member.stopped and member.runs:
+                member.resume()
+
+    def cut_engine(self) -> None:
+        """Nobody reaches the engine any more."""
+        if self.network is not None:
+            self.network.isolate(ENGINE_HOST)
+        else:
+            assert self.service is not None
+            self.service.pause()
+
+    def revive(self) -> None:
+        """Start what is dead."""
+        for member in self.members:
+            if not member.runs:
+                member.start(wait=False)
+        for member in self.members:
+            wait_for(member.serves, f"{member.name} serves", self.members)
+
+    # -- clients
+
+    @contextlib.contextmanager
+    def workload(self, pause_ms: float = 10.0) -> Iterator[Clients]:
+        """On every node a writer and a reader of each database. They are stopped on exit, after healing."""
+        for member in self.members:
+            for name, (_, synchronous) in self.databases.items():
+                self.clients.start("write", member, name, synchronous, pause_ms)
+                self.clients.start("read", member, name, "-", 100.0)
+        self.clients.observe(self.members)
+        try:
+            yield self.clients
+            self.heal()
+        finally:
+            self.clients.stop()
+
+    # -- the end
+
+    def wait_settled(self, timeout_s: float = SETTLE_S) -> float:
+        """Until one node takes writes and all that run are where it is."""
+
+        def settled() -> bool:
+            leaders = [member for member in self.running() if member.takes_writes()]
+            if len(leaders) != 1:
+                raise OSError(f"{[member.name for member in leaders]} take writes")
+            wanted = leaders[0].positions()
+            for member in self.running():
+                if (seen := member.positions()) != wanted:
+                    raise OSError(f"{member.name} is at {seen}, {leaders[0].name} at {wanted}")
+            return bool(wanted) or not self.databases
+
+        return wait_for(settled, "one primary, and all nodes where it is", self.members, timeout_s)
+
+    def outcome(self) -> Outcome:
+        primary = self.primary()
+        copies = {member.name: {name: member.copy(name) for name in self.databases} for member in self.running()}
+        fenced = frozenset(name for name, (_, synchronous) in self.databases.items() if synchronous == "full")
+        lost = {
+            name: lost_values([member.data for member in self.members], name, self.clients.values(name))
+            for name in self.databases
+        }
+        return Outcome(primary.name, copies, lost, fenced if self.sync else frozenset(), fenced)
+
+    def judge(self) -> tuple[History, Outcome]:
+        """Heal, start what is dead, wait until all agree; then the checker must find nothing."""
+        self.heal()
+        self.revive()
+        self.wait_settled()
+        outcome = self.outcome()
+        seen = self.clients.history()
+        problems = history.check(seen, outcome)
+        assert not problems, "\n".join([f"{len(problems)} problems; histories in {self.clients.folder}", *problems])
+        return seen, outcome
+
+
+class Clients:
+    """The processes of a workload, and what they have written down."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._watching: list[threading.Thread] = []
+        self._over = threading.Event()
+
+    def start(
+        self, kind: str, member: Member, db: str, synchronous: str, pause_ms: float, refused_ms: float = 30.0
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        out = self.folder / f"{kind}-{member.name}-{db}-{len(self._processes)}"
+        words = [sys.executable, "-I", "-S", str(CLIENT), kind, str(member.mount), member.name, db, synchronous]
+        words += [str(pause_ms), str(out), str(refused_ms)]
+        self._processes.append(subprocess.Popen(words, stdin=subprocess.PIPE))
+
+    def observe(self, members: list[Member]) -> None:
+        """Write down, again and again, what each node says of its role."""
+        self._over.clear()
+        for member in members:
+            thread = threading.Thread(target=self._observe, args=(member,), daemon=True)
+            thread.start()
+            self._watching.append(thread)
+
+    def _observe(self, member: Member) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"roles-{member.name}", "a", buffering=1) as file:
+            while not self._over.wait(OBSERVE_S):
+                start_s = time.monotonic()
+                role = member.role()
+                if role is not None:
+                    record = {"op": "role", "t0": start_s, "t": time.monotonic(), "node": member.name}
+                    file.write(json.dumps({**record, "primary": role[0], "epoch": role[1]}) + "\n")
+
+    def stop(self) -> None:
+        """They end when they have finished what they are at."""
+        self._over.set()
+        for process in self._processes:
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        hung = []
+        end_s = time.monotonic() + 20
+        for process in self._processes:
+            try:
+                process.wait(max(0.1, end_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                hung.append(" ".join(process.args[3:]))  # type: ignore[index]
+        self.kill()
+        assert not hung, f"these clients hang in the kernel, though everything was healed: {hung}"
+
+    def kill(self) -> None:
+        self._over.set()
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+        self._processes.clear()
+        for thread in self._watching:
+            thread.join(5)
+        self._watching.clear()
+
+    def history(self) -> History:
+        return history.parse(path.read_text() for path in sorted(self.folder.glob("*-*")))
+
+    def values(self, db: str) -> set[str]:
+        return {write.value for write in self.history().writes if write.db == db}
+
+    def acknowledged(self) -> int:
+        """How many commits so far."""
+        return sum(write.outcome == "ok" for write in self.history().writes)
+
+
+def wait_more(clients: Clients, count: int, timeout_s: float = SETTLE_S) -> None:
+    """Until so many more commits are acknowledged."""
+    wanted = clients.acknowledged() + count
+    wait_until(lambda: clients.acknowledged() >= wanted, f"{count} more commits", timeout_s)
+
+
+def gaps(seen: History, db: str) -> list[tuple[float, float]]:
+    """(start, length) of the pauses between acknowledged commits, the longest first."""
+    ends = sorted(write.end_s for write in seen.acknowledged(db) if write.end_s is not None)
+    pauses = [(one, other - one) for one, other in itertools.pairwise(ends)]
+    return sorted(pauses, key=lambda pause: -pause[1])

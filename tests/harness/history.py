@@ -1,0 +1,394 @@
+"""What clients of a cluster saw, and whether a cluster that keeps its promises could have shown it to them. Pure.
+
+Clients append unique values to one table of a database, on whatever node lets them, and read all of it on all nodes.
+Each line of a history file is a JSON object; times are CLOCK_MONOTONIC of the one machine all run on:
+
+    {"op": "invoke", "t", "node", "db", "value"}    right before COMMIT
+    {"op": "ok" | "fail" | "unknown", "t", "value"} its result; "fail" is certain. No result: unknown
+    {"op": "read", "t0", "t", "reader", "node", "db", "keep", "new"}   a whole table, as the first `keep` values of what
+                                                    the same reader read before, and `new`
+    {"op": "role", "t0", "t", "node", "primary", "epoch"}              what the node says of itself
+
+`check` returns what is wrong, one line each:
+
+    LOST        an acknowledged commit is missing; of a database that may lose some: it is not in `lost/` either
+    TWICE       a value is there more than once
+    INVENTED    a value that nobody wrote, or whose write had failed
+    STRAY       a read is neither a prefix of the history as it finally is, nor such a prefix with a branch after it
+                that was kept in `lost/`
+    BACK        a node showed less than before, and not because it left a branch
+    ORDER       a commit that was acknowledged before another one began comes after it
+    STALE       a commit was acknowledged by a primary that another one had replaced, as its clients could tell
+    SPLIT       two nodes were the primary of one epoch, or acknowledged commits in it
+    APART       nodes differ at the end, or are damaged
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_SHOWN = 5  # problems of each kind and database
+
+
+@dataclass(frozen=True)
+class Write:
+    """`end_s` None: there was no answer. `outcome`: "ok", "fail" or "unknown"."""
+
+    value: str
+    node: str
+    db: str
+    start_s: float
+    end_s: float | None
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Read:
+    reader: str
+    node: str
+    db: str
+    start_s: float
+    end_s: float
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Role:
+    node: str
+    start_s: float
+    end_s: float
+    primary: bool
+    epoch: int
+
+
+@dataclass
+class History:
+    writes: list[Write] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    roles: list[Role] = field(default_factory=list)
+
+    def acknowledged(self, db: str) -> list[Write]:
+        return [write for write in self.writes if write.db == db and write.outcome == "ok"]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One node's database after everything was healed. `digest` stands for its bytes."""
+
+    position: str
+    digest: str
+    integrity: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`primary` names the node whose history counts. `copies`: by node, by database. `lost`: what is in branches that
+    were kept, by database. `durable`: databases of which no acknowledged commit may be missing. `fenced`: those whose
+    commits ask the daemon, so that a primary without a lease must not acknowledge any."""
+
+    primary: str
+    copies: Mapping[str, Mapping[str, Copy]]
+    lost: Mapping[str, frozenset[str]]
+    durable: frozenset[str]
+    fenced: frozenset[str] = frozenset()
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def parse(files: Iterable[str]) -> History:
+    """A history from the texts of its files. A torn last line (its writer was killed) does not count."""
+    history = History()
+    for text in files:
+        _parse_file(text, history)
+    history.writes.sort(key=lambda write: write.start_s)
+    history.reads.sort(key=lambda read: read.start_s)
+    history.roles.sort(key=lambda role: role.start_s)
+    return history
+
+
+def _parse_file(text: str, history: History) -> None:
+    lines = text.split("\n")
+    lines.pop()  # empty, or torn
+    invoked: dict[str, dict[str, Any]] = {}
+    last: dict[tuple[str, str], tuple[str, ...]] = {}
+    for line in lines:
+        record = json.loads(line)
+        kind, at_s = record["op"], record["t"]
+        if kind == "invoke":
+            assert record["value"] not in invoked, f"{record['value']} was invoked twice: a defect of the client"
+            invoked[record["value"]] = record
+        elif kind in ("ok", "fail", "unknown"):
+            history.writes.append(_write(invoked.pop(record["value"]), at_s, kind))
+        elif kind == "read":
+            reader = record["reader"]
+            values = last.get((reader, record["db"]), ())[: record["keep"]] + tuple(record["new"])
+            last[reader, record["db"]] = values
+            history.reads.append(Read(reader, record["node"], record["db"], record["t0"], at_s, values))
+        else:
+            history.roles.append(Role(record["node"], record["t0"], at_s, record["primary"], record["epoch"]))
+    history.writes.extend(_write(record, None, "unknown") for record in invoked.values())
+
+
+def _write(invoke: dict[str, Any], end_s: float | None, outcome: str) -> Write:
+    return Write(invoke["value"], invoke["node"], invoke["db"], invoke["t"], end_s, outcome)
+
+
+# --- checking ------------------------------------------------------------------------------------------------------
+
+
+def check(history: History, outcome: Outcome) -> list[str]:
+    """What is wrong; nothing if all is well."""
+    problems = [*_apart(outcome), *_split_roles(history.roles)]
+    epochs = attributed(history)
+    problems += _split_writes(history, epochs)
+    for db in sorted(outcome.copies[outcome.primary]):
+        final = outcome.copies[outcome.primary][db].values
+        lost = outcome.lost.get(db, frozenset())
+        writes = [write for write in history.writes if write.db == db]
+        reads = [read for read in history.reads if read.db == db]
+        found = [
+            *_lost(writes, final, lost, db in outcome.durable),
+            *_twice(final, reads),
+            *_invented(writes, final, reads, lost),
+            *_stray(reads, final, lost),
+            *_back(reads, final),
+            *_order(writes, final),
+        ]
+        if db in outcome.fenced:
+            found += _stale(writes, epochs)
+            found += _stale_and_lost(writes, final, history.roles)
+        problems += _first_of_each(db, found)
+    return problems
+
+
+def _first_of_each(db: str, found: Sequence[str]) -> list[str]:
+    """Not more than a few of each kind, each with the database's name."""
+    counts: Counter[str] = Counter()
+    shown = []
+    for problem in found:
+        kind, _, text = problem.partition(" ")
+        counts[kind] += 1
+        if counts[kind] <= _SHOWN:
+            shown.append(f"{kind} {db}: {text}")
+    return shown + [f"{kind} {db}: … {count} in all" for kind, count in counts.items() if count > _SHOWN]
+
+
+def _lost(writes: Sequence[Write], final: Sequence[str], lost: frozenset[str], durable: bool) -> list[str]:
+    there = set(final)
+    problems = []
+    for write in writes:
+        if write.outcome != "ok" or write.value in there:
+            continue
+        if durable:
+            kept = "it is in lost/" if write.value in lost else "and not in lost/ either"
+            problems.append(f"LOST {write.value}, acknowledged by {write.node} at {write.end_s:.3f} s; {kept}")
+        elif write.value not in lost:
+            problems.append(f"LOST {write.value}, acknowledged by {write.node} at {write.end_s:.3f} s, not in lost/")
+    return problems
+
+
+def _twice(final: Sequence[str], reads: Sequence[Read]) -> list[str]:
+    problems = [f"TWICE {value} in the end" for value, count in Counter(final).items() if count > 1]
+    for read in reads:
+        if len(set(read.values)) != len(read.values):
+            value = next(value for value, count in Counter(read.values).items() if count > 1)
+            problems.append(f"TWICE {value} read on {read.node} at {read.end_s:.3f} s")
+    return problems
+
+
+def _invented(writes: Sequence[Write], final: Sequence[str], reads: Sequence[Read], lost: frozenset[str]) -> list[str]:
+    outcomes = {write.value: write.outcome for write in writes}
+    seen = dict.fromkeys(final, "in the end")
+    for read in reads:
+        for value in read.values[::-1]:
+            if value in seen:
+                break  # a reader that saw it saw what stands before it, and that was looked at
+            seen[value] = f"read on {read.node} at {read.end_s:.3f} s"
+    seen |= {value: "in lost/" for value in lost if value not in seen}
+    problems = []
+    for value, where in seen.items():
+        if outcomes.get(value) in (None, "fail"):
+            why = "nobody wrote it" if value not in outcomes else "its write had failed"
+            problems.append(f"INVENTED {value} {where}: {why}")
+    return problems
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many values both begin with; equal beginnings are compared as a whole, which is the usual case."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(at for at in range(length) if one[at] != other[at])
+
+
+def _stray(reads: Sequence[Read], final: tuple[str, ...], lost: frozenset[str]) -> list[str]:
+    there = set(final)
+    problems = []
+    for read in reads:
+        common = _common(read.values, final)
+        for value in read.values[common:]:
+            if value in there or value not in lost:
+                what = "which is elsewhere in the history" if value in there else "which is not in lost/"
+                instead = final[common] if common < len(final) else "no more"
+                problems.append(
+                    f"STRAY read on {read.node} at {read.end_s:.3f} s: {common} values as in the history, then "
+                    f"{value}, {what} (the history has {instead})"
+                )
+                break
+    return problems
+
+
+def _back(reads: Sequence[Read], final: tuple[str, ...]) -> list[str]:
+    last: dict[str, Read] = {}
+    problems = []
+    for read in reads:
+        before = last.get(read.reader)
+        last[read.reader] = read
+        if before is None or read.values[: len(before.values)] == before.values:
+            continue
+        still = _common(read.values, before.values)
+        kept = min(len(before.values), _common(before.values, final))  # what it showed of the final history
+        if still < kept:
+            problems.append(
+                f"BACK {read.node} showed {len(before.values)} values until {before.end_s:.3f} s, and at "
+                f"{read.end_s:.3f} s no longer {before.values[still]}"
+            )
+    return problems
+
+
+def _order(writes: Sequence[Write], final: Sequence[str]) -> list[str]:
+    """No commit that began after another one's answer stands before it: seen from the end, each began before the
+    earliest answer of those after it."""
+    by_value = {write.value: write for write in writes}
+    problems = []
+    earliest: Write | None = None
+    for value in reversed(final):
+        write = by_value.get(value)
+        if write is None:
+            continue
+        if earliest is not None and earliest.end_s is not None and write.start_s > earliest.end_s:
+            problems.append(
+                f"ORDER {write.value} began at {write.start_s:.3f} s and stands before {earliest.value}, which "
+                f"{earliest.node} had acknowledged at {earliest.end_s:.3f} s"
+            )
+        if write.outcome != "ok" or write.end_s is None:
+            continue
+        if earliest is None or earliest.end_s is None or write.end_s < earliest.end_s:
+            earliest = write
+    return problems
+
+
+def attributed(history: History) -> dict[str, int]:
+    """In which epoch a value was acknowledged, where that is certain: its node was the primary of that epoch before the
+    commit began and after it was answered, as it says itself."""
+    by_node: dict[str, list[Role]] = defaultdict(list)
+    for role in history.roles:
+        by_node[role.node].append(role)
+    starts = {node: [role.start_s for role in roles] for node, roles in by_node.items()}
+    ends = {node: [role.end_s for role in roles] for node, roles in by_node.items()}
+    found = {}
+    for write in history.writes:
+        if write.outcome != "ok" or write.end_s is None or write.node not in by_node:
+            continue
+        roles = by_node[write.node]
+        before = bisect.bisect_right(ends[write.node], write.start_s) - 1
+        after = bisect.bisect_left(starts[write.node], write.end_s)
+        if before < 0 or after >= len(roles):
+            continue
+        one, other = roles[before], roles[after]
+        if one.primary and other.primary and one.epoch == other.epoch:
+            found[write.value] = one.epoch
+    return found
+
+
+def _split_roles(roles: Sequence[Role]) -> list[str]:
+    claims: dict[int, set[str]] = defaultdict(set)
+    for role in roles:
+        if role.primary:
+            claims[role.epoch].add(role.node)
+    return [
+        f"SPLIT epoch {epoch}: {' and '.join(sorted(nodes))} were its primary"
+        for epoch, nodes in sorted(claims.items())
+        if len(nodes) > 1
+    ]
+
+
+def _split_writes(history: History, epochs: Mapping[str, int]) -> list[str]:
+    nodes: dict[int, set[str]] = defaultdict(set)
+    for write in history.writes:
+        if write.value in epochs:
+            nodes[epochs[write.value]].add(write.node)
+    return [
+        f"SPLIT epoch {epoch}: {' and '.join(sorted(names))} acknowledged commits in it"
+        for epoch, names in sorted(nodes.items())
+        if len(names) > 1
+    ]
+
+
+def _stale(writes: Sequence[Write], epochs: Mapping[str, int]) -> list[str]:
+    """Among the answers before a commit began, the highest epoch must not be above its own."""
+    known = [write for write in writes if write.value in epochs and write.end_s is not None]
+    by_end = sorted(known, key=lambda write: write.end_s or 0.0)
+    problems = []
+    highest: Write | None = None
+    at = 0
+    for write in sorted(known, key=lambda write: write.start_s):
+        while at < len(by_end) and (by_end[at].end_s or 0.0) < write.start_s:
+            if highest is None or epochs[by_end[at].value] > epochs[highest.value]:
+                highest = by_end[at]
+            at += 1
+        if highest is not None and epochs[highest.value] > epochs[write.value]:
+            problems.append(
+                f"STALE {write.value} acknowledged by {write.node} in epoch {epochs[write.value]} at {write.end_s:.3f} "
+                f"s, after {highest.node} had acknowledged {highest.value} in epoch {epochs[highest.value]}"
+            )
+    return problems
+
+
+def _stale_and_lost(writes: Sequence[Write], final: Sequence[str], roles: Sequence[Role]) -> list[str]:
+    """A commit that is not in the history, though it began after another node's that is had been answered, and its node
+    never said that it was the primary again, of which it was asked meanwhile."""
+    there = set(final)
+    said: dict[str, list[Role]] = defaultdict(list)
+    for role in roles:
+        said[role.node].append(role)
+    answered = sorted((write.end_s, write.node) for write in writes if write.value in there and write.end_s is not None)
+    problems = []
+    for write in writes:
+        if write.outcome != "ok" or write.value in there or write.end_s is None:
+            continue
+        before = answered[: bisect.bisect_left(answered, (write.start_s, ""))]
+        since_s = next((end_s for end_s, node in reversed(before) if node != write.node), None)
+        if since_s is None:
+            continue
+        meanwhile = [role for role in said[write.node] if since_s < role.end_s and role.start_s < write.end_s + 1.0]
+        if meanwhile and not any(role.primary for role in meanwhile):
+            problems.append(
+                f"STALE {write.value} acknowledged by {write.node} at {write.end_s:.3f} s, and lost, "
+                f"{write.start_s - since_s:.3f} s after another primary's commits were"
+            )
+    return problems
+
+
+def _apart(outcome: Outcome) -> list[str]:
+    problems = []
+    wanted = outcome.copies[outcome.primary]
+    for node, copies in sorted(outcome.copies.items()):
+        if sorted(copies) != sorted(wanted):
+            problems.append(f"APART {node} has {sorted(copies)}, {outcome.primary} {sorted(wanted)}")
+        for db, copy in sorted(copies.items()):
+            if copy.integrity != "ok":
+                problems.append(f"APART {db} on {node} is damaged: {copy.integrity}")
+            if db in wanted and (copy.position, copy.digest) != (wanted[db].position, wanted[db].digest):
+                problems.append(
+                    f"APART {db} on {node}: {copy.position}, bytes {copy.digest}; on {outcome.primary} "
+                    f"{wanted[db].position}, bytes {wanted[db].digest}"
+                )
+    return problems

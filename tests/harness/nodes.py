@@ -1,0 +1,232 @@
+"""A node of a cluster with a real lease engine: `litefs mount` as a process, and what can happen to it.
+
+Beside what `cluster_nodes.Node` can do: it may run on another host (a `Place`), its data directory may be a small disk
+of its own that can be filled, and its clocks may differ: CLOCK_BOOTTIME and CLOCK_MONOTONIC by a time namespace
+(`offset_s`, from the start). CLOCK_REALTIME has no namespace in Linux; it is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster_nodes import START_S, Node, wait_until
+from engines.services import HERE, Place, free_port
+from harness.history import Copy
+from pylitefs.filesystem import mount
+from pylitefs.supervise import dying_with_us
+
+ASK_S = 2.0
+
+
+class Member(Node):
+    """One node. `lease` and `replication` are sections of litefs.yml; hostname and URL are filled in."""
+
+    def __init__(
+        self,
+        base: Path,
+        name: str,
+        lease: dict[str, Any],
+        *,
+        place: Place = HERE,
+        replication: dict[str, Any] | None = None,
+        disk_bytes: int = 0,
+        offset_s: int = 0,
+    ) -> None:
+        self.name = name
+        self.base = base / name
+        self.mount = self.base / "mnt"
+        self.log = self.base / "log"
+        self.place = place
+        self.disk_bytes = disk_bytes
+        self.disk = self.base / "disk"
+        self.data = self.disk / "data"
+        self.offset_s = offset_s
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port = free_port(place)
+        self.url = f"http://{place.address}:{self.port}"
+        self.stopped = False  # by SIGSTOP
+        self.config = {
+            "data": {"dir": str(self.data)},
+            "fuse": {"dir": str(self.mount)},
+            "http": {"addr": f"{place.address}:{self.port}"},
+            "lease": {"hostname": name, "advertise-url": self.url, "reconnect-delay": "100ms", **lease},
+            "log": {"timestamp": True, "debug": bool(os.environ.get("PYLITEFS_TEST_DEBUG"))},
+        }
+        if replication:
+            self.config["replication"] = replication
+        self.disk.mkdir(parents=True)
+        if disk_bytes:
+            options = f"size={disk_bytes},mode=755"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.disk)], check=True, timeout=10)
+
+    # -- running
+
+    def start(self, *, wait: bool = True) -> Member:
+        """With `wait`, it is mounted on return, and its HTTP server answers; nothing is said about its role."""
+        assert self.process is None or self.process.poll() is not None
+        path = self.base / "litefs.yml"
+        path.write_text(json.dumps(self.config))  # JSON is YAML
+        words = [sys.executable, "-m", "pylitefs", "mount", "-config", str(path)]
+        if self.offset_s:
+            words = ["unshare", "--time", f"--boottime={self.offset_s}", f"--monotonic={self.offset_s}", "--", *words]
+        words = self.place.words(words)
+        if threading.current_thread() is threading.main_thread():  # else it would end with the thread
+            words = dying_with_us(words)
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.base)
+        self.stopped = False
+        if wait:
+            wait_until(self.serves, f"{self.name} is mounted and answers\n{self.log_tail()}")
+        return self
+
+    def serves(self) -> bool:
+        assert self.process is not None
+        status = self.process.poll()
+        assert status is None, f"{self.name} ended with status {status}:\n{self.log_tail()}"
+        return mount.mount_at(str(self.mount)) is not None and self.role() is not None
+
+    @property
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def pause(self) -> None:
+        super().pause()
+        self.stopped = True
+
+    def resume(self) -> None:
+        super().resume()
+        self.stopped = False
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        super().kill()
+        self.stopped = False
+
+    def remove(self) -> None:
+        super().remove()
+        self.empty()
+        while self.disk_bytes and os.path.ismount(self.disk):
+            done = subprocess.run(["umount", "-l", str(self.disk)], stderr=subprocess.DEVNULL, timeout=10, check=False)
+            if done.returncode:
+                break
+
+    # -- its disk
+
+    @property
+    def filler(self) -> Path:
+        return self.disk / "filler"
+
+    def fill(self) -> None:
+        """Not a byte is left on its disk."""
+        assert self.disk_bytes, f"{self.name} has no disk of its own"
+        fd = os.open(self.filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            for size in (1 << 20, 4096, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        os.write(fd, bytes(size))
+        finally:
+            os.close(fd)
+
+    def empty(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.filler.unlink()
+
+    # -- asking
+
+    def request(
+        self, path: str, method: str = "GET", body: bytes | None = None, timeout_s: float = START_S
+    ) -> tuple[int, bytes]:
+        """Asked on its own host, as a cut network does not stop it. OSError."""
+        with self.place.entered():
+            made = socket.create_connection((self.place.address, self.port), timeout_s)
+        connection = http.client.HTTPConnection(self.place.address, self.port, timeout=timeout_s)
+        connection.sock = made
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+        except http.client.HTTPException as error:
+            raise OSError(f"{self.url}{path}: {error!r}") from None
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> bytes:
+        status, body = self.request(path)
+        if status != 200:
+            raise OSError(f"{self.name} {path}: {status} {body.decode(errors='replace').strip()}")
+        return body
+
+    def post(self, path: str, timeout_s: float = START_S) -> str:
+        """OSError with its text when it refuses."""
+        status, body = self.request(path, "POST", b"", timeout_s)
+        text = body.decode(errors="replace").strip()
+        if status not in (200, 202, 204):
+            raise OSError(f"{self.name} {path}: {status} {text}")
+        return text
+
+    def role(self) -> tuple[bool, int] | None:
+        """Whether it is the primary with a valid lease, and the epoch it knows; None if it does not answer."""
+        try:
+            document = json.loads(self.request("/cluster", timeout_s=ASK_S)[1])
+            return bool(document["isPrimary"]) and self.takes_writes(), int(document["epoch"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def takes_writes(self) -> bool:
+        """By the endpoint for load balancers."""
+        try:
+            return self.request("/primary", "HEAD", timeout_s=ASK_S)[0] == 200
+        except OSError:
+            return False
+
+    def cluster(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.get("/cluster"))
+        return document
+
+    def positions(self) -> dict[str, str]:
+        """TXID and checksum by database; on the primary they cover every commit that has returned."""
+        found = json.loads(self.get("/info"))["databases"]
+        return {name: f"{position['txid']}/{position['checksum']}" for name, position in found.items()}
+
+    def copy(self, name: str) -> Copy:
+        """What there is now. Nothing may be writing."""
+        position = self.positions()[name]
+        connection = self.connect(name)
+        try:
+            integrity = "; ".join(text for (text,) in connection.execute("pragma integrity_check"))
+            values = tuple(value for (value,) in connection.execute("select value from log order by seq"))
+        except sqlite3.Error as error:
+            what = f"{name} cannot be read on {self.name}: {error} ({error.sqlite_errorname})"
+            raise AssertionError(f"{what}\n{self.log_tail()}") from error
+        finally:
+            connection.close()
+        return Copy(position, hashlib.sha256(self.export(name)).hexdigest()[:16], integrity, values)
+
+
+def wait_for(condition: Any, what: str, members: list[Member], timeout_s: float = START_S) -> float:
+    """Wait, and tell the ends of all logs on failure. How long it took."""
+    start_s = time.monotonic()
+    try:
+        wait_until(condition, what, timeout_s)
+    except AssertionError as error:
+        logs = "\n".join(f"--- {member.name}\n" + "\n".join(member.log_tail().splitlines()[-15:]) for member in members)
+        raise AssertionError(f"{error}\n{logs}") from None
+    return time.monotonic() - start_s

@@ -1,0 +1,223 @@
+"""What a change of role does to the files, without a mount; and what the next start makes of one that was cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from engine_nodes import NamedFiles, NamedStore, check_log, closing_node, log_files, make_sqlite, new_primary, rows_of
+from sqlite_process import SqliteProcess
+
+from pylitefs.engine.database import Database
+from pylitefs.engine.fence import Fence
+from pylitefs.engine.grip import Grip
+from pylitefs.engine.marker import Marker
+from pylitefs.engine.shared_wal import SharedWal
+from pylitefs.engine.store import Store, StoreOptions
+from pylitefs.events import EventBus
+from pylitefs.formats.sqlite.wal import WalHeader, encode_frames, scan_frames
+from pylitefs.formats.sqlite.wal_index import WalIndexHeader
+
+
+def open_store(folder: Path) -> NamedStore:
+    """A node whose role is not fixed, as it starts."""
+    store = NamedStore(str(folder), EventBus(), StoreOptions(is_primary=False, role_from_marker=True))
+    store.load()
+    store.start()
+    return store
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The files of a node that holds database "db" at TXID 1."""
+    with closing_node(new_primary(tmp_path / "n")) as node:
+        node.close(clean=True)
+    return tmp_path / "n"
+
+
+def lead(store: Store, epoch: int) -> None:
+    store.fence.until_s = math.inf
+    store.promote(epoch)
+
+
+def write(store: Store, sql: str) -> None:
+    with contextlib.closing(sqlite3.connect(store.find("db").files.database)) as db:
+        db.execute(sql)
+        db.commit()
+
+
+def test_the_fence_ends_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.clock_gettime", lambda clock: now[0])
+    fence = Fence()
+    assert not fence.holds()
+    fence.until_s = 101.0
+    assert fence.holds()
+    now[0] = 101.0
+    assert not fence.holds()
+    fence.until_s = math.inf
+    assert fence.holds()
+
+
+def test_a_damaged_marker_covers_everything(tmp_path: Path) -> None:
+    marker = Marker(str(tmp_path))
+    marker.load()
+    assert not marker.covers("db")
+    marker.write(7, ["db", "other"])
+    marker.load()
+    assert marker.covers("db") and not marker.covers("third")
+    marker.write(7, None)
+    marker.load()
+    assert marker.covers("third")
+    (tmp_path / "primary").write_bytes(b'{"epo')
+    marker.load()
+    assert marker.covers("db")
+    marker.write(7, [])
+    marker.load()
+    assert not marker.covers("db") and not (tmp_path / "primary").exists()
+
+
+def test_the_marker_is_there_before_a_write_and_goes_after_the_last(folder: Path) -> None:
+    store = open_store(folder)
+    try:
+        assert not (folder / "primary").exists() and not store.find("db").captures
+        lead(store, 5)
+        assert (folder / "primary").exists() and store.find("db").captures and store.is_primary
+        write(store, "INSERT INTO t (v) VALUES (x'01')")
+        assert store.flush(store.find("db")).result().txid >= 1
+        assert store.demote(1.0) == []
+        assert not store.is_primary and not store.find("db").captures
+    finally:
+        store.close(clean=True)
+    assert not (folder / "primary").exists()
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_what_was_committed_before_a_kill_is_in_the_log_of_the_next_start(folder: Path, mode: str) -> None:
+    """The start is a replica's; what the files have beyond the log is recorded, in the epoch it was written in."""
+    store = open_store(folder)
+    lead(store, 5)
+    store.close(clean=False)
+    path = store.find("db").files.database
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA journal_mode = {mode}")
+        db.execute("INSERT INTO t (v) VALUES (x'beef')")
+        db.commit()
+    assert (folder / "primary").exists()
+    again = open_store(folder)
+    try:
+        assert not again.is_primary
+        again.worker.submit(again.settle).result()
+        database = again.find("db")
+        assert database.position == database.log.head and database.position.txid == 2
+        check_log(database)
+        assert (4, b"\xbe\xef") in rows_of(path)
+        assert not (folder / "primary").exists()
+    finally:
+        again.close(clean=True)
+
+
+def test_without_a_marker_a_replica_does_not_make_a_transaction_of_it(folder: Path) -> None:
+    """It waits for the primary to say what is right; only if it is promoted itself the files are the truth."""
+    store = open_store(folder)
+    path = store.find("db").files.database
+    store.close(clean=False)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("INSERT INTO t (v) VALUES (x'beef')")
+        db.commit()
+    again = open_store(folder)
+    try:
+        again.worker.submit(again.settle).result()
+        database = again.find("db")
+        assert database.log.head.txid == 1 and database.position != database.log.head
+        lead(again, 6)
+        assert database.position == database.log.head and database.position.txid == 2
+        check_log(database)
+    finally:
+        again.close(clean=False)
+
+
+def written_wal(folder: Path, *, big_endian: bool, commits: int, unpublished: int) -> tuple[NamedFiles, SqliteProcess]:
+    """A database in WAL mode that a process has open, whose WAL was written by hand: `commits` are published."""
+    path = folder / "database"
+    make_sqlite(str(path))
+    files = NamedFiles("db", str(folder))
+    with open(path, "rb") as file:
+        page = file.read(4096)
+        count = os.fstat(file.fileno()).st_size // 4096
+    header = WalHeader.create(4096, 3, 11, 22, big_endian)
+    data, s0, s1 = bytearray(header.pack()), header.checksum1, header.checksum2
+    published = s0, s1
+    for number in range(commits + unpublished):
+        frames, s0, s1 = encode_frames(header, [1], [page], count, s0, s1)
+        data += frames
+        if number == commits - 1:
+            published = s0, s1
+    Path(files.wal).write_bytes(data[: 32 + commits * 4120])
+    client = SqliteProcess(str(path))
+    assert client("SELECT count(*) FROM t") == [(3,)]  # it makes the index, of what is there
+    with open(files.wal, "ab") as wal:
+        wal.write(data[32 + commits * 4120 :])
+    with open(files.shm, "rb") as shm:
+        found = WalIndexHeader.unpack(shm.read(48))
+    assert (found.mx_frame, found.frame_checksum, found.big_endian_checksum) == (commits, published, big_endian)
+    return files, client
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("commits", [1, 5, 4100])
+def test_the_daemon_goes_on_in_the_wal_of_an_application(tmp_path: Path, big_endian: bool, commits: int) -> None:
+    files, client = written_wal(tmp_path, big_endian=big_endian, commits=commits, unpublished=2)
+    database = Database("db", files, EventBus())
+    database.page_size = 4096
+    with open(files.database, "rb") as file:
+        database.commit = os.fstat(file.fileno()).st_size // 4096
+    grip = Grip(database, str(tmp_path))
+    try:
+        client("BEGIN")
+        assert client("SELECT count(*) FROM t") == [(3,)]
+        assert grip.take() and grip.seal() and grip.is_wal
+        with pytest.raises(RuntimeError, match="locked"):
+            client("INSERT INTO t (v) VALUES (1)", on="writer")
+        replica = SharedWal(files, 4096, database.commit, 0o644)
+        replica.adopt(grip.descriptors())
+        grip.hand_over()
+        assert os.path.getsize(files.wal) == 32 + commits * 4120, "frames that nobody published are gone"
+        assert replica.mx_frame == commits
+        with contextlib.closing(sqlite3.connect(":memory:")) as source:  # a page 2 with one more row
+            source.execute("PRAGMA page_size = 4096")
+            source.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, v BLOB)")
+            source.executemany("INSERT INTO t (v) VALUES (?)", [(b"new",)] * 4)
+            source.commit()
+            image = source.serialize()
+        replica.append([(2, image[4096:8192])], database.commit)
+        assert client("SELECT count(*) FROM t") == [(3,)]
+        client("COMMIT")
+        assert client("SELECT count(*) FROM t") == [(4,)]
+        client("PRAGMA wal_checkpoint(TRUNCATE)")  # kept out
+        assert replica.checkpoint()
+        assert client("SELECT count(*) FROM t") == [(4,)]
+        with open(files.wal, "rb") as wal:
+            header = WalHeader.unpack(wal.read(32))
+            scan = scan_frames(header, wal.read(), header.checksum1, header.checksum2)
+        assert header.big_endian == big_endian and scan.committed == commits + 1
+        replica.close(remove=False)
+    finally:
+        grip.release()
+        client.stop()
+
+
+def test_no_log_file_is_written_by_a_change_of_role_alone(folder: Path) -> None:
+    store = open_store(folder)
+    try:
+        before = log_files(store.find("db"))
+        for epoch in range(3, 7):
+            lead(store, epoch)
+            assert store.demote(1.0) == []
+        assert log_files(store.find("db")) == before
+    finally:
+        store.close(clean=True)

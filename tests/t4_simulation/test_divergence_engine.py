@@ -1,0 +1,204 @@
+"""The real engine: nodes that take turns, and files that were damaged from outside. All heals by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from real_nodes import Application, open_store
+from test_replication_engine import Nodes
+
+from pylitefs.engine.lost import BASE, PAGES, TIP, Branch, branches
+from pylitefs.engine.store import Store
+from pylitefs.engine.verifier import verify
+from pylitefs.errors import DatabaseError
+from pylitefs.formats.ltx.decoder import decode
+
+
+def rows(path: str | Path) -> list[tuple[int, bytes]]:
+    with contextlib.closing(sqlite3.connect(f"file:{path}?immutable=1", uri=True)) as db:
+        return db.execute("SELECT id, v FROM t ORDER BY id").fetchall()
+
+
+def rows_of(store: Store, folder: Path) -> list[tuple[int, bytes]]:
+    copy = folder / "copy.db"
+    store.find("a.db").copy_to(str(copy))
+    return rows(copy)
+
+
+def changed_places(nodes: Nodes, epoch: int) -> Application:
+    """Both stop in order and start in the other role."""
+    nodes.primary.close(clean=True)
+    nodes.replica.close(clean=True)
+    names = [Path(nodes.replica.data_dir), Path(nodes.primary.data_dir)]
+    nodes.primary, nodes.replica = open_store(names[0], is_primary=True), open_store(names[1], is_primary=False)
+    nodes.primary.note_epoch(epoch)
+    return application(nodes.primary)
+
+
+def application(store: Store) -> Application:
+    app = Application.__new__(Application)
+    app.store, app.name, app.database = store, "a.db", store.find("a.db")
+    app.database.term = store.epoch
+    return app
+
+
+@contextlib.contextmanager
+def two(folder: Path):  # type: ignore[no-untyped-def]
+    nodes = Nodes(folder, 1)
+    nodes.bad = False
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+
+
+async def diverged(
+    nodes: Nodes, folder: Path, *, trim: bool = False, by: int = 2
+) -> tuple[list[tuple[int, bytes]], Branch]:
+    """(the rows with the branch, the branch) of a node that was the primary and whose last writes nobody got."""
+    app = Application(nodes.primary, "a.db")
+    for _ in range(5):
+        app.insert(300)
+    async with nodes.running():
+        await nodes.until_equal()
+    for _ in range(by):
+        app.insert(200)
+    app.run("UPDATE t SET v = x'0102' WHERE id = 2")
+    if trim:
+        app.database.log.retain(0, 1)
+    left = rows_of(nodes.primary, folder)
+    app = changed_places(nodes, 2)
+    app.insert(100)
+    app.run("UPDATE t SET v = x'0304' WHERE id = 4")
+    async with nodes.running(epoch=2):
+        await nodes.until_equal()
+    (branch,) = branches(nodes.replica.data_dir)
+    return left, branch
+
+
+async def test_a_branch_is_kept_with_the_states_around_it(tmp_path: Path) -> None:
+    with two(tmp_path) as nodes:
+        left, branch = await diverged(nodes, tmp_path)
+        assert (branch.database, branch.transactions, branch.epoch, branch.applied) == ("a.db", 3, 1, False)
+        assert len(branch.files()) == 3
+        tip, base = branch.path(TIP), branch.path(BASE)
+        assert tip is not None and base is not None and branch.path(PAGES) is None
+        assert rows(tip) == left
+        assert [id for id, _ in rows(base)] == [1, 2, 3, 4, 5]
+        assert {row for row in rows(base) if row[0] != 2} == {row for row in left if row[0] <= 5 and row[0] != 2}
+        assert nodes.replica.find("a.db").log.epochs() == ((2, 7),)
+
+
+async def test_a_branch_that_the_log_does_not_hold_is_kept_as_pages(tmp_path: Path) -> None:
+    with two(tmp_path) as nodes:
+        left, branch = await diverged(nodes, tmp_path, trim=True)
+        path, tip = branch.path(PAGES), branch.path(TIP)
+        assert branch.transactions >= 3  # where nothing older can be compared, all of them
+        assert path is not None and tip is not None and rows(tip) == left
+        ltx = decode(Path(path).read_bytes())
+        state = tmp_path / "state.db"
+        nodes.replica.find("a.db").copy_to(str(state))
+        data = bytearray(state.read_bytes())
+        size = ltx.header.page_size
+        assert ltx.header.pre_apply_checksum == nodes.replica.find("a.db").position.checksum
+        for pgno, page in ltx.pages:
+            data[(pgno - 1) * size : pgno * size] = page
+        state.write_bytes(data[: ltx.header.commit * size])
+        assert rows(state) == left
+
+
+async def test_a_large_database_keeps_its_branch_without_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pylitefs.engine.lost.COPY_MAX_BYTES", 4096)
+    with two(tmp_path) as nodes:
+        _, branch = await diverged(nodes, tmp_path)
+        assert branch.path(TIP) is None and branch.path(PAGES) is not None and len(branch.files()) == 3
+
+
+async def test_what_follows_the_head_is_given_back_while_the_primary_takes_writes(tmp_path: Path) -> None:
+    with two(tmp_path) as nodes:
+        app = Application(nodes.primary, "a.db")
+        for _ in range(3):
+            app.insert(300)
+        async with nodes.running():
+            await nodes.until_equal()
+        for _ in range(4):
+            app.insert(20_000)
+        head, left = app.database.position, rows_of(nodes.primary, tmp_path)
+        app = changed_places(nodes, 2)
+        async with nodes.running(epoch=2):
+            await nodes.until(lambda: app.database.position == head)
+            await nodes.until_equal()
+            after = await asyncio.to_thread(rows_of, nodes.primary, tmp_path)
+        assert after == left and app.database.captures and not app.database.yields
+        assert app.database.epoch == 1, "the giver's"
+        assert branches(nodes.replica.data_dir) == []
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: str, offset: int, bit: int = 4) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1 << bit]))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_a_damaged_file_of_a_replica_heals(tmp_path: Path, restart: bool) -> None:
+    """Of pages that nobody writes any more; also if the node stops before it is connected."""
+    with two(tmp_path) as nodes:
+        app = Application(nodes.primary, "a.db")
+        for _ in range(3):
+            app.insert(9000)
+        async with nodes.running():
+            await nodes.until_equal()
+        copy = nodes.replica.find("a.db")
+        assert nodes.replica.worker.submit(nodes.replica.apply.rest, copy).result()
+        for page in (2, 4):  # the same bit at the same place would not be seen: see `Position`
+            flip(copy.files.database, page * copy.page_size + 100, page)
+        seen: list[str] = []
+        nodes.replica.events.subscribe(lambda event: seen.append(event.type))
+        if restart:
+            with pytest.raises(DatabaseError):
+                verify(copy)
+            nodes.replica.close(clean=True)
+            nodes.replica = open_store(tmp_path / "replica", is_primary=False)
+        async with nodes.running():
+            await nodes.until(nodes.follower.ready.is_set)
+            copy = nodes.replica.find("a.db")
+            if not restart:
+                with pytest.raises(DatabaseError):
+                    await asyncio.to_thread(verify, copy)
+                await nodes.until(lambda: "resync" in seen)
+                assert seen.count("damaged") == 1
+            await nodes.until(lambda: copy.position == app.database.position and not copy.is_damaged)
+            await nodes.until_equal()
+            await asyncio.to_thread(verify, copy)
+        assert branches(nodes.replica.data_dir) == []
+
+
+@pytest.mark.parametrize("place", ["header", "page", "trailer"])
+async def test_a_damaged_log_entry_of_the_primary_stops_nothing(tmp_path: Path, place: str) -> None:
+    with two(tmp_path) as nodes:
+        app = Application(nodes.primary, "a.db")
+        app.insert(500)
+        async with nodes.running():
+            await nodes.until_equal()
+        app.insert(9000)
+        entry = app.database.log.entries()[-1]
+        flip(entry.path, {"header": 20, "page": 200, "trailer": os.path.getsize(entry.path) - 12}[place])
+        app.insert(100)
+        async with nodes.running():
+            await nodes.until_equal()
+            await asyncio.to_thread(app.insert, 100)
+            await nodes.until_equal()
+        assert branches(nodes.replica.data_dir) == []

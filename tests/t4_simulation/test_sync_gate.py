@@ -1,0 +1,374 @@
+"""Synchronous replication: in whatever order things come, the nodes that may be elected hold what was acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pylitefs.cluster.lease_port import LeaseLost
+from pylitefs.cluster.sync_gate import Mode, SyncGate, SyncRules
+from pylitefs.errors import Unavailable
+
+NODES = (1, 2, 3, 4)
+NAMES = ("a", "b")
+
+
+class World:
+    """A primary with logs, and the shared state. `answers` are those of commits, in order: (name, TXID, error)."""
+
+    def __init__(self, rules: SyncRules, written: frozenset[int] | None) -> None:
+        self.now_s = 100.0
+        self.heads: dict[str, int] = {}
+        self.document = written
+        self.answers: list[tuple[str, int, BaseException | None]] = []
+        self.write: Callable[[frozenset[int]], None] = self._write
+        self.gate = SyncGate(rules, lambda: dict(self.heads), self._change, written, clock=self._clock)
+
+    def _clock(self) -> float:
+        self.now_s += 0.001  # so that no wait is for ever
+        return self.now_s
+
+    def _write(self, nodes: frozenset[int]) -> None:
+        self.document = nodes
+
+    async def _change(self, nodes: frozenset[int]) -> None:
+        self.write(nodes)
+
+    def commit(self, name: str = "a") -> int:
+        txid = self.heads[name] = self.heads.get(name, 0) + 1
+        self.gate.wait(name, txid, lambda error: self.answers.append((name, txid, error)))
+        return txid
+
+    def join(self, node: int) -> None:
+        self.gate.joined(node)
+        for name, txid in self.heads.items():
+            self.gate.holds(node, name, txid)
+
+    def step(self, times: int = 3) -> None:
+        for _ in range(times):
+            asyncio.run(self.gate.step())
+
+    @property
+    def acknowledged(self) -> list[tuple[str, int]]:
+        return [(name, txid) for name, txid, error in self.answers if error is None]
+
+
+def world(written: frozenset[int] | None = None, **rules: object) -> World:
+    return World(SyncRules(**({"replicas": 1, "take_in_s": 0.02} | rules)), written)  # type: ignore[arg-type]
+
+
+def test_nothing_is_answered_before_the_set_is_written() -> None:
+    here = world()
+    here.commit()
+    here.join(1)
+    assert here.answers == []
+    here.step()
+    assert here.document == {1} and here.acknowledged == [("a", 1)]
+
+
+def test_a_commit_waits_for_every_node_of_the_set() -> None:
+    here = world(replicas=2)
+    here.join(1)
+    here.join(2)
+    here.step()
+    assert here.document == {1, 2}
+    here.commit()
+    here.gate.holds(1, "a", 1)
+    assert here.answers == []
+    here.gate.holds(2, "a", 1)
+    assert here.acknowledged == [("a", 1)]
+    here.commit("b")
+    here.commit("b")
+    here.gate.holds(1, "b", 2)
+    here.gate.holds(2, "b", 1)
+    assert here.acknowledged == [("a", 1), ("b", 1)]
+
+
+def test_a_node_that_was_lost_is_replaced() -> None:
+    here = world()
+    here.join(1)
+    here.step()
+    here.join(2)
+    here.commit()
+    here.gate.left(1)
+    here.step()
+    assert here.document == {1}, "the other one does not hold what is in the log yet"
+    here.gate.holds(2, "a", 1)
+    assert here.answers == []
+    here.now_s += 1.0
+    here.step()
+    assert here.document == {2} and here.acknowledged == [("a", 1)]
+
+
+def test_a_set_that_may_be_written_counts() -> None:
+    """The write has failed, and nobody knows: both sets must hold what is acknowledged."""
+    here = world()
+    here.join(1)
+    here.step()
+    here.join(2)
+
+    def half(nodes: frozenset[int]) -> None:
+        here.document = nodes
+        raise Unavailable("no answer")
+
+    here.write = half
+    here.gate.left(1)
+    here.step(1)
+    assert here.document == {2}
+    here.commit()
+    here.gate.holds(2, "a", 1)
+    assert here.answers == []
+    here.write = here._write
+    here.now_s += 1
+    here.step()
+    assert here.acknowledged == [("a", 1)] and here.document == {2}
+
+
+def test_a_node_that_may_have_been_taken_in_is_waited_for() -> None:
+    here = world(mode=Mode.DEGRADE)
+    here.step()
+    assert here.document == frozenset()
+
+    def half(nodes: frozenset[int]) -> None:
+        here.document = nodes
+        raise Unavailable("no answer")
+
+    here.write = half
+    here.join(1)
+    here.step(1)
+    assert here.document == {1}
+    here.commit()
+    assert here.answers == []
+    here.gate.holds(1, "a", 1)
+    assert here.acknowledged == [("a", 1)]
+
+
+def test_the_promoted_node_waits_for_those_that_are_written() -> None:
+    here = world(frozenset({1}), mode=Mode.WAIT)
+    here.heads["a"] = 5
+    here.commit()
+    here.step()
+    assert here.answers == []
+    here.gate.joined(1)
+    here.gate.holds(1, "a", 4)
+    here.gate.holds(1, "a", 6)
+    assert here.acknowledged == [("a", 6)]
+
+
+def test_a_copy_that_is_mended_does_not_count() -> None:
+    here = world()
+    here.heads["b"] = 3
+    here.join(1)
+    here.step()
+    here.gate.strayed(1, "b")
+    here.commit("a")
+    here.gate.holds(1, "a", 1)
+    assert here.answers == []
+    here.gate.holds(1, "b", 3)
+    assert here.acknowledged == [("a", 1)]
+
+
+def test_a_timeout_fails_the_commit() -> None:
+    here = world(timeout_s=2.0)
+    here.join(1)
+    here.step()
+    here.commit()
+    here.now_s += 1.5
+    here.step()
+    assert here.answers == []
+    here.now_s += 0.6
+    here.step()
+    ((name, txid, error),) = here.answers
+    assert (name, txid) == ("a", 1) and isinstance(error, OSError) and error.errno == errno.EIO
+    here.gate.holds(1, "a", 1)
+    assert len(here.answers) == 1
+
+
+def test_degrade_takes_the_missing_out_first() -> None:
+    here = world(mode=Mode.DEGRADE, timeout_s=2.0)
+    here.join(1)
+    here.step()
+    here.commit()
+    here.now_s += 2.1
+    here.write = lambda nodes: (_ for _ in ()).throw(Unavailable("not now"))
+    here.step()
+    assert here.answers == [] and here.document == {1}
+    here.write = here._write
+    here.now_s += 1.0
+    here.step()
+    assert here.document == frozenset() and here.acknowledged == [("a", 1)]
+    here.commit()
+    assert len(here.acknowledged) == 2
+    here.gate.holds(1, "a", 2)
+    here.now_s += 1.0
+    here.step()
+    assert here.document == {1}
+
+
+def test_one_that_does_not_keep_up_is_not_waited_for() -> None:
+    here = world(mode=Mode.DEGRADE, timeout_s=2.0)
+    here.step()
+    here.join(1)
+    for _ in range(10):
+        here.commit()
+        here.now_s += 0.3
+        here.step(1)
+    assert here.document == frozenset()
+    assert len(here.acknowledged) == 10
+
+
+def test_a_slow_replica_is_replaced() -> None:
+    here = world(replace_after_s=1.0)
+    here.join(1)
+    here.step()
+    here.join(2)
+    here.commit()
+    here.gate.holds(2, "a", 1)
+    here.step()
+    assert here.answers == []
+    here.now_s += 1.1
+    here.step()
+    assert here.document == {2} and here.acknowledged == [("a", 1)]
+
+
+@pytest.mark.parametrize("how", ["closed", "lease lost"])
+def test_a_node_that_leads_no_more_fails_what_waits(how: str) -> None:
+    here = world()
+    here.commit()
+    if how == "closed":
+        here.gate.close(Unavailable("demoted"))
+    else:
+        here.write = lambda nodes: (_ for _ in ()).throw(LeaseLost("another node leads"))
+        here.gate.joined(1)
+        here.gate.holds(1, "a", 1)
+        here.step()
+    here.commit()
+    assert [type(error) for _, _, error in here.answers] == [OSError, OSError]
+
+
+class Anything(RuleBasedStateMachine):
+    """Replicas come, go, hold and report in any order; writes of the state succeed, fail, or fail and count."""
+
+    @initialize(
+        replicas=st.integers(1, 3),
+        degrade=st.booleans(),
+        written=st.one_of(st.none(), st.frozensets(st.sampled_from(NODES), max_size=3)),
+    )
+    def begin(self, replicas: int, degrade: bool, written: frozenset[int] | None) -> None:
+        rules = SyncRules(
+            replicas, Mode.DEGRADE if degrade else Mode.WAIT, timeout_s=2.0 if degrade else 0.0, take_in_s=0.5
+        )
+        self.loop = asyncio.new_event_loop()
+        self.world = World(rules, written)
+        self.held = {node: dict.fromkeys(NAMES, 0) for node in NODES}  # durably, whether we were told or not
+        self.connected: set[int] = set()
+        self.told = 0
+        self.writing: asyncio.Future[None] | None = None
+        self.wanted: frozenset[int] = frozenset()
+        self.task: asyncio.Task[None] | None = None
+        self.world.gate._change = self.change
+
+    async def change(self, nodes: frozenset[int]) -> None:
+        self.wanted, self.writing = nodes, self.loop.create_future()
+        await self.writing
+
+    def pump(self) -> None:
+        for _ in range(5):
+            self.loop.run_until_complete(asyncio.sleep(0))
+
+    @rule(name=st.sampled_from(NAMES))
+    def commit(self, name: str) -> None:
+        self.world.commit(name)
+
+    @rule(node=st.sampled_from(NODES), name=st.sampled_from(NAMES), report=st.booleans())
+    def hold(self, node: int, name: str, report: bool) -> None:
+        if node in self.connected:
+            self.held[node][name] = self.world.heads.get(name, 0)
+            if report:
+                self.report(node)
+
+    @rule(node=st.sampled_from(NODES))
+    def report(self, node: int) -> None:
+        if node in self.connected:
+            for name in NAMES:
+                self.world.gate.holds(node, name, self.held[node][name])
+
+    @rule(node=st.sampled_from(NODES))
+    def catch_up(self, node: int) -> None:
+        if node not in self.connected:
+            self.join(node)
+        for name in NAMES:
+            self.hold(node, name, report=True)
+        self.world.now_s += 0.6  # so that a pause is over
+        self.look()
+
+    @rule(node=st.sampled_from(NODES))
+    def join(self, node: int) -> None:
+        if node not in self.connected:
+            self.connected.add(node)
+            self.world.gate.joined(node)
+
+    @rule(node=st.sampled_from(NODES))
+    def leave(self, node: int) -> None:
+        self.connected.discard(node)
+        self.world.gate.left(node)
+
+    @rule(node=st.sampled_from(NODES), name=st.sampled_from(NAMES))
+    def stray(self, node: int, name: str) -> None:
+        self.world.gate.strayed(node, name)
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 3.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.now_s += seconds
+
+    @rule()
+    def look(self) -> None:
+        if self.task is None or self.task.done():
+            if self.task is not None:
+                self.task.result()
+            self.task = self.loop.create_task(self.world.gate.step())
+        else:
+            self.loop.run_until_complete(asyncio.sleep(0.0025))  # it asks every 2 ms
+        self.pump()
+
+    @precondition(lambda self: self.writing is not None and not self.writing.done())
+    @rule(counts=st.booleans(), answered=st.booleans())
+    def write_ends(self, counts: bool, answered: bool) -> None:
+        assert self.writing is not None
+        if counts or answered:
+            self.world.document = self.wanted
+        if answered:
+            self.writing.set_result(None)
+        else:
+            self.writing.set_exception(Unavailable("no answer"))
+        self.pump()
+
+    @invariant()
+    def who_may_be_elected_holds_what_was_acknowledged(self) -> None:
+        """What was acknowledged is as of now; a node that is written before it joined is behind until something is."""
+        document, rules = self.world.document, self.world.gate.rules
+        fresh, self.told = self.world.answers[self.told :], len(self.world.answers)
+        for name, txid, error in fresh:
+            assert error is None
+            holders = {node for node in NODES if self.held[node][name] >= txid}
+            if rules.mode is Mode.WAIT:
+                assert len(holders) >= rules.replicas
+        for node in document or ():
+            for name, txid in self.world.acknowledged:
+                assert self.held[node][name] >= txid, f"node {node} lacks {name} {txid}"
+
+    def teardown(self) -> None:
+        if self.task is not None and not self.task.done():
+            self.task.cancel()
+            self.pump()
+        self.loop.close()
+
+
+TestAnything = Anything.TestCase
+TestAnything.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

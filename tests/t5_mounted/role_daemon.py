@@ -1,0 +1,134 @@
+"""A node for tests without a cluster: mounts a store and changes its role as it is told on standard input.
+
+usage: role_daemon.py MOUNT DATA auto|off
+
+One JSON list per line, [command, argument...]; answers with one JSON line, {"ok": ...} or {"error": "..."}.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+from pylitefs.engine.fence import Fence
+from pylitefs.engine.hooks import EngineHooks
+from pylitefs.engine.store import Store, StoreOptions
+from pylitefs.events import EventBus
+from pylitefs.filesystem.guard import MountGuard
+from pylitefs.filesystem.session import Session
+from pylitefs.formats.ltx.decoder import verify_stream
+
+
+class RoleNode:
+    def __init__(self, mount_dir: str, data_dir: str, passthrough: bool) -> None:
+        self.mount_dir = os.path.realpath(mount_dir)
+        self.events: list[str] = []
+        bus = EventBus()
+        bus.subscribe(lambda event: self.events.append(f"{event.type} {event.database or ''}".strip()))
+        options = StoreOptions(is_primary=False, role_from_marker=True, mount_dir=self.mount_dir)
+        self.store = Store(data_dir, bus, options)
+        self.store.load()
+        self.store.start()
+        self.store.worker.submit(self.store.settle).result()
+        self.store.note_boot()
+        hooks = EngineHooks(self.store, self.store.apply)
+        self.session = Session(
+            mount_dir, data_dir, hooks, passthrough=passthrough, io_uring=False, allow_other=False,
+            log=lambda line: print(line, file=sys.stderr, flush=True), on_gone=lambda: None,
+            on_connected=lambda *shown: self.store.worker.submit(self.store.mounted, self.mount_dir, *shown).result(),
+        )  # fmt: skip
+        self.guard = MountGuard(mount_dir)
+        self.session.start()
+        self.guard.hold(self.session.device_fd, self.session.mount_device)
+        self.store.worker.submit(self.store.serving).result()
+        self.store.start_upkeep()
+
+    # -- commands
+
+    def promote(self, epoch: int, lease_s: float = math.inf) -> None:
+        self.lead(lease_s)
+        self.store.promote(epoch)
+
+    def lead(self, lease_s: float) -> None:
+        self.store.fence.until_s = time.clock_gettime(time.CLOCK_BOOTTIME) + lease_s
+
+    def demote(self, timeout_s: float) -> list[str]:
+        return self.store.demote(timeout_s)
+
+    def pause(self, timeout_s: float) -> bool:
+        return self.store.pause_writes(timeout_s)
+
+    def resume(self) -> None:
+        self.store.resume_writes()
+
+    def demote_database(self, name: str, timeout_s: float) -> bool:
+        return self.store.demote_database(name, timeout_s)
+
+    def promote_database(self, name: str) -> None:
+        self.store.promote_database(name, None if self.store.is_primary else Fence(math.inf))
+
+    def apply_as_primary(self, name: str, path: str) -> str:
+        return str(self.store.worker.submit(self.store.apply_as_primary, name, path).result())
+
+    def apply(self, name: str, path: str) -> str:
+        with open(path, "rb") as file:
+            data = file.read()
+        return str(self.store.worker.submit(lambda: self.store.get_or_create(name).apply(data)).result())
+
+    def position(self, name: str) -> str:
+        return str(self.store.flush(self.store.find(name)).result())
+
+    def captures(self, name: str) -> bool:
+        return self.store.find(name).captures
+
+    def log(self, name: str) -> list[list[Any]]:
+        """Every file of the log, checked: [path, min TXID, max TXID]. They must follow one another."""
+        self.position(name)
+        found, after = [], None
+        for entry in self.store.find(name).log.entries():
+            header, trailer = verify_stream(entry.chunks())
+            before = header.min_txid - 1, header.pre_apply_checksum
+            assert after is None or before == after, f"{entry.path} does not follow"
+            after = header.max_txid, trailer.post_apply_checksum
+            found.append([entry.path, header.min_txid, header.max_txid])
+        return found
+
+    def export(self, name: str, path: str) -> str:
+        return str(self.store.find(name).copy_to(path))
+
+    def told(self) -> list[str]:
+        return list(self.events)
+
+    def stop(self) -> None:
+        if not self.store.is_primary:
+            self.store.worker.submit(self.store.rest_all).result(timeout=30)
+        self.store.roles.stop()
+        self.session.stop()
+        self.store.worker.submit(self.store.unmounted).result(timeout=60)
+        self.store.close(clean=True)
+        self.guard.stop()
+
+
+def main() -> int:
+    mount_dir, data_dir, passthrough = sys.argv[1:4]
+    sys.setswitchinterval(0.0005)
+    node = RoleNode(mount_dir, data_dir, passthrough == "auto")
+    print(json.dumps({"ok": node.session.passthrough}), flush=True)
+    for line in sys.stdin:
+        command, *words = json.loads(line)
+        try:
+            answer = {"ok": getattr(node, command)(*words)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+        if command == "stop":
+            break
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""Writes from a replica under the HALT lock, on real nodes and through the mount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import pylitefs
+from cluster_nodes import (
+    PASSTHROUGH,
+    Cluster,
+    Node,
+    assert_same_bytes,
+    assert_sound,
+    needs_root,
+    wait_same_position,
+    wait_until,
+)
+
+pytestmark = needs_root
+_F_OFD_SETLKW = 38
+MODES = ["wal", "delete"]
+
+
+def begin(node: Node, mode: str = "wal") -> None:
+    """A database with a counter at 0."""
+    with contextlib.closing(node.connect("app.db")) as connection:
+        connection.execute(f"pragma journal_mode={mode}")
+        connection.execute("create table counter (n integer not null)")
+        connection.execute("insert into counter values (0)")
+        connection.execute("create table log (who text, n integer)")
+
+
+def count(node: Node) -> int:
+    with contextlib.closing(node.connect("app.db")) as connection:
+        value: int = connection.execute("select n from counter").fetchone()[0]
+        return value
+
+
+def increment(node: Node, who: str, synchronous: str = "normal") -> None:
+    with contextlib.closing(node.connect("app.db")) as connection:
+        connection.execute(f"pragma synchronous={synchronous}")
+        connection.execute("begin immediate")
+        n = connection.execute("select n from counter").fetchone()[0]
+        connection.execute("update counter set n = ?", (n + 1,))
+        connection.execute("insert into log values (?, ?)", (who, n + 1))
+        connection.execute("commit")
+
+
+def settled(*nodes: Node) -> None:
+    """All replicas have what the primary has, byte for byte."""
+    for replica in nodes[1:]:
+        wait_same_position(nodes[0], replica, "app.db")
+    assert_same_bytes(nodes, "app.db")
+    for node in nodes:
+        with contextlib.closing(node.connect("app.db")) as connection:
+            assert_sound(connection)
+
+
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_replica_writes_under_the_lock(cluster: Cluster, mode: str, passthrough: str) -> None:
+    primary, replica = cluster.pair()
+    begin(primary, mode)
+    wait_same_position(primary, replica, "app.db")
+    with pylitefs.halt(replica.mount / "app.db"):
+        increment(replica, "replica")
+        increment(replica, "replica", "full")
+    assert count(primary) == 2
+    increment(primary, "primary")  # at once: the lock is given back before the close returns
+    settled(primary, replica)
+    assert count(replica) == 3
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        increment(replica, "replica")
+
+
+SHORT = """
+import sys
+if sys.argv[1:2] == ["mount"] or "mount" in sys.orig_argv:
+    from pylitefs.cluster.halting import Halting
+    from pylitefs.cluster.halts import HaltLocks
+    for kind in (Halting, HaltLocks):
+        kind.__init__.__kwdefaults__["ttl_s"] = 3.0
+"""
+
+
+@pytest.fixture
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks that expire after 3 s instead of 30, in every node that is started."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SHORT)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def trio(cluster: Cluster) -> tuple[Node, Node, Node]:
+    primary, first = cluster.pair()
+    second = cluster.node("second", primary=primary).start()
+    begin(primary)
+    for replica in (first, second):
+        wait_same_position(primary, replica, "app.db")
+    return primary, first, second
+
+
+WORK = """
+import os, sqlite3, sys
+import pylitefs
+path, who, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
+for turn in range(rounds):
+    with pylitefs.halt(path, timeout_s=60):
+        db = sqlite3.connect(path, timeout=30, isolation_level=None)
+        db.execute(f"pragma synchronous={'full' if turn % 2 else 'normal'}")
+        for _ in range(3):
+            db.execute("begin immediate")
+            n = db.execute("select n from counter").fetchone()[0]
+            db.execute("update counter set n = ?", (n + 1,))
+            db.execute("insert into log values (?, ?)", (who, n + 1))
+            db.execute("commit")
+        db.close()
+"""
+
+
+def test_clients_of_two_replicas_take_turns(cluster: Cluster) -> None:
+    primary, first, second = trio(cluster)
+    rounds = 4
+    clients = [
+        subprocess.Popen([sys.executable, "-c", WORK, str(node.mount / "app.db"), f"{node.name}-{index}", str(rounds)])
+        for node in (first, second)
+        for index in range(2)
+    ]
+    try:
+        for _ in range(5):
+            increment(primary, "primary")
+        for client in clients:
+            assert client.wait(80) == 0
+    finally:
+        for client in clients:
+            client.kill()
+            client.wait()
+    assert count(primary) == 4 * rounds * 3 + 5
+    with contextlib.closing(primary.connect("app.db")) as connection:
+        assert connection.execute("select count(distinct n) from log").fetchone()[0] == 4 * rounds * 3 + 5
+    settled(primary, first, second)
+
+
+def test_a_full_commit_is_on_the_primary_when_it_returns(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    with pylitefs.halt(replica.mount / "app.db"), contextlib.closing(replica.connect("app.db")) as connection:
+        connection.execute("pragma synchronous=full")
+        for n in range(1, 6):
+            connection.execute("update counter set n = n + 1")
+            assert count(primary) == n
+
+
+def test_applications_of_the_primary_are_busy_and_go_on_afterwards(cluster: Cluster) -> None:
+    """Also one that opens the database meanwhile: its connection is not read-only for ever."""
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    with contextlib.closing(primary.connect("app.db", timeout_s=0)) as before:
+        before.execute("select * from counter").fetchall()
+        with pylitefs.halt(replica.mount / "app.db"):
+            during = primary.connect("app.db", timeout_s=0)
+            for connection in (before, during):
+                with pytest.raises(sqlite3.OperationalError, match="locked"):
+                    connection.execute("update counter set n = n + 10")
+            increment(replica, "replica")
+        with contextlib.closing(during):
+            for connection in (before, during):
+                connection.execute("pragma busy_timeout=10000")
+                connection.execute("update counter set n = n + 10")
+    assert count(primary) == 21
+    settled(primary, replica)
+
+
+def test_a_connection_from_an_earlier_lock_writes_under_the_next(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    with pylitefs.halt(replica.mount / "app.db"):
+        kept = replica.connect("app.db", timeout_s=0)
+        kept.execute("update counter set n = n + 1")
+    with contextlib.closing(kept):
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            kept.execute("update counter set n = n + 1")
+        increment(primary, "primary")
+        wait_same_position(primary, replica, "app.db")
+        assert kept.execute("select n from counter").fetchone() == (2,)
+        with pylitefs.halt(replica.mount / "app.db"):
+            kept.execute("update counter set n = n + 1")
+        assert count(primary) == 3
+    settled(primary, replica)
+
+
+LIKE_LITEFS_GO = """
+import fcntl, os, sqlite3, struct, sys, time
+path, how = sys.argv[1:3]
+print("opening", flush=True)
+fd = os.open(path + "-lock", os.O_RDWR | os.O_CREAT, 0o666)
+fcntl.fcntl(fd, 38, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 72, 1, 0))
+if os.fork() == 0:
+    os.close(fd)  # no end of the lock: the parent has it
+    os._exit(0)
+os.wait()
+db = sqlite3.connect(path, isolation_level=None)
+db.execute("update counter set n = n + 1")
+if how == "unlock":
+    fcntl.fcntl(fd, 38, struct.pack("hhqqi4x", fcntl.F_UNLCK, 0, 72, 1, 0))
+    os.close(fd)
+    print("done", flush=True)
+elif how == "die":
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("how", ["unlock", "exit", "die"])
+def test_the_sequence_of_litefs_clients(cluster: Cluster, how: str) -> None:
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    command = [sys.executable, "-c", LIKE_LITEFS_GO, str(replica.mount / "app.db"), how]
+    done = subprocess.run(command, timeout=60, check=False)
+    assert done.returncode == (-9 if how == "die" else 0)
+    increment(primary, "primary")
+    assert count(primary) == 2
+    settled(primary, replica)
+
+
+def test_litefs_run(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    path = str(replica.mount / "app.db")
+    program = f"import sqlite3; sqlite3.connect({path!r}, isolation_level=None).execute('update counter set n = 5')"
+    done = replica.litefs("run", "-with-halt-lock-on", path, "--", sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert count(primary) == 5
+    done = primary.litefs("run", "-with-halt-lock-on", str(primary.mount / "app.db"), "--", "true")
+    assert done.returncode == 0, done.stderr
+    done = replica.litefs("run", "-with-halt-lock-on", str(replica.mount / "none.db"), "--", "true")
+    assert done.returncode == 1 and "no such database" in done.stderr
+    settled(primary, replica)
+
+
+def test_the_lock_file(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    lock = replica.mount / "app.db-lock"
+    assert lock.name not in os.listdir(replica.mount)
+    assert lock.read_bytes() == b""
+    with pytest.raises(OSError):
+        os.open(replica.mount / "none.db-lock", os.O_RDWR)
+    with open(lock, "w"), open(lock, "r+b"):  # one lock for both
+        with pytest.raises(OSError):
+            os.unlink(replica.mount / "app.db")
+        increment(replica, "replica")
+    assert count(primary) == 1
+
+
+def test_an_open_that_waits_can_be_interrupted(cluster: Cluster) -> None:
+    """A process that waits for the lock can be killed at once, and does not get it afterwards."""
+    primary, first, second = trio(cluster)
+    with pylitefs.halt(first.mount / "app.db"):
+        command = [sys.executable, "-c", LIKE_LITEFS_GO, str(second.mount / "app.db"), "exit"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as waiting:
+            assert waiting.stdout is not None and waiting.stdout.readline() == b"opening\n"
+            waiting.kill()
+            assert waiting.wait(5) == -9
+    increment(primary, "primary")
+    assert count(primary) == 1
+    settled(primary, first, second)
+
+
+class Incrementer(threading.Thread):
+    """Increments under one lock until that fails; `acknowledged` is the last number whose FULL commit returned."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(daemon=True)
+        self.node, self.acknowledged, self.problem = node, 0, ""
+        self.fd = os.open(node.mount / "app.db-lock", os.O_RDWR)
+
+    def run(self) -> None:
+        try:
+            with contextlib.closing(self.node.connect("app.db", timeout_s=1)) as connection:
+                connection.execute("pragma synchronous=full")
+                while True:
+                    n = self.acknowledged + 1
+                    connection.execute("insert into log values ('under the lock', ?)", (n,))
+                    self.acknowledged = n
+                    time.sleep(0.002)
+        except sqlite3.Error as error:
+            self.problem = str(error)
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(self.fd)
+
+
+def logged(node: Node) -> list[int]:
+    with contextlib.closing(node.connect("app.db")) as connection:
+        return [n for (n,) in connection.execute("select n from log where who = 'under the lock' order by n")]
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("victim", ["holder", "primary"])
+def test_kill_9(cluster: Cluster, victim: str) -> None:
+    """What was acknowledged with FULL is there. The one that is killed comes back, and all are equal."""
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    client = Incrementer(replica)
+    client.start()
+    wait_until(lambda: client.acknowledged >= 20, "some commits")
+    node = replica if victim == "holder" else primary
+    node.kill()
+    client.join(40)
+    assert not client.is_alive() and client.problem
+    node.start()
+    wait_until(lambda: increment(primary, "primary") is None, "the primary is written to")
+    settled(primary, replica)
+    found = logged(primary)
+    assert found == list(range(1, len(found) + 1)) and len(found) >= client.acknowledged
+    with pylitefs.halt(replica.mount / "app.db", timeout_s=20):
+        increment(replica, "replica")
+    settled(primary, replica)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_holder_that_was_stopped_for_too_long(cluster: Cluster) -> None:
+    """Its lock expires: others write, and what it says afterwards is not acknowledged."""
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    client = Incrementer(replica)
+    client.start()
+    wait_until(lambda: client.acknowledged >= 10, "some commits")
+    replica.pause()
+    acknowledged = client.acknowledged
+    increment(primary, "primary")  # waits for the lock to expire
+    replica.resume()
+    client.join(30)
+    assert not client.is_alive() and client.problem
+    assert client.acknowledged <= acknowledged + 1
+    settled(primary, replica)
+    found = logged(primary)
+    assert found == list(range(1, len(found) + 1)) and len(found) >= client.acknowledged
+    wait_until(lambda: pylitefs.halt(replica.mount / "app.db").__enter__(), "the lock is to be had again")

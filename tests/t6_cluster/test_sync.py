@@ -1,0 +1,251 @@
+"""Synchronous replication with real nodes: what a FULL commit waits for, and what comes of it when it is in vain."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from cluster_nodes import (
+    PASSTHROUGH,
+    START_S,
+    Cluster,
+    Node,
+    assert_same_bytes,
+    assert_sound,
+    needs_root,
+    wait_same_position,
+    wait_until,
+)
+
+pytestmark = needs_root
+NAME = "app.db"
+PROGRAM = str(Path(__file__).with_name("gated_daemon.py"))
+WRITER = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("pragma synchronous = full")
+db.execute("begin immediate")
+db.execute("insert into t(data) values ('killed')")
+print("begun", flush=True)
+db.execute("commit")
+print("committed", flush=True)
+"""
+
+
+class GatedNode(Node):
+    rules: ClassVar[dict[str, Any]] = {}
+
+    def start(self, *, wait: bool = True) -> Node:
+        path = self.base / "litefs.yml"
+        path.write_text(json.dumps(self.config))
+        rules = json.dumps({"replicas": 1, "state": str(self.base / "in-sync"), **self.rules})
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, PROGRAM, rules, "mount", "-config", str(path)], stdout=log, stderr=log, cwd=self.base
+            )
+        if wait:
+            wait_until(self.healthy, f"{self.name} is ready\n{self.log_tail()}")
+        return self
+
+    def in_sync(self) -> list[int]:
+        found: list[int] = json.loads((self.base / "in-sync").read_text())
+        return found
+
+
+def gated_pair(cluster: Cluster, journal: str = "wal", **rules: Any) -> tuple[GatedNode, Node, sqlite3.Connection]:
+    primary = GatedNode(cluster.base, "primary", passthrough=cluster.passthrough)
+    primary.rules = rules  # type: ignore[misc]
+    cluster.nodes.append(primary)
+    primary.start()
+    replica = cluster.node("replica", primary=primary).start()
+    wait_until(primary.in_sync, "the replica is in sync")
+    writer = primary.connect(NAME)
+    writer.execute(f"pragma journal_mode = {journal}")
+    writer.execute("pragma synchronous = full")
+    writer.execute("create table t(id integer primary key, data)")
+    writer.execute("insert into t(data) values ('first')")
+    return primary, replica, writer
+
+
+def count(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("select count(*) from t").fetchone()[0])
+
+
+class Commit:
+    """A statement on a thread of its own."""
+
+    def __init__(self, connection: sqlite3.Connection, sql: str = "insert into t(data) values ('waits')") -> None:
+        self.done = threading.Event()
+        self.error: sqlite3.Error | None = None
+        self._run = threading.Thread(target=self._execute, args=(connection, sql), daemon=True)
+        self._run.start()
+
+    def _execute(self, connection: sqlite3.Connection, sql: str) -> None:
+        try:
+            connection.execute(sql)
+        except sqlite3.Error as error:
+            self.error = error
+        self.done.set()
+
+
+def applied(node: Node) -> int:
+    with contextlib.closing(node.connect(NAME)) as connection:
+        return count(connection)
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete", "truncate", "persist"])
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_a_full_commit_waits_for_the_replica(cluster: Cluster, passthrough: str, mode: str) -> None:
+    primary, replica, writer = gated_pair(cluster, mode)
+    reader = primary.connect(NAME, timeout_s=0.0)
+    assert count(reader) == 1
+    replica.pause()
+    try:
+        commit = Commit(writer)
+        assert not commit.done.wait(1.0)
+        if mode == "wal":
+            assert count(reader) == 1, "nobody sees what may still be lost"
+        else:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                count(reader)
+    finally:
+        replica.resume()
+    assert commit.done.wait(START_S) and commit.error is None
+    assert count(reader) == 2
+    wait_same_position(primary, replica, NAME)
+    assert applied(replica) == 2
+    assert_same_bytes([primary, replica], NAME)
+    reader.close()
+    writer.close()
+
+
+def test_a_normal_commit_does_not_wait(cluster: Cluster) -> None:
+    primary, replica, writer = gated_pair(cluster)
+    writer.execute("pragma synchronous = normal")
+    replica.pause()
+    try:
+        commit = Commit(writer)
+        assert commit.done.wait(START_S) and commit.error is None
+        assert count(writer) == 2
+    finally:
+        replica.resume()
+    wait_same_position(primary, replica, NAME)
+    writer.close()
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete", "truncate", "persist"])
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_what_no_replica_held_in_time_is_gone_everywhere(cluster: Cluster, passthrough: str, mode: str) -> None:
+    primary, replica, writer = gated_pair(cluster, mode, timeout_s=1.0)
+    replica.pause()
+    try:
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+            writer.execute("insert into t(data) values ('in vain')")
+    finally:
+        replica.resume()
+    assert "no replica held them within 1 s" in primary.log_text()
+    reader = primary.connect(NAME)
+    assert [data for (data,) in reader.execute("select data from t")] == ["first"]
+    wait_same_position(primary, replica, NAME)
+    assert applied(replica) == 1
+    wait_until(lambda: not Commit(writer).done.wait(START_S) or count(writer) > 1, "a commit goes through again")
+    wait_same_position(primary, replica, NAME)
+    assert applied(replica) == count(writer)
+    assert_same_bytes([primary, replica], NAME)
+    assert_sound(reader)
+    reader.close()
+    writer.close()
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_a_writer_that_is_killed_while_it_waits(cluster: Cluster, passthrough: str, mode: str) -> None:
+    primary, replica, other = gated_pair(cluster, mode)
+    assert count(other) == 1
+    before = primary.position(NAME)
+    replica.pause()
+    try:
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(primary.mount / NAME)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"begun\n"
+        wait_until(lambda: primary.position(NAME) != before, "it waits")
+        writer.send_signal(signal.SIGKILL)
+        assert writer.wait(START_S) == -signal.SIGKILL
+        assert writer.stdout.read() == b""
+        writer.stdout.close()
+    finally:
+        replica.resume()
+    assert count(other) == 1
+    other.execute("insert into t(data) values ('after')")
+    wait_same_position(primary, replica, NAME)
+    assert applied(replica) == 2
+    assert_same_bytes([primary, replica], NAME)
+    other.close()
+
+
+def test_a_replica_that_comes_anew_fetches_what_is_pending(cluster: Cluster) -> None:
+    """The only one in sync is lost for good while a commit waits: another one takes its place, and the commit ends."""
+    primary, replica, writer = gated_pair(cluster)
+    before = primary.in_sync()
+    replica.kill()
+    replica.unmount()
+    commit = Commit(writer)
+    assert not commit.done.wait(0.5)
+    spare = cluster.node("spare", primary=primary).start()
+    assert commit.done.wait(START_S) and commit.error is None
+    assert primary.in_sync() != before
+    wait_same_position(primary, spare, NAME)
+    assert applied(spare) == 2
+    writer.close()
+
+
+def test_degrade_goes_on_alone(cluster: Cluster) -> None:
+    primary, replica, writer = gated_pair(cluster, mode="degrade", timeout_s=1.0)
+    replica.pause()
+    try:
+        commit = Commit(writer)
+        assert commit.done.wait(START_S) and commit.error is None
+        assert primary.in_sync() == []
+    finally:
+        replica.resume()
+    wait_until(primary.in_sync, "it is in sync again")
+    wait_same_position(primary, replica, NAME)
+    writer.close()
+
+
+def test_ten_writers_share_the_round_trips(cluster: Cluster) -> None:
+    primary, replica, writer = gated_pair(cluster)
+    writer.close()
+    errors: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            connection = primary.connect(f"db{number}")
+            connection.execute("pragma journal_mode = wal")
+            connection.execute("pragma synchronous = full")
+            connection.execute("create table t(id integer primary key, data)")
+            for _ in range(20):
+                connection.execute("insert into t(data) values (?)", (os.urandom(100),))
+            connection.close()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for number in range(10):
+        wait_same_position(primary, replica, f"db{number}")
+        assert_same_bytes([primary, replica], f"db{number}")

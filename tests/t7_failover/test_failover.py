@@ -1,0 +1,300 @@
+"""The primary fails, in every way there is: another node takes writes, and the clients' histories hold.
+
+Times are printed (`pytest -s`), never asserted: what is waited for only has to come.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from cluster_nodes import needs_root, wait_until
+from harness.cluster import ALL_DBS, DELETE_DB, FULL_DB, NORMAL_DB, HaCluster, gaps, wait_more
+from harness.history import History, Outcome
+from harness.nodes import Member
+
+pytestmark = [needs_root, pytest.mark.timeout(150)]
+New = Callable[..., HaCluster]
+SMALL_DISK = 48 << 20
+
+
+def report(what: str, seen: History, outcome: Outcome) -> None:
+    """What was measured."""
+    longest = {db: f"{gaps(seen, db)[0][1]:.2f} s" for db in outcome.copies[outcome.primary] if gaps(seen, db)}
+    commits = {db: len(seen.acknowledged(db)) for db in longest}
+    print(f"\n{what}: longest write gaps {longest}; commits {commits}; lost {lost(seen, outcome)}")
+
+
+def lost(seen: History, outcome: Outcome) -> dict[str, int]:
+    """How many acknowledged commits the history lacks, by database."""
+    found = {}
+    for db, copy in outcome.copies[outcome.primary].items():
+        found[db] = len({write.value for write in seen.acknowledged(db)} - set(copy.values))
+    return found
+
+
+@pytest.mark.parametrize("engine", ["etcd", "directory", "s3", "consul"])
+def test_kill_9(new_cluster: New, engine: str) -> None:
+    cluster = new_cluster(engine, databases=ALL_DBS)
+    cluster.start()
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        old.kill()
+        print(f"\n{engine}: the next primary after {cluster.wait_primary([old]):.2f} s")
+        wait_more(clients, 100)
+    report(f"kill -9, {engine}", *cluster.judge())
+
+
+def test_kill_9_and_the_machine_is_lost(new_cluster: New) -> None:
+    """With sync: 1 no acknowledged FULL commit is missing though the primary's disk is gone."""
+    cluster = new_cluster(sync=1, databases=FULL_DB | DELETE_DB)
+    cluster.start()
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        old.kill()
+        old.unmount()
+        cluster.wait_primary([old])
+        wait_more(clients, 50)
+    for path in old.data.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    report("kill -9 and disk lost, sync 1", *cluster.judge())
+
+
+@pytest.mark.parametrize("engine", ["etcd", "directory"])
+def test_sigterm_hands_over(new_cluster: New, engine: str) -> None:
+    """Nothing is lost, also of what is not waited for, and nobody has to notice that the primary is gone."""
+    cluster = new_cluster(engine, databases=ALL_DBS)
+    cluster.start()
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        old.terminate()
+        cluster.wait_primary([old])
+        wait_more(clients, 100)
+        assert old.process is not None
+        assert old.process.wait(30) == 0
+    seen, outcome = cluster.judge()
+    report(f"SIGTERM, {engine}", seen, outcome)
+    assert not any(lost(seen, outcome).values()), "a clean handover lost commits"
+
+
+@pytest.mark.parametrize("sync", [0, 1])
+def test_stopped_for_longer_than_the_lease(new_cluster: New, sync: int) -> None:
+    """SIGSTOP, SIGCONT: nothing of FULL is acknowledged afterwards, and NORMAL is kept in lost/."""
+    cluster = new_cluster(sync=sync, databases=ALL_DBS)
+    cluster.start()
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        old.pause()
+        cluster.wait_primary([old])
+        wait_more(clients, 100)
+        old.resume()
+        wait_until(lambda: old.role() is not None and not old.takes_writes(), "the old primary knows that it is none")
+        wait_more(clients, 50)
+    report(f"SIGSTOP, sync {sync}", *cluster.judge())
+
+
+@pytest.mark.parametrize("sync", [0, 1])
+def test_network_cut(new_cluster: New, sync: int) -> None:
+    """The primary reaches nobody: it steps down by its own clock, and another one takes over."""
+    cluster = new_cluster(network=True, sync=sync, databases=ALL_DBS)
+    cluster.start()
+    assert cluster.network is not None
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        cluster.network.isolate(old.name)
+        wait_until(lambda: old.role() is not None and not old.takes_writes(), "the old primary steps down")
+        cluster.wait_primary([old])
+        wait_more(clients, 100)
+    report(f"cut from everybody, sync {sync}", *cluster.judge())
+
+
+@pytest.mark.parametrize(("sender", "receiver"), [("primary", "engine"), ("engine", "primary")])
+def test_one_way_cut_from_the_engine(new_cluster: New, sender: str, receiver: str) -> None:
+    cluster = new_cluster(network=True, databases=ALL_DBS)
+    cluster.start()
+    assert cluster.network is not None
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        names = {"primary": old.name, "engine": "engine"}
+        cluster.network.cut_one_way(names[sender], names[receiver])
+        wait_until(lambda: old.role() is not None and not old.takes_writes(), "the old primary steps down")
+        cluster.wait_primary([old])
+        wait_more(clients, 100)
+    report(f"one-way cut {sender} → {receiver}", *cluster.judge())
+
+
+def test_one_way_cut_between_nodes(new_cluster: New) -> None:
+    """What the primary sends to its replicas does not arrive; the lease is not touched. Afterwards they catch up."""
+    cluster = new_cluster(network=True, databases=ALL_DBS)
+    cluster.start()
+    assert cluster.network is not None
+    with cluster.workload() as clients:
+        wait_more(clients, 50)
+        old = cluster.primary()
+        for replica in cluster.replicas():
+            cluster.network.cut_one_way(old.name, replica.name)
+        wait_more(clients, 200)
+        assert old.takes_writes()
+    report("one-way cut primary → replicas", *cluster.judge())
+
+
+def test_engine_gone_for_everybody(new_cluster: New) -> None:
+    """Reads go on; the primary steps down before its lease ends; when the engine is back there is a primary."""
+    cluster = new_cluster(network=True, databases=ALL_DBS)
+    members = cluster.start()
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        cluster.cut_engine()
+        cluster.wait_no_primary()
+        assert_reads_go_on(cluster, members)
+        cluster.heal()
+        cluster.wait_primary()
+        wait_more(clients, 50)
+    report("engine cut from everybody", *cluster.judge())
+
+
+def test_hung_engine(new_cluster: New) -> None:
+    """etcd is stopped with SIGSTOP: connections stay, nothing answers."""
+    cluster = new_cluster(databases=ALL_DBS)
+    members = cluster.start()
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        cluster.cut_engine()
+        cluster.wait_no_primary()
+        assert_reads_go_on(cluster, members)
+        cluster.heal()
+        cluster.wait_primary()
+        wait_more(clients, 50)
+    report("hung etcd", *cluster.judge())
+
+
+def assert_reads_go_on(cluster: HaCluster, members: list[Member]) -> None:
+    for member in members:
+        for name in cluster.databases:
+            connection = member.connect(name)
+            try:
+                assert connection.execute("select count(*) from log").fetchone()[0] > 0
+            finally:
+                connection.close()
+
+
+def test_failsafe(new_cluster: New) -> None:
+    """The engine is gone, but every node confirms the primary: writes go on. One that is cut off as well ends that."""
+    cluster = new_cluster(network=True, lease={"failsafe": True}, databases=ALL_DBS)
+    cluster.start()
+    assert cluster.network is not None
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        cluster.cut_engine()
+        for _ in range(3):  # each takes longer than a third of the lease
+            wait_more(clients, round(60 * cluster.ttl_s))
+        assert old.takes_writes()
+        cluster.network.isolate(cluster.replicas()[0].name)
+        cluster.wait_no_primary()
+        cluster.heal()
+        cluster.wait_primary()
+        wait_more(clients, 50)
+    report("failsafe", *cluster.judge())
+
+
+def test_full_disk(new_cluster: New) -> None:
+    """Nothing can be written on the primary any more: another one takes over."""
+    cluster = new_cluster(databases=ALL_DBS)
+    cluster.start(disk_bytes=SMALL_DISK)
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        old.fill()
+        cluster.wait_primary([old])
+        wait_more(clients, 50)
+        old.empty()
+        wait_more(clients, 50)
+    report("full disk", *cluster.judge())
+
+
+def test_a_branch_is_kept(new_cluster: New) -> None:
+    """What only the old primary had goes to lost/ when it comes back after others have gone on, and is reported."""
+    cluster = new_cluster(network=True, databases=FULL_DB | NORMAL_DB)
+    cluster.start()
+    assert cluster.network is not None
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        old = cluster.primary()
+        cluster.network.cut([old.name], [replica.name for replica in cluster.replicas()])
+        wait_more(clients, 100)
+        old.kill()
+        cluster.wait_primary([old])
+        wait_more(clients, 100)
+    seen, outcome = cluster.judge()
+    report("a branch", seen, outcome)
+    assert all(lost(seen, outcome).values()), "there was a branch, but nothing of it is missing"
+    for name in cluster.databases:
+        branches = [path for path in old.data.glob(f"dbs/{name}/lost/*") if path.is_dir()]
+        assert len(branches) == 1, f"{name}: {branches}"
+    told = [line for line in old.log_text().splitlines() if "msg=lost" in line]
+    assert len(told) == len(cluster.databases), told
+
+
+def test_switchover_under_load(new_cluster: New) -> None:
+    """Three times, to a node that is named and to any: nothing is lost, also of what is not waited for."""
+    cluster = new_cluster(databases=ALL_DBS)
+    cluster.start()
+    with cluster.workload(pause_ms=2.0) as clients:
+        for turn in range(3):
+            wait_more(clients, 100)
+            old = cluster.primary()
+            if turn == 0:
+                old.post("/handoff")
+            else:
+                target = cluster.replicas()[0]
+                path = f"/handoff?nodeID={target.cluster()['nodeID']}" if turn == 1 else "/promote"
+                (old if turn == 1 else target).post(path)
+                assert target.takes_writes(), f"{path} said that it is done"
+            assert not old.takes_writes()
+        wait_more(clients, 100)
+    seen, outcome = cluster.judge()
+    for db in outcome.copies[outcome.primary]:
+        print(f"\n{db}: longest write gaps {[f'{length * 1000:.0f} ms' for _, length in gaps(seen, db)[:5]]}")
+    report("switchover", seen, outcome)
+    assert not any(lost(seen, outcome).values()), "a switchover lost commits"
+    reasons = [entry["reason"] for entry in json.loads(cluster.primary().get("/history"))[-3:]]
+    assert reasons == ["handed over"] * 3
+
+
+def test_clocks_differ(new_cluster: New) -> None:
+    """CLOCK_BOOTTIME of each node is another one, by days; leases compare no clocks of two machines."""
+    cluster = new_cluster(databases=ALL_DBS)
+    for number, offset_s in enumerate((0, 400_000, 90), 1):
+        cluster.member(f"n{number}", offset_s=offset_s)
+    cluster.begin()
+    with cluster.workload() as clients:
+        wait_more(clients, 50)
+        old = cluster.primary()
+        old.kill()
+        cluster.wait_primary([old])
+        wait_more(clients, 50)
+    report("clocks that differ", *cluster.judge())
+
+
+def test_lossy_network(new_cluster: New) -> None:
+    """A fifth of all packets to and from the primary is lost for a while; whoever leads, the histories hold."""
+    cluster = new_cluster(network=True, sync=1, databases=ALL_DBS)
+    cluster.start()
+    assert cluster.network is not None
+    with cluster.workload() as clients:
+        wait_more(clients, 50)
+        cluster.network.lose([cluster.primary().name], 20)
+        wait_more(clients, 100)
+        cluster.network.heal()
+        wait_more(clients, 50)
+    report("lossy network", *cluster.judge())

@@ -15,7 +15,7 @@ Each line of a history file is a JSON object; times are CLOCK_MONOTONIC of the o
     TWICE       a value is there more than once
     INVENTED    a value that nobody wrote, or whose write had failed
     STRAY       a read is neither a prefix of the history as it finally is, nor such a prefix with a branch after it
-                that was kept in `lost/`
+                that was kept in `lost/`, or, where commits wait for replicas, with one that was taken back
     BACK        a node showed less than before, and not because it left a branch
     ORDER       a commit that was acknowledged before another one began comes after it
     STALE       a commit was acknowledged by a primary that another one had replaced, as its clients could tell
@@ -157,7 +157,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
             *_lost(writes, final, lost, db in outcome.durable),
             *_twice(final, reads),
             *_invented(writes, final, reads, lost),
-            *_stray(reads, final, lost),
+            *_stray(reads, final, lost, _unanswered(writes) if db in outcome.durable else frozenset()),
             *_back(reads, final),
             *_order(writes, final),
         ]
@@ -228,11 +228,21 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
     return next(at for at in range(length) if one[at] != other[at])
 
 
-def _stray(reads: Sequence[Read], final: tuple[str, ...], lost: frozenset[str]) -> list[str]:
+def _unanswered(writes: Sequence[Write]) -> frozenset[str]:
+    """Commits that a replica may have shown before they failed: one that waits for replicas is on them before it is
+    acknowledged, and is taken back there too if it fails."""
+    return frozenset(write.value for write in writes if write.outcome != "ok")
+
+
+def _stray(
+    reads: Sequence[Read], final: tuple[str, ...], lost: frozenset[str], unanswered: frozenset[str]
+) -> list[str]:
     there = set(final)
     problems = []
     for read in reads:
         common = _common(read.values, final)
+        if len(read.values) == common + 1 and read.values[-1] in unanswered - there:
+            continue  # one at a time: the next writer of a database waits for it
         for value in read.values[common:]:
             if value in there or value not in lost:
                 what = "which is elsewhere in the history" if value in there else "which is not in lost/"

@@ -31,7 +31,7 @@ demo: $(STAMP)
 	@$(PYTHON_IN) -m pylitefs demo -cluster $(ARGS)
 
 test: $(STAMP_DEV)
-	@$(PYTHON_IN) -m pytest $(ARGS)
+	@$(PYTHON_IN) -m pytest -n 3 --dist loadfile $(ARGS)
 
 bench: $(STAMP_DEV)
 	@$(PYTHON_IN) bench/run.py $(ARGS)

@@ -61,10 +61,10 @@ class Client:
             if os.stat(self.path.parent).st_dev != self.device:
                 self.disconnect()
         if self.connection is None:
-            if not self.path.exists():  # else SQLite would make one
-                raise sqlite3.OperationalError("no such database")
             self.device, self.looked_s = os.stat(self.path.parent).st_dev, time.monotonic()
-            connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, cached_statements=0)
+            # Never make one: where nothing is mounted at the moment, it would be in the way of the mount.
+            uri = f"{self.path.absolute().as_uri()}?mode=rw"
+            connection = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, cached_statements=0)
             try:
                 if self.synchronous != "-":
                     connection.execute(f"pragma synchronous={self.synchronous}")

@@ -279,7 +279,7 @@ class Daemon:
             on_gone=gone,
             on_connected=connected,
         )
-        guard = MountGuard(fuse.dir)
+        guard = MountGuard(fuse.dir, "" if self._config.lease.is_static else os.path.realpath(self._config.data.dir))
         self._stack.callback(guard.stop)
         await _blocking(session.start)
         self._stack.push_async_callback(self._unmount)

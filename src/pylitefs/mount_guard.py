@@ -1,4 +1,4 @@
-"""Ends a mount whose daemon was killed: python -I -S mount_guard.py DAEMON_PID MOUNT_DIR
+"""Ends a mount whose daemon was killed: python -I -S mount_guard.py DAEMON_PID MOUNT_DIR [DATA_DIR]
 
 A process that is killed while one of its threads waits for an answer from its own mount cannot end: the thread waits
 for the FUSE connection, the connection for the last descriptor of /dev/fuse, the descriptor for the thread. All that
@@ -12,6 +12,11 @@ thread dies (PR_SET_PDEATHSIG), and it ends the connection, so that everybody ge
    that the daemon had read is known to nobody, but requests have numbers: those before the newest are all answered.
 
 Once it has mounted, the daemon also tells which mount it is: the path alone may by then show that of its successor.
+
+With DATA_DIR, where another node takes over, it also ends what the kernel would go on to pass through: a process that
+has a database open in WAL mode could commit into files that nobody replicates any more. Each wal-index gets a version
+that SQLite does not know ("unable to open database file"); a commit that is just being made writes the right one back,
+so that is done until it stays. The files were opened first: those of the next daemon are others.
 
 It imports nothing of the package and little of the standard library: it runs as long as the node.
 """
@@ -34,10 +39,13 @@ _BUFFER_SIZE = 1 << 20  # for any request: a smaller buffer is refused
 _INTERRUPT = 36
 _NO_REPLY = frozenset({2, 42})  # FORGET, BATCH_FORGET
 _STEP = 2  # from one request's number to the next
+_WAL_INDEX_VERSION, _RETIRED = 3007000, 1
+_HEADER_SIZE = 48  # of a wal-index; it is there twice
+_RETIRE_S, _STAYS_S, _PAUSE_S = 2.0, 0.1, 0.001
 _OLDER_MAX = 1_000_000  # requests; about a second
 
 
-def main(daemon_pid: int, mount_dir: str) -> None:
+def main(daemon_pid: int, mount_dir: str, data_dir: str = "") -> None:
     libc = ctypes.CDLL(None)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the daemon gets these, and ends us when it is done
@@ -46,16 +54,57 @@ def main(daemon_pid: int, mount_dir: str) -> None:
     if os.getppid() == daemon_pid:
         print("ready", flush=True)
         signal.sigwait({DIED})
-    end(libc, mount_dir, daemon_pid)
+    indexes = open_indexes(data_dir) if data_dir else []
+    end(libc, mount_dir, daemon_pid, indexes)
 
 
-def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int) -> None:
+def open_indexes(data_dir: str) -> list[int]:
+    """The wal-index of every database."""
+    found = []
+    try:
+        for entry in os.scandir(os.path.join(data_dir, "dbs")):
+            try:
+                found.append(os.open(os.path.join(entry.path, "shm"), os.O_RDWR | os.O_CLOEXEC))
+            except OSError:
+                continue
+    except OSError:
+        pass
+    return found
+
+
+def retire(indexes: list[int]) -> None:
+    until = time.monotonic() + _RETIRE_S
+    stays_since = time.monotonic()
+    while indexes and stays_since + _STAYS_S > time.monotonic() < until:
+        for fd in indexes:
+            header = os.pread(fd, _HEADER_SIZE, 0)
+            if len(header) == _HEADER_SIZE and struct.unpack_from("=I", header)[0] == _WAL_INDEX_VERSION:
+                retired = retired_header(header)
+                os.pwrite(fd, retired, _HEADER_SIZE)
+                os.pwrite(fd, retired, 0)
+                stays_since = time.monotonic()
+        time.sleep(_PAUSE_S)
+
+
+def retired_header(header: bytes) -> bytes:
+    """With a checksum that is right (walChecksumBytes of wal.c, in the machine's byte order): where it is not, SQLite
+    makes the header anew."""
+    body = struct.pack("=I", _RETIRED) + header[4:40]
+    s0 = s1 = 0
+    for first, second in struct.iter_unpack("=II", body):
+        s0 = (s0 + first + s1) & 0xFFFFFFFF
+        s1 = (s1 + second + s0) & 0xFFFFFFFF
+    return body + struct.pack("=II", s0, s1)
+
+
+def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int, indexes: list[int]) -> None:
     """Abort the connection of the mount, then take it away."""
     device = device_of(mount_dir)
     told, fds = told_by_daemon()
     if device is None or told not in ("", device):
         return
     aborted = abort(device)
+    retire(indexes)
     path = os.fsencode(mount_dir)
     if libc.umount2(path, MNT_FORCE) == 0 or libc.umount2(path, MNT_DETACH) == 0:
         return
@@ -172,4 +221,4 @@ def state_of(pid: int, thread: str) -> bytes:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:4])

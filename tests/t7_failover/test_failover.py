@@ -5,8 +5,13 @@ Times are printed (`pytest -s`), never asserted: what is waited for only has to 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import sqlite3
+import time
 from collections.abc import Callable
 
 import pytest
@@ -47,6 +52,30 @@ def test_kill_9(new_cluster: New, engine: str) -> None:
         print(f"\n{engine}: the next primary after {cluster.wait_primary([old]):.2f} s")
         wait_more(clients, 100)
     report(f"kill -9, {engine}", *cluster.judge())
+
+
+def test_an_application_notices_that_the_daemon_was_killed(new_cluster: New) -> None:
+    """Its NORMAL commits do not ask the daemon, and the kernel would pass them through for ever."""
+    cluster = new_cluster(databases=ALL_DBS)
+    cluster.start()
+    old = cluster.primary()
+    with contextlib.closing(sqlite3.connect(old.mount / "app.db", isolation_level=None, timeout=0.1)) as db:
+        db.execute("pragma journal_mode = wal")
+        db.execute("pragma synchronous = normal")
+        db.execute("create table t (v)")
+        db.execute("insert into t values (1)")
+        assert old.process is not None
+        os.kill(old.process.pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + 30
+        told = ""
+        while "unable to open database file" not in told:
+            assert time.monotonic() < deadline_s, f"it commits still, or was told: {told}"
+            try:
+                db.execute("insert into t values (2)")
+            except sqlite3.OperationalError as error:  # "database is locked", in the moment when it happens
+                told = str(error)
+    old.process.wait()
+    cluster.wait_primary([old])
 
 
 def test_kill_9_and_the_machine_is_lost(new_cluster: New) -> None:

@@ -14,8 +14,10 @@ from pylitefs.errors import MountError
 class MountGuard:
     """Must be started by the main thread: the kernel tells the guard when the thread that started it dies."""
 
-    def __init__(self, mount_dir: str) -> None:
+    def __init__(self, mount_dir: str, data_dir: str = "") -> None:
+        """`data_dir`: where another node takes over when the daemon is killed; nothing can be committed here then."""
         command = [sys.executable, "-I", "-S", mount_guard.__file__, str(os.getpid()), os.path.realpath(mount_dir)]
+        command += [data_dir] if data_dir else []
         self._channel, theirs = socket.socketpair()
         try:
             with theirs:

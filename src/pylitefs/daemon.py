@@ -34,6 +34,7 @@ from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.errors import DatabaseError, LitefsError, MountError, ReadOnlyReplica, UsageError
 from pylitefs.events import Event, EventBus
 from pylitefs.filesystem.guard import MountGuard
+from pylitefs.filesystem.mount import put_away_side_files
 from pylitefs.filesystem.session import Session
 from pylitefs.http.cluster_routes import ClusterRoutes
 from pylitefs.http.replication import PATH as REPLICATION_PATH
@@ -279,6 +280,10 @@ class Daemon:
             on_gone=gone,
             on_connected=connected,
         )
+        folder = os.path.join(self._config.data.dir, "lost", time.strftime("%Y%m%dT%H%M%S"))
+        with contextlib.suppress(OSError):  # then the mount says what is in the way
+            for path in await _blocking(put_away_side_files, fuse.dir, folder):
+                log.warning("left behind by an application where nothing was mounted, kept as %s", path)
         guard = MountGuard(fuse.dir, "" if self._config.lease.is_static else os.path.realpath(self._config.data.dir))
         self._stack.callback(guard.stop)
         await _blocking(session.start)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from typing import Any
 
@@ -25,8 +26,9 @@ def install(rules: SyncRules, state: str) -> None:
             return {name: store.get(name).log.head.txid for name in store.all_names()}
 
         async def change(nodes: frozenset[int]) -> None:
-            with open(state, "w") as file:
+            with open(f"{state}.new", "w") as file:
                 json.dump(sorted(nodes), file)
+            os.rename(f"{state}.new", state)
 
         self.gate = store.gate = SyncGate(rules, heads, change, None)
         self.gate_task = asyncio.create_task(self.gate.run())  # type: ignore[attr-defined]

@@ -279,3 +279,22 @@ def test_several_replicas_that_come_and_go(cluster: Cluster) -> None:
     for node in (first, *cluster.nodes[3:]):
         check(primary, node, 4)
     connection.close()
+
+
+def test_what_an_application_left_where_nothing_was_mounted(cluster: Cluster) -> None:
+    """SQLite makes -wal and -journal by name, also if the mount went after it had opened the database."""
+    primary, _ = cluster.pair()
+    primary.stop()
+    for name in ("app.db-wal", "app.db-shm", "other.db-journal"):
+        (primary.mount / name).write_text(name)
+    primary.start()
+    kept = sorted((primary.data / "lost").glob("*/*"))
+    assert [path.name for path in kept] == ["app.db-shm", "app.db-wal", "other.db-journal"]
+    assert [path.read_text() for path in kept] == [path.name for path in kept]
+    primary.stop()
+    for name in ("app.db-wal", "app.db"):  # a database is nobody's leftover
+        (primary.mount / name).write_text(name)
+    with pytest.raises(AssertionError, match="is not empty: move its files away"):
+        primary.start()
+    for name in ("app.db-wal", "app.db"):
+        (primary.mount / name).unlink()

@@ -124,6 +124,23 @@ def prepare(mount_dir: str, log: Callable[[str], None]) -> str:
     return path
 
 
+def put_away_side_files(mount_dir: str, folder: str) -> list[str]:
+    """Move what an application may have left where nothing was mounted to `folder`: a -wal, -shm or -journal without
+    its database. SQLite makes them by name, also when the mount has gone since it opened the database, and they would
+    be in the way of the next mount. Returns the new paths; nothing is moved where there is anything else. OSError."""
+    path = os.path.realpath(mount_dir)
+    if not os.path.isdir(path) or mount_at(path) is not None:
+        return []
+    names = sorted(os.listdir(path))
+    if not all(name.endswith(("-wal", "-shm", "-journal")) and os.path.isfile(f"{path}/{name}") for name in names):
+        return []
+    moved = []
+    for name in names:
+        os.makedirs(folder, exist_ok=True)
+        moved.append(shutil.move(os.path.join(path, name), os.path.join(folder, name)))
+    return moved
+
+
 def _clean(path: str, entry: MountEntry, log: Callable[[str], None]) -> bool:
     """Take away the mount at `path` if its daemon is dead. True if it was, and there may be another below."""
     if not entry.fs_type.startswith("fuse"):

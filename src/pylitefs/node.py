@@ -224,9 +224,10 @@ class Node:
 
     async def demote(self, reason: str) -> None:
         store = self.store
-        if not store.is_primary:
-            return
         await self._close_gate(Unavailable(f"this node is not the primary any more: {reason}"))
+        if not store.is_primary:  # it did not come to that
+            store.gate = None
+            return
         waiting = await blocking(store.demote, PAUSE_S)
         store.gate = None
         await self.halts.end_all(reason)
@@ -384,7 +385,19 @@ def read_node_id(data_dir: str) -> int:
 
 
 async def blocking(call: Callable[..., T], *args: object) -> T:
-    return await asyncio.get_running_loop().run_in_executor(None, call, *args)
+    """Run `call` in a thread, to its end: whoever is cancelled meanwhile hears of that afterwards, for what it does to
+    the node is done, and has to be undone by the next who looks."""
+    running = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(None, call, *args))
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        running.exception()
+        raise cancelled
+    return running.result()
 
 
 async def _cancel(task: asyncio.Task[Any] | None) -> None:

@@ -190,9 +190,9 @@ class NodeControl:
         leadership = self._by_engine()
         async with self._switching:
             info = await self._successor(node_id, catch_up_s)
-            if not await blocking(self._store.pause_writes, PAUSE_S):
-                raise Unavailable("a transaction stays open, so writes could not be paused: nothing has changed")
             try:
+                if not await blocking(self._store.pause_writes, PAUSE_S):
+                    raise Unavailable("a transaction stays open, so writes could not be paused: nothing has changed")
                 heads = await asyncio.wrap_future(self._store.flush_all())
                 async with asyncio.timeout(LAST_S):
                     while self._missing(info.node_id, heads):

@@ -181,8 +181,8 @@ class LeaseConfig:
         "demote-delay",
         DURATION,
         10.0,
-        "How long a node that has passed the lease on, or was made to give it up, leaves it to others. No effect with "
-        "a static lease.",
+        "Accepted, without effect (LiteFS: pause after a forced demotion): a lease that was passed on is left to its "
+        "successor for a quarter of its time.",
     )
     databases: tuple[str, ...] = key_field(
         "databases", NAMES, (), "On a replica: copy only these databases. Empty: all. Forbidden on a candidate."

@@ -26,7 +26,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from pylitefs import __version__
-from pylitefs.cluster.leadership import Settings
+from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.config import Config
 from pylitefs.engine.hooks import EngineHooks

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.election import INFO_CLUSTER_ID, Positions, position_map
 from pylitefs.cluster.halting import Halting
 from pylitefs.cluster.halts import HaltLocks
-from pylitefs.cluster.leadership import Leadership, Settings
+from pylitefs.cluster.leadership import Leadership
 from pylitefs.cluster.lease_port import Engine, Leader, Member
 from pylitefs.cluster.ports import Link
 from pylitefs.cluster.primary import Replicas
@@ -67,6 +68,7 @@ class Node:
         self.is_fit = True
         self.gate: SyncGate | None = None
         self._gating: asyncio.Task[None] | None = None
+        self._begun = False  # a promotion, that has to be undone
         self._replicas: Replicas | None = None
         self._replica: Replica | None = None
         self.following: Leader | None = None
@@ -209,6 +211,9 @@ class Node:
         else:
             await blocking(store.ensure_cluster_id)
         await self._close_replicas()
+        self._begun = True
+        if self.gate is not None and self.gate.is_closed:  # it was refused to write who is in sync
+            await self._close_gate(Unavailable("a new term begins"))
         if self.gate is None:
             self._open_gate()
         await blocking(store.promote, epoch)
@@ -225,8 +230,8 @@ class Node:
     async def demote(self, reason: str) -> None:
         store = self.store
         await self._close_gate(Unavailable(f"this node is not the primary any more: {reason}"))
-        if not store.is_primary:  # it did not come to that
-            store.gate = None
+        begun, self._begun = self._begun, False
+        if not begun:
             return
         waiting = await blocking(store.demote, PAUSE_S)
         store.gate = None
@@ -280,8 +285,7 @@ class Node:
         """A replica has followed a later primary than us."""
         log.error("epoch %d has begun, this node leads in an older one: it steps down", epoch)
         if self.leadership is not None:
-            self.lead_until(0.0)
-            self._start(self.leadership.leave(f"epoch {epoch} has begun"))
+            self.leadership.supersede(f"epoch {epoch} has begun")
 
     def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -51,16 +51,15 @@ class NodeControl:
             elif node.leadership is not None and node.leadership.leads:
                 await blocking(self._reserve.use)
                 with contextlib.suppress(LitefsError, OSError):
-                    await self._hand_over(0, "the disk of the primary is full", catch_up_s=LAST_S)
+                    await asyncio.shield(self._hand_over(0, "the disk of the primary is full", catch_up_s=LAST_S))
             await asyncio.sleep(DISK_S)
 
     async def leave(self) -> None:
         """The node is about to stop: pass the lease to the best replica, if there is one and it is quick."""
         leadership = self._node.leadership
         if leadership is not None and leadership.leads and leadership.view is not None:
-            with contextlib.suppress(LitefsError, TimeoutError):
-                async with asyncio.timeout(PAUSE_S + 2 * LAST_S):
-                    await self._hand_over(0, "the primary was stopped", catch_up_s=0.0)
+            with contextlib.suppress(LitefsError):  # everything it waits for has a limit of its own
+                await self._hand_over(0, "the primary was stopped", catch_up_s=0.0)
 
     def view(self) -> ClusterView:
         leadership = self._node.leadership
@@ -156,6 +155,7 @@ class NodeControl:
             async with asyncio.timeout(TAKE_OVER_S):
                 await leadership.wait_in_office()
         except TimeoutError:
+            leadership.take_no_more()
             raise Unavailable(f"this node has not become the primary: {leadership.problem or 'try again'}") from None
 
     async def _ask_primary(self, node_id: int) -> None:

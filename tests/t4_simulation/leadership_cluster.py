@@ -11,8 +11,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.election import Positions
-from pylitefs.cluster.leadership import Leadership, Settings
+from pylitefs.cluster.leadership import Leadership
 from pylitefs.cluster.lease_port import Leader, Member
 from pylitefs.errors import Unavailable
 from pylitefs.lease.memory import MemoryEngine, MemoryService, loop_time_s

@@ -21,8 +21,9 @@ from functools import partial
 from worlds import Process, World
 
 from harness.history import Copy, History, Outcome, Read, Role, Write
+from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.election import Positions
-from pylitefs.cluster.leadership import Leadership, Settings
+from pylitefs.cluster.leadership import Leadership
 from pylitefs.cluster.lease_port import Leader, Member
 from pylitefs.cluster.sync_gate import SyncGate, SyncRules
 from pylitefs.errors import LitefsError, Unavailable

@@ -19,10 +19,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 from pylitefs.cluster import election
+from pylitefs.cluster.candidate import Leaving, Node, Settings
 from pylitefs.cluster.control import HistoryEntry
 from pylitefs.cluster.election import Acquire, ClusterState, Follow, Positions, Rules, Self, StandAside, Wait
 from pylitefs.cluster.lease_port import Clock, Conflict, Engine, Held, Leader, LeaseLost, Member, View, now_s
@@ -41,70 +42,6 @@ MAX_MARGIN_S = 0.5
 LONG_WAIT_S = 30.0
 UNFIT_S = 10.0  # a node that could not take office is no candidate for so long
 _CHANGES = 10
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The `lease` section as far as it matters here. `sync`: how many replicas must have a commit."""
-
-    ttl_s: float = 10.0
-    candidate: bool = True
-    priority: int = 0
-    tags: Mapping[str, str] = field(default_factory=dict)
-    maximum_lag: int | None = None
-    failsafe: bool = False
-    sync: int = 0
-
-
-@dataclass
-class _Leaving:
-    """A wish to end the term of office. `successor` (0: nobody) must have everything that was ever committed."""
-
-    reason: str
-    successor: int
-    done: asyncio.Future[None]
-
-
-class Node(Protocol):
-    """What a node does when its role changes. Everything runs on the event loop, one call at a time, but `ask` and
-    `confirm`. `promote` may raise LitefsError or OSError: the lease is let go of then."""
-
-    node_id: int
-    hostname: str
-    url: str
-
-    @property
-    def cluster_id(self) -> str: ...
-    @property
-    def is_fit(self) -> bool:
-        """Whether it could take writes now (its disk is not full)."""
-
-    @property
-    def seen_epoch(self) -> int:
-        """The highest epoch this node knows of: the next one is higher, also where the engine has lost its memory."""
-
-    def positions(self) -> Positions:
-        """Where every database is: (epoch, txid)."""
-
-    async def promote(self, epoch: int, cluster_id: str) -> str:
-        """Take writes; the cluster's id, which is made up if `cluster_id` is "". The fence is opened afterwards. On a
-        node that is the primary already a new term begins."""
-
-    def lead_until(self, until_s: float) -> None:
-        """By `now_s`: until then commits may be acknowledged; 0.0: no more."""
-
-    async def demote(self, reason: str) -> None:
-        """Take no more writes. Never raises."""
-
-    def passed_on(self, successor: int) -> None:
-        """The lease is free for the member `successor`: tell it."""
-
-    async def follow(self, leader: Leader) -> None: ...
-    async def ask(self, member: Member, timeout_s: float) -> Positions:
-        """Where another node is. Raises LitefsError."""
-
-    async def confirm(self, member: Member, epoch: int, timeout_s: float) -> str:
-        """Failsafe: "" if that node follows us and promises not to lead. Raises LitefsError."""
 
 
 class Leadership:
@@ -130,12 +67,13 @@ class Leadership:
         self.problem = "looking at the lease engine for the first time"
         self._leaderless_since_s: float | None = None
         self._nudge = asyncio.Event()
-        self._leaving: _Leaving | None = None
+        self._leaving: Leaving | None = None
         self._promised_until_s = self._unfit_until_s = 0.0
         self._acquiring = False
         self._forced = False
         self._stopping = False
-        self._in_failsafe = False
+        self._in_failsafe = self._superseded = False
+        self._started_s = clock()
         self._voters: dict[int, Member] = {}  # no fewer than in the shared state
         self._in_office = asyncio.Event()  # promoted, and the fence is open
 
@@ -185,15 +123,41 @@ class Leadership:
         stays in office and Unavailable says why."""
         if self.held is None:
             return
-        if self._leaving is None or self._leaving.done.done():
-            self._leaving = _Leaving(reason, successor, asyncio.get_running_loop().create_future())
+        pending = self._leaving
+        if pending is not None and pending.successor and not successor and not pending.done.done():
+            pending.done.set_exception(Unavailable(f"the lease was not passed on: {reason}"))
+        if pending is None or pending.done.done():
+            pending = self._leaving = Leaving(reason, successor, asyncio.get_running_loop().create_future())
+            pending.done.add_done_callback(lambda done: done.cancelled() or done.exception())
             self.nudge()
-        await asyncio.shield(self._leaving.done)
+        try:
+            await asyncio.shield(pending.done)
+        except asyncio.CancelledError:
+            if successor and pending.successor:  # writes go on from here: nobody can have everything
+                pending.done.cancel()
+            raise
+
+    def supersede(self, reason: str) -> None:
+        """A later epoch has begun: acknowledge nothing more, and leave."""
+        self._superseded = True
+        self._node.lead_until(0.0)
+        if self.held is not None:
+            pending, self._leaving = self._leaving, Leaving(reason, 0, asyncio.get_running_loop().create_future())
+            if pending is not None and not pending.done.done():
+                pending.done.set_exception(Unavailable(f"the lease was not passed on: {reason}"))
+            self.nudge()
+
+    def _open_fence(self) -> None:
+        if not self._superseded:
+            self._node.lead_until(self._deadline_s)
 
     async def stop(self, reason: str) -> None:
         """Let go of the lease for good, and leave the cluster's register."""
         self._stopping = True
-        await self.leave(reason)
+        try:
+            await self.leave(reason)
+        except Unavailable:  # of a handover that was under way, and has failed
+            await self.leave(reason)
         with contextlib.suppress(LitefsError):
             await self._engine.withdraw(self._node.node_id)
 
@@ -201,6 +165,10 @@ class Leadership:
         """Become the leader where there is none and automatic failover is paused."""
         self._forced = True
         self.nudge()
+
+    def take_no_more(self) -> None:
+        """`take` has not come to anything."""
+        self._forced = False
 
     async def wait_in_office(self) -> None:
         await self._in_office.wait()
@@ -280,7 +248,7 @@ class Leadership:
                 await node.follow(leader)
                 await self._wait_for_change(view, LONG_WAIT_S)
             case Acquire():
-                if self._stopping or self._clock() < self._promised_until_s:
+                if self._stopping or self._clock() < self._promised_until_s or self._may_have_promised(state):
                     await self._wait_for_change(view, LOOK_S * 5)
                 elif not await self._try_to_lead(view, state, reachable):
                     await self._pause(LOOK_S)
@@ -290,6 +258,11 @@ class Leadership:
             case StandAside(_, text):
                 self._has_problem(text)
                 await self._wait_for_change(view, LOOK_S * 10)
+
+    def _may_have_promised(self, state: ClusterState) -> bool:
+        """Failsafe: whether this node may have promised something before it was restarted."""
+        asked = state.voters is not None and state.last_leader != self._node.node_id
+        return asked and not self._forced and self._clock() < self._started_s + self._settings.ttl_s
 
     async def _wait_for_change(self, view: View, timeout_s: float) -> None:
         """Until something differs from `view`, or a nudge."""
@@ -371,6 +344,7 @@ class Leadership:
         held = await self._engine.acquire(leader, settings.ttl_s, document.pack(), view.state.version)
         if held is not None:
             self.held = held
+            self._superseded = False
             self._shared.saw(replace(view, leader=leader, state=held.state), document)
             self._voters = {member.node_id: member for member in view.members}
             log.info("this node holds the lease", extra={"epoch": epoch, "reason": reason})
@@ -394,7 +368,7 @@ class Leadership:
         finally:
             promoting.cancel()
             await asyncio.gather(promoting, return_exceptions=True)
-        node.lead_until(self._deadline_s)
+        self._open_fence()
         self._in_office.set()
         self._has_problem("")
         if cluster_id != self.document.state.cluster_id:
@@ -421,7 +395,7 @@ class Leadership:
                 async with asyncio.timeout(self._settings.ttl_s / (2 * RENEWALS)):
                     await self._keep_house()
 
-    async def _may_leave(self, leaving: _Leaving) -> bool:
+    async def _may_leave(self, leaving: Leaving) -> bool:
         """Where there is a successor: write down who is to lead, and release the lease. Nobody can write here any more,
         so nobody need wait for us. False: we lead still."""
         held = self.held
@@ -438,14 +412,27 @@ class Leadership:
                     in_sync=None if state.in_sync is None else state.in_sync | {self._node.node_id},
                 )
             )
+            if leaving.done.done():
+                raise Unavailable("it was given up")
         except LitefsError as error:
-            leaving.done.set_exception(Unavailable(f"the lease was not passed on: {error}"))
-            self._node.lead_until(self._deadline_s)
-            return False
+            return await self._take_back(leaving, error)
         with contextlib.suppress(LitefsError):  # it ends by itself
             await self._engine.release(held)
         self._node.passed_on(leaving.successor)
         return True
+
+    async def _take_back(self, leaving: Leaving, error: LitefsError) -> bool:
+        """A handover that failed may stand in the shared state, and would count for a later failover too. True: that
+        cannot be changed, so we leave; the successor has everything still."""
+        try:
+            async with asyncio.timeout(self._settings.ttl_s / RENEWALS):
+                await self.change_state(lambda state: replace(state, handoff_to=0))
+        except (LitefsError, TimeoutError):
+            return True
+        if not leaving.done.done():
+            leaving.done.set_exception(Unavailable(f"the lease was not passed on: {error}"))
+        self._open_fence()
+        return False
 
     async def _renew(self) -> str:
         """Renew the lease, again and again while the engine does not answer; "" or why it is lost."""
@@ -474,7 +461,7 @@ class Leadership:
             self._has_problem("")
             self._in_failsafe = False
             if self._in_office.is_set():
-                self._node.lead_until(self._deadline_s)
+                self._open_fence()
             return ""
 
     async def _new_term(self, why: str) -> str:
@@ -482,12 +469,13 @@ class Leadership:
         if not self._in_failsafe:
             return why
         view, state = await self._shared.look(), self.document.state
-        if view.leader is not None or await self._acquire(view, state, state.epoch + 1) is None:
+        ours = self.held is not None and state.epoch == self.held.leader.epoch
+        if view.leader is not None or not ours or await self._acquire(view, state, state.epoch + 1) is None:
             return why
         assert self.held is not None
         await self._node.promote(self.held.leader.epoch, self.document.state.cluster_id)
         self._in_failsafe = False
-        self._node.lead_until(self._deadline_s)
+        self._open_fence()
         return ""
 
     async def _failsafe(self, limit_s: float) -> bool:
@@ -512,7 +500,7 @@ class Leadership:
         self.held = replace(held, valid_until_s=start_s + held.ttl_s)
         self._in_failsafe = True
         if self._in_office.is_set():
-            self._node.lead_until(self._deadline_s)
+            self._open_fence()
         log.warning("failsafe: the lease engine cannot be reached, but every member follows this node")
         return True
 
@@ -538,7 +526,7 @@ class Leadership:
             if other := election.gives_way_to(view, state, me, await self._ask_all(view)):
                 done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 done.add_done_callback(lambda done: done.exception())
-                self._leaving = _Leaving(f"{other.hostname or other.url} has data", other.node_id, done)
+                self._leaving = Leaving(f"{other.hostname or other.url} has data", other.node_id, done)
                 self.nudge()
 
     async def _know(self, view: View) -> None:
@@ -548,6 +536,7 @@ class Leadership:
         members = {member.node_id: member for member in view.members}
         wanted = frozenset([self._node.node_id, *members])
         if self.document.state.voters == wanted and self._voters.keys() == members.keys():
+            self._voters = members  # perhaps with another URL
             return
         self._voters |= members
         await self.change_state(lambda state: replace(state, voters=wanted))

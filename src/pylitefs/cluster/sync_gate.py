@@ -126,6 +126,10 @@ class SyncGate:
         return self.rules.replicas > 0
 
     @property
+    def is_closed(self) -> bool:
+        return self._closed is not None
+
+    @property
     def in_sync(self) -> NodeSet:
         """The set, as it is written for certain."""
         with self._lock:

@@ -8,7 +8,7 @@ from typing import Any
 import lz4.block
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pylitefs.errors import FormatError, TruncatedError
@@ -189,6 +189,7 @@ def test_a_count_beyond_its_limit_is_refused_before_anything_is_read() -> None:
         unpack(b"\x14\x01a" + bytes(stream.MAX_MESSAGE), Sender.REPLICA)
 
 
+@settings(suppress_health_check=[HealthCheck.data_too_large])
 @given(st.sampled_from([512, 4096, 65536]), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_snapshot_pages_come_back(page_size: int, count: int, rng: Any) -> None:
     pages = [(rng.randint(1, 2**32 - 1), rng.randbytes(page_size)) for _ in range(count)]

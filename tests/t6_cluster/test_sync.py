@@ -234,7 +234,7 @@ def test_ten_writers_share_the_round_trips(cluster: Cluster) -> None:
             connection.execute("pragma journal_mode = wal")
             connection.execute("pragma synchronous = full")
             connection.execute("create table t(id integer primary key, data)")
-            for _ in range(6):
+            for _ in range(20):
                 connection.execute("insert into t(data) values (?)", (os.urandom(100),))
             connection.close()
         except BaseException as error:

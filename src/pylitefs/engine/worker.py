@@ -166,7 +166,10 @@ class Worker:
             self._wait()
 
     def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= time.monotonic():
+        """Those that are due now. What they ask for again has to wait for the jobs: an application may wait for one, and
+        the others need not come to rest before it has gone on."""
+        now_s = time.monotonic()
+        while self._timers and self._timers[0][0] <= now_s:
             timer = heapq.heappop(self._timers)[2]
             if not timer.cancelled:
                 self._guarded(timer.call, timer.args)

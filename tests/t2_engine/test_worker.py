@@ -1,0 +1,32 @@
+"""The worker thread: nobody keeps it from what others wait for."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pylitefs.engine.worker import Worker
+
+
+def test_timers_that_are_always_due_do_not_keep_a_job_waiting() -> None:
+    """As looks at several databases in the middle of a commit are, while their writers wait for the answer to a job."""
+    worker = Worker()
+    calls = [0, 0, 0]
+    over = threading.Event()
+
+    def look(number: int) -> None:
+        calls[number] += 1
+        time.sleep(0.002)  # longer than until it is due again
+        if not over.is_set():
+            worker.call_later(0.0001, look, number)
+
+    worker.start()
+    try:
+        for number in range(len(calls)):
+            worker.submit(worker.call_later, 0.0, look, number).result(timeout=30)
+        for _ in range(20):
+            assert worker.submit(threading.get_ident).result(timeout=30) != threading.get_ident()
+        assert all(calls)
+    finally:
+        over.set()
+        worker.stop()

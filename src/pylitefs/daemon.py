@@ -434,8 +434,10 @@ def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
         loop.default_exception_handler(context)
 
 
-_QUIET = frozenset({"tx", "init", "primaryChange"})
-_LOUD = frozenset({"setAside", "lost", "corruptLog", "diskFull", "logFailing", "busyAfterCrash", "haltLost"})
+_QUIET = frozenset({"tx", "synced", "init", "primaryChange"})
+_LOUD = frozenset(
+    {"setAside", "lost", "corruptLog", "diskFull", "logFailing", "busyAfterCrash", "haltLost", "syncDegraded"}
+)
 
 
 def _log_event(event: Event) -> None:

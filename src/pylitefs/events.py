@@ -21,6 +21,11 @@ A lower layer emits; it knows nothing of the listeners. `EventBus` is the one pl
     halt, haltEnd     another node has, had a HALT lock here       node_id; position; reason
     haltHeld          this node got a HALT lock                    position
     haltLost          this node lost one                           reason, transactions (not sent)
+    synced            a commit that waited for replicas was      txid, seconds (that it waited), failed ("timeout",
+                      answered                                   "demoted"; missing if replicas hold it)
+    syncDegraded      commits do not wait any more, because      in_sync (how many replicas are)
+                      replicas are missing
+    syncRestored      they wait again                            in_sync
     corruptLog        a log entry does not verify                path
     diskFull, diskFreed, logFailing, logWorks, busyAfterCrash, recovered
 """

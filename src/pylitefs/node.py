@@ -317,7 +317,7 @@ class Node:
                 await leadership.change_state(lambda state: replace(state, in_sync=nodes))
 
         written = leadership.document.state.in_sync if leadership is not None else frozenset()
-        self.gate = store.gate = SyncGate(rules, heads, change, written)
+        self.gate = store.gate = SyncGate(rules, heads, change, written, emit=store.events.emit)
         self._gating = asyncio.create_task(self.gate.run())
 
     async def _close_gate(self, error: LitefsError) -> None:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pylitefs.cluster.lease_port import LeaseLost
 from pylitefs.cluster.sync_gate import Mode, SyncGate, SyncRules
 from pylitefs.errors import Unavailable
+from pylitefs.events import Event
 
 NODES = (1, 2, 3, 4)
 NAMES = ("a", "b")
@@ -28,7 +29,10 @@ class World:
         self.document = written
         self.answers: list[tuple[str, int, BaseException | None]] = []
         self.write: Callable[[frozenset[int]], None] = self._write
-        self.gate = SyncGate(rules, lambda: dict(self.heads), self._change, written, clock=self._clock)
+        self.events: list[Event] = []
+        self.gate = SyncGate(
+            rules, lambda: dict(self.heads), self._change, written, clock=self._clock, emit=self.events.append
+        )
 
     def _clock(self) -> float:
         self.now_s += 0.001  # so that no wait is for ever
@@ -39,6 +43,9 @@ class World:
 
     async def _change(self, nodes: frozenset[int]) -> None:
         self.write(nodes)
+
+    def told(self, *kinds: str) -> list[Event]:
+        return [event for event in self.events if event.type in kinds]
 
     def commit(self, name: str = "a") -> int:
         txid = self.heads[name] = self.heads.get(name, 0) + 1
@@ -250,6 +257,46 @@ def test_a_node_that_leads_no_more_fails_what_waits(how: str) -> None:
         here.step()
     here.commit()
     assert [type(error) for _, _, error in here.answers] == [OSError, OSError]
+
+
+def test_how_long_commits_waited_is_told() -> None:
+    here = world(timeout_s=5.0)
+    here.join(1)
+    here.step()
+    here.commit()
+    here.now_s += 1.0
+    here.gate.holds(1, "a", 1)
+    here.commit()
+    here.now_s += 5.1
+    here.step(1)
+    here.commit("b")
+    here.gate.close(Unavailable("demoted"))
+    here.commit("b")
+    found = [(event.database, event.data["txid"], event.data.get("failed")) for event in here.told("synced")]
+    assert found == [("a", 1, None), ("a", 2, "timeout"), ("b", 1, "demoted"), ("b", 2, "demoted")]
+    waited = [event.data["seconds"] for event in here.told("synced")]
+    assert 1.0 < waited[0] < 1.1 and 5.1 < waited[1] < 5.2 and max(waited[2:]) < 0.1
+
+
+def test_when_commits_do_not_wait_any_more_is_told() -> None:
+    here = world(mode=Mode.DEGRADE, timeout_s=2.0, replicas=2)
+    for node in (1, 2):
+        here.join(node)
+    here.step()
+    here.gate.left(1)
+    here.commit()
+    here.gate.holds(2, "a", 1)
+    here.now_s += 2.1
+    here.step()
+    here.commit()
+    here.gate.holds(2, "a", 2)
+    here.step()
+    here.join(1)
+    here.now_s += 1.0
+    here.step()
+    told = [(event.type, event.data["in_sync"]) for event in here.told("syncDegraded", "syncRestored")]
+    assert told == [("syncRestored", 2), ("syncDegraded", 1), ("syncRestored", 2)]
+    assert here.acknowledged == [("a", 1), ("a", 2)]
 
 
 class Anything(RuleBasedStateMachine):

@@ -370,6 +370,9 @@ def test_metrics_of_the_cluster(primary: FencedStore) -> None:
     async def scenario(node: Node) -> None:
         for kind in ("promoted", "demoted", "promoted"):
             primary.events.emit(Event(kind, None, {"epoch": 7}))
+        for seconds, more in ((0.0015, {}), (0.004, {}), (2.0, {"failed": "timeout"})):
+            primary.events.emit(Event("synced", "app.db", {"txid": 1, "seconds": seconds, **more}))
+        primary.events.emit(Event("syncDegraded", None, {"in_sync": 0}))
         lines = set((await node.get("/metrics"))[1].splitlines())
         assert lines >= {
             'litefs_role{role="primary"} 1.0',
@@ -380,6 +383,12 @@ def test_metrics_of_the_cluster(primary: FencedStore) -> None:
             'litefs_member_seen_seconds{member="000000000000000C"} 12.34567',
             "litefs_sync_replicas 1.0",
             "litefs_in_sync_members 1.0",
+            'litefs_sync_wait_seconds_bucket{le="0.002"} 1.0',
+            'litefs_sync_wait_seconds_bucket{le="0.005"} 2.0',
+            "litefs_sync_wait_seconds_count 3.0",
+            'litefs_sync_failed_commits_total{reason="timeout"} 1.0',
+            'litefs_sync_failed_commits_total{reason="demoted"} 0.0',
+            "litefs_sync_degraded_total 1.0",
             "litefs_paused 0.0",
             "litefs_cluster_problem 0.0",
             "litefs_failovers_total 1.0",

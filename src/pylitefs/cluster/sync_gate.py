@@ -32,6 +32,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from pylitefs.errors import LitefsError, Unavailable
+from pylitefs.events import Event
 from pylitefs.ports import Then
 
 log = logging.getLogger("litefs.replication")
@@ -83,9 +84,17 @@ class _Replica:
 
 @dataclass(frozen=True)
 class _Commit:
+    name: str
     txid: int
     then: Then
     since_s: float
+
+
+class Failure(enum.Enum):
+    """Why a commit failed that waited."""
+
+    TIMEOUT = "timeout"
+    DEMOTED = "demoted"
 
 
 class SyncGate:
@@ -100,9 +109,12 @@ class SyncGate:
         written: Iterable[int] | None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        emit: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        """`heads`: the TXIDs at the ends of all logs now. `written`: the set in the shared state, without this node."""
+        """`heads`: the TXIDs at the ends of all logs now. `written`: the set in the shared state, without this node.
+        `emit`: told of each commit that was answered, and when commits do, or do not, wait any more; any thread."""
         self.rules = rules
+        self._emit = emit
         self._heads = heads
         self._change = change_in_sync
         self._clock = clock
@@ -142,13 +154,16 @@ class SyncGate:
             return sum(map(len, self._commits.values()))
 
     def wait(self, name: str, txid: int, then: Then) -> None:
+        commit = _Commit(name, txid, then, self._clock())
         with self._lock:
             error = self._closed
             wait = self.active and error is None and not self._may_answer(name, txid)
             if wait:
-                self._commits.setdefault(name, deque()).append(_Commit(txid, then, self._clock()))
-        if not wait:
-            then(None if error is None else _io_error(error))
+                self._commits.setdefault(name, deque()).append(commit)
+        if error is not None:
+            self._fail([commit], Failure.DEMOTED, error)
+        elif not wait:
+            self._answer([commit])
 
     # --- for the sessions: on the loop ------------------------------------------------------------------------------
 
@@ -189,7 +204,7 @@ class SyncGate:
                     names = list(self._commits)
                     self._wake.set()
             ready = self._take_ready(names)
-        _answer(ready, None)
+        self._answer(ready)
 
     # --- the set: on the loop ---------------------------------------------------------------------------------------
 
@@ -212,7 +227,7 @@ class SyncGate:
         with self._lock:
             self._closed = self._closed or error
             commits, self._commits = self._commits, {}
-        _answer([commit for queue in commits.values() for commit in queue], _io_error(error))
+        self._fail([commit for queue in commits.values() for commit in queue], Failure.DEMOTED, error)
 
     async def step(self) -> None:
         """Look once: is the set to be changed, does a commit wait for too long?"""
@@ -269,7 +284,7 @@ class SyncGate:
             with self._lock:
                 self._required = self._possible[0].union(*self._possible)
                 ready = self._take_ready(list(self._commits))
-            _answer(ready, None)
+            self._answer(ready)
             self._retry_at_s = self._clock() + _RETRY_S
             return
         with self._lock:
@@ -290,7 +305,13 @@ class SyncGate:
             ready = self._take_ready(list(self._commits))
         if before != wanted:
             log.info("in-sync replicas: %s", ", ".join(f"{node:016X}" for node in sorted(wanted)) or "none")
-        _answer(ready, None)
+            self._tell_of_set(before, wanted)
+        self._answer(ready)
+
+    def _tell_of_set(self, before: NodeSet, now: NodeSet) -> None:
+        enough, was_enough = (len(nodes) >= self.rules.replicas for nodes in (now, before))
+        if self.rules.mode is Mode.DEGRADE and enough != was_enough:
+            self._emit(Event("syncRestored" if enough else "syncDegraded", None, {"in_sync": len(now)}))
 
     async def _have_caught_up(self, added: NodeSet) -> bool:
         """Whether these hold all that is in the logs now, before long. Commits wait for them already."""
@@ -348,21 +369,26 @@ class SyncGate:
         if late:
             who = ", ".join(f"{node:016X}" for node in sorted(missing)) or "too few are in sync"
             self._complain(f"{len(late)} commits failed: no replica held them within {rules.timeout_s:g} s ({who})")
-            _answer(late, _io_error(Unavailable(f"not replicated within {rules.timeout_s:g} s")))
+            self._fail(late, Failure.TIMEOUT, Unavailable(f"not replicated within {rules.timeout_s:g} s"))
+
+    def _answer(self, commits: list[_Commit]) -> None:
+        self._tell(commits, None, {})
+
+    def _fail(self, commits: list[_Commit], why: Failure, error: Exception) -> None:
+        self._tell(commits, OSError(errno.EIO, str(error)), {"failed": why.value})
+
+    def _tell(self, commits: list[_Commit], error: OSError | None, more: dict[str, str]) -> None:
+        now_s = self._clock()
+        for commit in commits:
+            try:
+                commit.then(error)
+            except Exception:
+                log.exception("a commit could not be answered")
+            data = {"txid": commit.txid, "seconds": max(0.0, now_s - commit.since_s), **more}
+            self._emit(Event("synced", commit.name, data))
 
     def _complain(self, line: str) -> None:
         if self._clock() - self._complained_s >= _QUIET_S:
             self._complained_s = self._clock()
             log.warning("%s", line)
 
-
-def _io_error(error: Exception) -> OSError:
-    return OSError(errno.EIO, str(error))
-
-
-def _answer(commits: list[_Commit], error: OSError | None) -> None:
-    for commit in commits:
-        try:
-            commit.then(error)
-        except Exception:
-            log.exception("a commit could not be answered")

@@ -26,6 +26,7 @@ _LATENCY_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1
 _WORK_BUCKETS_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1, 5)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 
+_SYNC_FAILURES = ("timeout", "demoted")
 _LOCAL_SOURCES = frozenset(["capture", "import", "repair", "drop"])  # transactions made on this node
 
 
@@ -50,6 +51,18 @@ class Metrics:
         self._apply = Histogram(
             "litefs_apply_seconds", "Work to apply one log entry", buckets=_WORK_BUCKETS_S, registry=registry
         )
+        self._sync_wait = Histogram(
+            "litefs_sync_wait_seconds",
+            "How long commits waited for replicas (replication.sync), also those that failed",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._sync_failures = Counter(
+            "litefs_sync_failed_commits", "Commits that failed while they waited for replicas", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        for reason in _SYNC_FAILURES:
+            self._sync_failures.labels(reason)  # shown before it happens
         self._log_bytes = Counter("litefs_log_written_bytes", "Bytes written to the log", registry=registry)
         self._counted = {
             event_type: Counter(name, text, registry=registry)
@@ -61,6 +74,7 @@ class Metrics:
                 "lost": ("litefs_branches_lost", "Branches moved to lost/"),
                 "primaryChange": ("litefs_primary_changes", "Times that the role or the primary changed, as seen here"),
                 "promoted": ("litefs_promotions", "Times this node became the primary"),
+                "syncDegraded": ("litefs_sync_degraded", "Times that commits ceased to wait for missing replicas"),
                 "demoted": ("litefs_demotions", "Times this node ceased to be the primary"),
             }.items()
         }
@@ -86,6 +100,10 @@ class Metrics:
             self._counted[event.type].inc()
         if event.type == "lost":
             self._lost.inc(event.data.get("transactions") or 0)
+        if event.type == "synced":
+            self._sync_wait.observe(event.data["seconds"])
+            if "failed" in event.data:
+                self._sync_failures.labels(event.data["failed"]).inc()
         if event.type == "tx" and event.database is not None:
             self._on_transaction(event, event.database)
 

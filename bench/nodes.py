@@ -107,7 +107,7 @@ class Usage:
 class Node:
     """One daemon."""
 
-    def __init__(self, base: Path, name: str, passthrough: str, primary: Node | None = None) -> None:
+    def __init__(self, base: Path, name: str, passthrough: str, primary: Node | None = None, sync: int = 0) -> None:
         self.name = name
         self.base = base / name
         self.mount = self.base / "mount"
@@ -126,6 +126,7 @@ class Node:
             "fuse": {"dir": str(self.mount), "passthrough": passthrough},
             "http": {"addr": f"127.0.0.1:{self.port}"},
             "lease": lease,
+            "replication": {"sync": sync},
         }
         self.config = self.base / "litefs.yml"
         self.config.write_text(json.dumps(config))  # JSON is YAML
@@ -201,9 +202,9 @@ class Node:
 class Pair:
     """A primary, a replica attached to it, and a directory on the same disk beside them; a context manager."""
 
-    def __init__(self, parent: Path, passthrough: str) -> None:
+    def __init__(self, parent: Path, passthrough: str, sync: int = 0) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="litefs-bench-", dir=parent))
-        self.primary = Node(self.base, "primary", passthrough)
+        self.primary = Node(self.base, "primary", passthrough, sync=sync)
         self.replica = Node(self.base, "replica", passthrough, self.primary)
         self.native_dir = self.base / "native"
         self.native_dir.mkdir()

@@ -222,7 +222,7 @@ def outside(options: argparse.Namespace) -> int:
     from nodes import Pair  # not above: inside, the daemon's own imports must come first
 
     with tempfile.TemporaryDirectory(prefix="litefs-bench-", dir=options.dir, ignore_cleanup_errors=True) as parent:
-        pair = Pair(Path(parent), options.passthrough)
+        pair = Pair(Path(parent), options.passthrough, options.sync)
         out = pair.base / "profile.json"
         program = (__file__, "--inside", str(out), *(["--exact"] if options.exact else []), "--")
         plain = ("-m", "pylitefs")
@@ -271,6 +271,7 @@ def main() -> int:
     parser.add_argument("--exact", action="store_true", help="cProfile instead of samples")
     parser.add_argument("--top", type=int, default=18, help="functions shown per thread")
     parser.add_argument("--folded", metavar="FILE", help="write the stacks for a flame graph")
+    parser.add_argument("--sync", type=int, choices=(0, 1), default=0, help="replication.sync of the primary")
     parser.add_argument("--passthrough", choices=("auto", "off"), default="auto")
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"))
     return outside(parser.parse_args())

@@ -122,6 +122,30 @@ def writers(name: str, seconds: float, count: int = 10, sync: str = "normal") ->
     }
 
 
+def _commit(name: str, seconds: float, start: Callable[[], object]) -> list[float]:
+    connection = connect(name, "full")
+    rng = random.Random(os.getpid())
+    insert(connection, rng)
+    start()
+    took_ms = []
+    begun_s = now_s = time.perf_counter()
+    while now_s - begun_s < seconds:
+        before_s = now_s
+        insert(connection, rng)
+        now_s = time.perf_counter()
+        took_ms.append((now_s - before_s) * 1000)
+    connection.close()
+    return took_ms
+
+
+def commits(names: list[str], seconds: float) -> Result:
+    """One process for each of `names`, which may be the same, inserts with synchronous=FULL; how long each took."""
+    barrier = FORK.Barrier(len(names))
+    parts = [spawn(_commit, name, seconds, barrier.wait) for name in names]
+    took_ms = [took for part in parts for took in finish(*part)]
+    return {"ops_per_s": len(took_ms) / seconds, "count": len(took_ms), "took_ms": took_ms}
+
+
 def connects(name: str, seconds: float) -> Result:
     """Connect, SELECT one row, close, in a process that has another connection open."""
     keeper = connect(name)
@@ -237,7 +261,7 @@ def create_many(prefix: str, count: int) -> Result:
 
 COMMANDS: dict[str, Callable[..., object]] = {
     function.__name__: function
-    for function in (setup, run, writers, connects, stamp, watch, large, newest, await_row, create_many)
+    for function in (setup, run, writers, commits, connects, stamp, watch, large, newest, await_row, create_many)
 }
 
 

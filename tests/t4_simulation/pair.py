@@ -80,12 +80,12 @@ class Pair:
                 timings=timings,
                 backoff=Backoff(0.01, 0.05, self.rng),
             )
-            task = asyncio.ensure_future(self.follower.run())
+            self.following = asyncio.ensure_future(self.follower.run())
             try:
                 yield self
             finally:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                self.following.cancel()
+                await asyncio.gather(self.following, return_exceptions=True)
 
     async def until(self, condition: Callable[[], object], timeout_s: float = 20.0) -> None:
         """Wait until something is true."""

@@ -98,6 +98,19 @@ async def test_a_session_ends_when_the_replica_learns_of_a_later_epoch(pair: Pai
         await pair.until_equal()
 
 
+async def test_a_session_that_is_cancelled_while_it_ends_is_ended_nevertheless(pair: Pair) -> None:
+    """As when a replica takes the lease: it learns of the new epoch, and at once follows nobody any more."""
+    async with pair.running(epoch=2):
+        pair.write("a.db", 2)
+        await pair.until_equal()
+        pair.follower.saw_epoch(3)
+        await asyncio.sleep(0)  # it has begun to end
+        await asyncio.sleep(0)
+        pair.following.cancel()
+        await asyncio.gather(pair.following, return_exceptions=True)
+        assert pair.wires[-1].broken is not None, "the connection is left open"
+
+
 async def test_a_transaction_of_a_later_epoch_than_the_session_is_not_applied(pair: Pair) -> None:
     async with pair.running(epoch=2):
         pair.write("a.db", 1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
+from pylitefs.cluster.channel import Channel, TaskSet, Timings, to_the_end, unexpected
 from pylitefs.cluster.feed import Feed
 from pylitefs.cluster.ports import Link, LinkClosed, Store
 from pylitefs.cluster.recovery_wait import RecoveryOutcome, RecoveryWait
@@ -262,10 +262,13 @@ class ReplicaSession:
             self._replicas.on_newer_epoch(error.seen)
         if known:  # before anything that waits, and could be cancelled
             self._replicas.remove(self, reason)
-        await self._tasks.close()
-        await self._channel.close(error, self._timings.close_s)
+        await to_the_end(self._close(error))
         if isinstance(error, asyncio.CancelledError):
             raise error
+
+    async def _close(self, error: BaseException | None) -> None:
+        await self._tasks.close()
+        await self._channel.close(error, self._timings.close_s)
 
     def stop(self, error: Refused) -> None:
         self._tasks.fail(error)

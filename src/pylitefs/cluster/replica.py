@@ -16,7 +16,7 @@ import numpy as np
 from pylitefs.cluster.acks import Acks
 from pylitefs.cluster.applier import Applied, Applier, Item, Outcome, Prepared, PrepareResync, Stuck, Unfit, Violation
 from pylitefs.cluster.backoff import Backoff
-from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
+from pylitefs.cluster.channel import Channel, TaskSet, Timings, to_the_end, unexpected
 from pylitefs.cluster.ports import Database, Link, LinkClosed, Store
 from pylitefs.cluster.roles import LASTING, NodeIdentity, Refused, StaleEpoch, accept
 from pylitefs.cluster.transfer import send_entry
@@ -255,11 +255,15 @@ class ReplicaLink:
             if not isinstance(failure, (LitefsError, OSError)):
                 log.exception("replication failed")
         finally:
-            await self._tasks.close()
-            await self._applier.drain(DRAIN_S)
-            await self._applier.close()
-            await self._channel.close(told, self._timings.close_s)
+            await to_the_end(self._close(told))
         return error
+
+    async def _close(self, told: BaseException | None) -> None:
+        """Not to be cut short: what is applied after this node has become the primary would be a second writer."""
+        await self._tasks.close()
+        await self._applier.drain(DRAIN_S)
+        await self._applier.close()
+        await self._channel.close(told, self._timings.close_s)
 
     def end(self, reason: Exception) -> None:
         self._tasks.fail(reason)

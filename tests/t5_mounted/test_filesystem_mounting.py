@@ -180,10 +180,11 @@ def test_stop_releases_what_is_open(tmp_path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fuse-")]
 
 
-def test_stop_while_a_request_is_never_answered(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hook", ["before_fsync", "after_fsync"])
+def test_stop_while_a_request_is_never_answered(tmp_path: Path, hook: str) -> None:
     hooks = PlainHooks(str(tmp_path / "data"))
     held: list[object] = []
-    hooks.before_fsync = lambda ref, then: held.append(then)  # type: ignore[method-assign]
+    setattr(hooks, hook, lambda ref, then: held.append(then))
     session = Session(str(tmp_path / "mnt"), str(tmp_path / "data"), hooks)
     session.start()
     code = f"import os; os.fsync(os.open({str(tmp_path / 'mnt' / 'f')!r}, os.O_CREAT | os.O_RDWR))"
@@ -194,6 +195,7 @@ def test_stop_while_a_request_is_never_answered(tmp_path: Path) -> None:
     session.stop()
     assert child.wait(20) != 0
     assert mount.mount_at(str(tmp_path / "mnt")) is None
+    assert "fuse-patience" not in [thread.name for thread in threading.enumerate()]
     for then in held:
         then(None)  # type: ignore[operator]
 

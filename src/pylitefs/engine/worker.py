@@ -166,8 +166,8 @@ class Worker:
             self._wait()
 
     def _run_timers(self) -> None:
-        """Those that are due now. What they ask for again has to wait for the jobs: an application may wait for one, and
-        the others need not come to rest before it has gone on."""
+        """Those that are due now. What they ask for again waits for the jobs: an application may wait for one, and what
+        is looked at need not come to rest before it has gone on."""
         now_s = time.monotonic()
         while self._timers and self._timers[0][0] <= now_s:
             timer = heapq.heappop(self._timers)[2]

@@ -7,11 +7,9 @@ was sent (io_uring, Linux 6.18). So the callers of what waits for long are looke
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import signal
 import threading
-import time
 
 from pylitefs.ports import Then
 
@@ -20,22 +18,19 @@ _SIGKILL = 1 << (signal.SIGKILL - 1)
 
 
 class Answerable:
-    """The continuation of one request, which two may call; the first counts."""
+    """The continuation of the request of thread `pid`, which two may call; the first counts. Any thread."""
 
-    def __init__(self, waiting: set[Answerable], pid: int, then: Then) -> None:
+    def __init__(self, pid: int, then: Then) -> None:
         self.pid = pid
-        self.since_s = time.monotonic()
-        self._waiting = waiting
+        self.answered = False
         self._then = then
         self._lock = threading.Lock()
-        self._answered = False
 
     def __call__(self, error: BaseException | None) -> None:
         with self._lock:
-            if self._answered:
+            if self.answered:
                 return
-            self._answered = True
-        self._waiting.discard(self)
+            self.answered = True
         self._then(error)
 
 
@@ -43,39 +38,43 @@ class Patience:
     """The requests that wait. Any thread."""
 
     def __init__(self) -> None:
-        self._waiting: set[Answerable] = set()
-        self._thread: threading.Thread | None = None
-        self._came = threading.Event()
+        self._waiting: list[Answerable] = []
         self._lock = threading.Lock()
+        self._came = threading.Event()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def of(self, pid: int, then: Then) -> Then:
-        """`then`, to be called when the request of this thread can be answered; it may be called once more."""
-        waiting = Answerable(self._waiting, pid, then)
-        if pid:
-            self._waiting.add(waiting)
-            if not self._came.is_set():
-                self._watch()
-        return waiting
-
-    def _watch(self) -> None:
+    def watch(self, request: Answerable) -> None:
+        """Answer it as soon as its caller was killed, if nobody else has done so until then."""
         with self._lock:
+            if not request.pid or self._stopping.is_set():
+                return
+            self._waiting.append(request)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fuse-patience", daemon=True)
                 self._thread.start()
         self._came.set()
 
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping.set()
+        self._came.set()
+        if self._thread is not None:
+            self._thread.join()
+
     def _run(self) -> None:
         while True:
             self._came.wait()
-            time.sleep(_LOOK_S)
-            self._came.clear()
-            before_s = time.monotonic() - _LOOK_S
-            with contextlib.suppress(RuntimeError):  # changed while it was copied: next time
-                for waiting in list(self._waiting):
-                    if waiting.since_s <= before_s and is_dying(waiting.pid):
-                        waiting(InterruptedError(errno.EINTR, "the caller was killed"))
-            if self._waiting:
-                self._came.set()
+            if self._stopping.wait(_LOOK_S):
+                return
+            with self._lock:
+                self._waiting = [request for request in self._waiting if not request.answered]
+                if not self._waiting and not self._stopping.is_set():
+                    self._came.clear()
+                waiting = list(self._waiting)
+            for request in waiting:
+                if is_dying(request.pid):
+                    request(InterruptedError(errno.EINTR, "the caller was killed"))
 
 
 def is_dying(tid: int) -> bool:

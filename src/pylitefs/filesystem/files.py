@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from errno import EACCES, EBADF, EINTR, EOPNOTSUPP, EPERM, ESTALE
 
-from pylitefs.filesystem.dying import Patience
+from pylitefs.filesystem.dying import Answerable, Patience
 from pylitefs.filesystem.handles import Handle
 from pylitefs.filesystem.openers import is_interrupted, is_open_anywhere
 from pylitefs.filesystem.tree import Node
@@ -89,13 +89,13 @@ _NO_OPENING = _NoOpening()
 class FileRequests:
     """Handlers by opcode in `table`."""
 
-    def __init__(self, volume: Volume) -> None:
+    def __init__(self, volume: Volume, patience: Patience) -> None:
         self._volume = volume
+        self._patience = patience
         self._hooks = volume.hooks
         self._handles = volume.handles
         self._open = volume.handles.open
         self._nodes = volume.tree.nodes
-        self._patience = Patience()
         self._waiting: dict[int, _Waiting] = {}  # opens of lock files, by the number of their request
         self._waiting_lock = threading.Lock()
         self._interrupted: deque[int] = deque(maxlen=_INTERRUPTS)  # of requests that have not come yet, or do not wait
@@ -260,11 +260,13 @@ class FileRequests:
             except OSError:
                 hooks.fsync_failed(ref)
                 raise
-            patient = self._patience.of(pid, answered)
+            then = Answerable(pid, answered)
             try:
-                hooks.after_fsync(ref, patient)
+                hooks.after_fsync(ref, then)
             except BaseException as error:
-                patient(error)
+                then(error)
+            if not then.answered:
+                self._patience.watch(then)
 
         hooks.before_fsync(ref, self._volume.after(rq, act))
 

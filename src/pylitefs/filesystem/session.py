@@ -23,6 +23,7 @@ from pylitefs.errors import FormatError
 from pylitefs.filesystem import mount
 from pylitefs.filesystem.answers import Answers, ReplySink
 from pylitefs.filesystem.device import BUFFER_SIZE, MAX_WRITE, RETRIED, Device, Negotiated
+from pylitefs.filesystem.dying import Patience
 from pylitefs.filesystem.files import FileRequests, Handler
 from pylitefs.filesystem.handles import BackingFiles, Handles
 from pylitefs.filesystem.names import NameRequests
@@ -80,7 +81,8 @@ class Dispatcher:
         self.tree = Tree(hooks.resolve)
         self.notifier = KernelNotifier(self.tree, channel, log, expire_only=expire_only)
         volume = Volume(hooks, self.answers, self.handles, self.tree, RootStat(uid, gid), data_dir)
-        files = FileRequests(volume)
+        self.patience = Patience()
+        files = FileRequests(volume, self.patience)
         names = NameRequests(volume, files, self.notifier)
         self._channel = channel
         self._log = log
@@ -354,6 +356,7 @@ class Session:
             if self._rings is not None:
                 self._rings.stop()
             self._join()
+            dispatcher.patience.stop()
             device.close()
             dispatcher.notifier.stop(STOP_TIMEOUT_S)
             dispatcher.handles.release_all()

@@ -103,20 +103,26 @@ class JsonClient:
         again: bool = False,
         extra_s: float = 0.0,
     ) -> Answer:
-        """`extra_s`: how much longer than usual the server may take, because it was asked to wait."""
+        """The answer, or Unavailable, comes within `timeout_s`, however many servers are asked; `extra_s`: how much
+        longer than usual a server may take, because it was asked to wait."""
         if document is not None:
             data = json.dumps(document).encode()
             headers = {"Content-Type": "application/json", **(headers or {})}
         problem = "no server is configured"
         each_s = self.timeout_s / len(self.urls) + extra_s
+        now_s = asyncio.get_running_loop().time
+        end_s = now_s() + self.timeout_s + extra_s
         fresh = False
         for _ in range(len(self.urls) + again):
             url = self.urls[self._current]
+            limit_s = min(each_s, end_s - now_s())
+            if limit_s <= 0:
+                break
             try:
-                async with asyncio.timeout(each_s), self._request(method, url + path, query, data, headers) as response:
+                async with asyncio.timeout(limit_s), self._request(method, url + path, query, data, headers) as response:
                     return Answer(url, response.status, await _body(response), dict(response.headers))
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                problem = self._problem(url, error, each_s)
+                problem = self._problem(url, error, limit_s)
                 if isinstance(error, aiohttp.ServerDisconnectedError) and again and not fresh:
                     fresh = True  # it had closed an idle connection
                     continue
@@ -201,7 +207,7 @@ class JsonClient:
 
     def _problem(self, url: str, error: Exception, waited_s: float) -> str:
         if isinstance(error, TimeoutError):
-            return f"{self.engine} at {url} did not answer within {waited_s:g} s: is it healthy, and is the network?"
+            return f"{self.engine} at {url} did not answer within {waited_s:.1f} s: is it healthy, and is the network?"
         if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
             return f"cannot make a TLS connection to {self.engine} at {url}: {error}: check the certificates"
         if isinstance(error, aiohttp.InvalidURL):

@@ -24,6 +24,7 @@ from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 from pylitefs.http import server as http_server
 from pylitefs.http.queries import MAX_NAME_BYTES
 from pylitefs.http.server import HttpServer, Route, build_app, listen
+from pylitefs.http.waiting import Waiting
 from pylitefs.status import ReplicaInfo, ReplicaProgress
 
 TIMEOUT = aiohttp.ClientTimeout(total=30)
@@ -449,7 +450,11 @@ def test_unknown_paths_and_methods(store: FakeStore) -> None:
         (ZeroDivisionError("secret"), 500, "internal error: see the log of this node\n"),
     ],
 )
-def test_errors_are_translated_once(store: FakeStore, error: Exception, status: int, text: str) -> None:
+def test_errors_are_translated_once(
+    store: FakeStore, error: Exception, status: int, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And only what nobody expects is logged with its stack."""
+
     async def fail(_request: web.Request) -> web.StreamResponse:
         raise error
 
@@ -457,6 +462,34 @@ def test_errors_are_translated_once(store: FakeStore, error: Exception, status: 
         assert (await node.get("/extra"))[:2] == (status, text.encode())
 
     play(store, scenario, Route("GET", "/extra", fail))
+    stacks = [record for record in caplog.records if record.exc_info]
+    assert bool(stacks) == isinstance(error, ZeroDivisionError)
+
+
+def test_a_client_that_goes_is_no_defect(store: FakeStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Load balancers and scripts do not wait for ever; the log must not have a stack for each of them."""
+
+    async def scenario(node: Node) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", node.port)
+        writer.write(b"GET /extra HTTP/1.1\r\nHost: x\r\n\r\n")
+        await writer.drain()
+        await asyncio.wait_for(steps.get(), 10)
+        writer.close()
+        await asyncio.wait_for(steps.get(), 10)
+        assert (await node.get("/healthz"))[0] == 200
+
+    steps: asyncio.Queue[str] = asyncio.Queue()
+
+    async def wait(request: web.Request) -> web.StreamResponse:
+        steps.put_nowait("waits")
+        try:
+            await Waiting().finish(request, asyncio.sleep(60), 60.0, "late")
+        finally:
+            steps.put_nowait("ended")
+        return web.Response()
+
+    play(store, scenario, Route("GET", "/extra", wait))
+    assert [record.message for record in caplog.records if record.exc_info] == []
 
 
 def test_an_error_in_the_middle_of_an_answer_cuts_the_connection(store: FakeStore) -> None:

@@ -29,6 +29,8 @@ STATUS_OF_ERROR: tuple[tuple[type[BaseException], int], ...] = (  # the first th
     (errors.LitefsError, 500),
 )
 _DISK_FULL = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+_OF_FULL_DISK = 507
+_CLIENT_GONE = 499  # what web servers write down for it; HTTP has no number
 _MAX_LINE = 500  # characters: a name that a peer sent may be in it
 PRIMARY_HEADER = "Litefs-Primary-Url"
 """Of an answer 421: the node to ask instead."""
@@ -68,19 +70,24 @@ class ErrorTranslator:
                 raise
             headers = {"Allow": refusal.headers["Allow"]} if "Allow" in refusal.headers else {}
             status, text = refusal.status, refusal.reason
-        except (ConnectionResetError, BrokenPipeError):
-            raise  # the peer is gone: there is nobody to answer
         except Exception as error:
+            if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+                return _unanswered(request)  # the client has gone
             status, text = status_and_text(error)
             headers = _headers(error)
             _write_down(request, status, error)
         finally:
             begun = self._begun.pop(id(request))
         if begun:
-            if request.transport is not None:
-                request.transport.abort()  # never text in the middle of a database
-            raise ConnectionResetError(text)
+            return _unanswered(request)  # never text in the middle of a database
         return web.Response(status=status, text=f"{text}\n", headers=headers)
+
+
+def _unanswered(request: web.Request) -> web.StreamResponse:
+    """The connection is cut. What is returned cannot be sent any more; an exception would be logged as a defect."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response(status=_CLIENT_GONE)
 
 
 def status_and_text(error: BaseException) -> tuple[int, str]:
@@ -92,7 +99,7 @@ def status_and_text(error: BaseException) -> tuple[int, str]:
         if isinstance(error, kind):
             return status, text or "timed out"
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return 507, f"the disk of this node is full: {error.strerror}"
+        return _OF_FULL_DISK, f"the disk of this node is full: {error.strerror}"
     return 500, "internal error: see the log of this node"
 
 
@@ -103,7 +110,7 @@ def _headers(error: BaseException) -> dict[str, str]:
 
 def _write_down(request: web.Request, status: int, error: Exception) -> None:
     fields = {"method": request.method, "path": request.path, "status": status, "peer": request.remote}
-    if isinstance(error, errors.LitefsError | TimeoutError):
+    if isinstance(error, errors.LitefsError | TimeoutError) or status == _OF_FULL_DISK:  # no defect of ours
         log.info("request failed: %s", " ".join(str(error).split()) or "timed out", extra=fields)
     else:
         log.error("request failed", exc_info=error, extra=fields)

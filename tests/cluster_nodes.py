@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from ports import free_port
 from pylitefs.filesystem import mount
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
@@ -39,19 +39,6 @@ _LOG_TAIL = 60  # lines of each node's log shown with a failure
 def scaled(count: int) -> int:
     """How often to do something: `count` times PYLITEFS_TEST_SCALE, at least once."""
     return max(1, round(count * SCALE))
-
-
-def free_port() -> int:
-    """A port that nobody listens on; below the range from which the kernel takes ports for outgoing connections."""
-    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-        lowest = int(file.read().split()[0])
-    for _ in range(1000):
-        port = 10_000 + int.from_bytes(os.urandom(4), "big") % (max(lowest, 11_000) - 10_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free port")
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = START_S) -> None:

@@ -1,7 +1,7 @@
 """A Kubernetes API server for tests: leases of coordination.k8s.io/v1 and nothing else.
 
-`kubernetes_api.py PORT TOKENS [CERT KEY]`. What it enforces is what the real one does: a bearer token (of those in the
-file TOKENS, read for each request), names and kinds, resourceVersion on every update, label selectors, one
+`kubernetes_api.py ADDRESS PORT TOKENS [CERT KEY]`. What it enforces is what the real one does: a bearer token (of those
+in the file TOKENS, read for each request), names and kinds, resourceVersion on every update, label selectors, one
 resourceVersion for the whole store, and watches that begin after a version and fail with 410 when it is too old.
 """
 
@@ -220,7 +220,7 @@ def merged(old: Any, patch: Any) -> Any:
 
 
 def main() -> None:
-    port, tokens, *files = sys.argv[1:]
+    address, port, tokens, *files = sys.argv[1:]
     tls = None
     if files:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -237,7 +237,7 @@ def main() -> None:
         app.router.add_delete(BASE + "/{name}", api.delete)
         return app
 
-    web.run_app(application(), host="127.0.0.1", port=int(port), print=None, ssl_context=tls, shutdown_timeout=0.1)
+    web.run_app(application(), host=address, port=int(port), print=None, ssl_context=tls, shutdown_timeout=0.1)
 
 
 if __name__ == "__main__":

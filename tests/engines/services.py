@@ -24,6 +24,8 @@ from pathlib import Path
 
 import pytest
 
+from ports import free_port
+
 ENGINES = Path(__file__).parent
 START_S = 40.0
 CLONE_NEWNET = 0x40000000
@@ -88,10 +90,9 @@ def _set_namespace(fd: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
-def free_port(place: Place = HERE) -> int:
-    with place.entered(), socket.socket() as probe:
-        probe.bind((place.address, 0))
-        return int(probe.getsockname()[1])
+def port_at(place: Place) -> int:
+    with place.entered():
+        return free_port(place.address)
 
 
 class Service:
@@ -177,7 +178,7 @@ def etcd(
     scheme: str = "http",
     place: Place = HERE,
 ) -> Service:
-    port, peer = free_port(place), free_port(place)
+    port, peer = port_at(place), port_at(place)
     url, peer_url = f"{scheme}://{place.address}:{port}", f"http://{place.address}:{peer}"
     command = [program("etcd"), "--name=one", f"--data-dir={folder}/data", f"--listen-client-urls={url}"]
     command += [f"--advertise-client-urls={url}", f"--listen-peer-urls={peer_url}"]
@@ -189,7 +190,7 @@ def etcd(
 def consul(folder: Path, settings: dict[str, object] | None = None, place: Place = HERE) -> Service:
     """A single server that keeps its data, so that it can be killed and started again."""
     names = ("http", "dns", "grpc", "serf_lan", "serf_wan", "server", "https")
-    ports = {name: free_port(place) if name in ("http", "serf_lan", "server") else -1 for name in names}
+    ports = {name: port_at(place) if name in ("http", "serf_lan", "server") else -1 for name in names}
     given: dict[str, object] = {
         "server": True, "bootstrap": True, "data_dir": f"{folder}/data", "bind_addr": place.address, "ports": ports,
         "client_addr": place.address, "disable_update_check": True, "node_name": "one", "leave_on_terminate": False,
@@ -209,7 +210,7 @@ def s3(folder: Path, place: Place = HERE) -> Service:
         import moto.server  # noqa: F401
     except ImportError:
         missing('moto is not installed: pip install -e ".[dev]"')
-    port = free_port(place)
+    port = port_at(place)
 
     def ready() -> bool:
         request("PUT", f"http://{place.address}:{port}/{BUCKET}", headers=BUCKET_HEADERS)
@@ -219,18 +220,18 @@ def s3(folder: Path, place: Place = HERE) -> Service:
     return Service(folder, command, ready, port, place=place)
 
 
-def kubernetes(folder: Path, cert: tuple[str, str] | None = None) -> Service:
+def kubernetes(folder: Path, cert: tuple[str, str] | None = None, place: Place = HERE) -> Service:
     """Our own API server; the token it accepts is in FOLDER/tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens").write_text("secret\n")
-    port = free_port()
+    port = port_at(place)
 
     def ready() -> bool:
-        with socket.create_connection(("127.0.0.1", port), timeout=2):
+        with socket.create_connection((place.address, port), timeout=2):
             return True
 
-    command = [sys.executable, str(ENGINES / "kubernetes_api.py"), str(port), str(folder / "tokens"), *(cert or ())]
-    return Service(folder, command, ready, port, "https" if cert else "http")
+    command = [sys.executable, str(ENGINES / "kubernetes_api.py"), place.address, str(port), str(folder / "tokens")]
+    return Service(folder, [*command, *(cert or ())], ready, port, "https" if cert else "http", place)
 
 
 def request(method: str, url: str, document: object = None, headers: dict[str, str] | None = None) -> bytes:

@@ -1,7 +1,10 @@
 """A client of a test cluster, on one node: it appends values to a database there, or reads it again and again.
 
     client.py write MOUNT NODE DATABASE full|normal PAUSE_MS HISTORY [REFUSED_MS]
-    client.py read  MOUNT NODE DATABASE -           PAUSE_MS HISTORY
+    client.py halt  MOUNT NODE DATABASE full|normal PAUSE_MS HISTORY [REFUSED_MS]
+    client.py read  MOUNT NODE DATABASE ro|rw       PAUSE_MS HISTORY
+
+`halt` writes under the HALT lock of the database, wherever it runs. A reader opens the database as it is told.
 
 PAUSE_MS is the pause after each commit or read, REFUSED_MS the one after a node has refused.
 
@@ -14,6 +17,7 @@ it looks whether it still has the mount it thinks it has, as a supervisor would 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -28,6 +32,7 @@ SCHEMA = f"create table {TABLE}(seq integer primary key autoincrement, value tex
 BUSY_S = 0.3
 REFUSED_MS = "30"
 LOOK_S = 0.5
+HALT_BYTE = 72
 PAYLOAD = b"\xa5" * 200
 
 
@@ -44,6 +49,7 @@ class Client:
     ) -> None:
         self.path = Path(mount) / db
         self.node, self.db, self.synchronous = node, db, synchronous
+        self.reads = synchronous in ("ro", "rw")
         self.pause_s, self.refused_s = float(pause_ms) / 1000, float(refused_ms) / 1000
         self.out = os.open(history, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.connection: sqlite3.Connection | None = None
@@ -63,10 +69,10 @@ class Client:
         if self.connection is None:
             self.device, self.looked_s = os.stat(self.path.parent).st_dev, time.monotonic()
             # Never make one: where nothing is mounted at the moment, it would be in the way of the mount.
-            uri = f"{self.path.absolute().as_uri()}?mode=rw"
+            uri = f"{self.path.absolute().as_uri()}?mode={self.synchronous if self.reads else 'rw'}"
             connection = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, cached_statements=0)
             try:
-                if self.synchronous != "-":
+                if not self.reads:
                     connection.execute(f"pragma synchronous={self.synchronous}")
                     connection.execute("pragma wal_autocheckpoint=300")
             except BaseException:
@@ -119,6 +125,34 @@ def append(client: Client, value: str) -> bool:
     return True
 
 
+def halt(client: Client) -> None:
+    """As LiteFS's libraries: the lock, a connection, a commit, and both closed."""
+    number = 0
+    pause_s = 0.0
+    while client.goes_on(pause_s):
+        number += 1
+        done = append_halted(client, f"{client.name}.{client.synchronous}.halt{number}.")
+        pause_s = client.pause_s if done else client.refused_s
+
+
+def append_halted(client: Client, value: str) -> bool:
+    try:
+        fd = os.open(f"{client.path}-lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX, 1, HALT_BYTE)
+        return append(client, value)
+    except OSError:
+        return False
+    finally:
+        client.disconnect()
+        try:
+            os.close(fd)
+        except OSError:
+            pass
+
+
 def read(client: Client) -> None:
     before: list[str] = []
     while client.goes_on(client.pause_s):
@@ -139,7 +173,7 @@ def read(client: Client) -> None:
 
 def main() -> None:
     client = Client(*sys.argv[2:])
-    {"write": write, "read": read}[sys.argv[1]](client)
+    {"write": write, "halt": halt, "read": read}[sys.argv[1]](client)
     client.disconnect()
 
 

@@ -36,8 +36,8 @@ from harness.network import Network
 from harness.nodes import Member, wait_for
 
 CLIENT = Path(__file__).with_name("client.py")
-ENGINES = ("etcd", "consul", "directory", "s3")
-TTL_S = {"etcd": 3.0, "consul": 10.0, "directory": 3.0, "s3": 3.0}
+ENGINES = ("etcd", "consul", "directory", "s3", "kubernetes")
+TTL_S = dict.fromkeys(ENGINES, 3.0) | {"consul": 10.0}
 ENGINE_HOST = "engine"
 OBSERVE_S = 0.1
 LIMIT_S = 110.0
@@ -48,11 +48,14 @@ SETTLE_S = 60.0
 FULL_DB = {"full.db": ("wal", "full")}
 NORMAL_DB = {"normal.db": ("wal", "normal")}
 DELETE_DB = {"delete.db": ("delete", "full")}
+PERSIST_DB = {"persist.db": ("persist", "full")}
+TRUNCATE_DB = {"truncate.db": ("truncate", "full")}
 ALL_DBS = FULL_DB | NORMAL_DB | DELETE_DB
 
 
 class HaCluster(Cluster):
-    """A context. `network`: every node, and the engine, is a host of its own."""
+    """A context. `network`: every node, and the engine, is a host of its own. `forgetful`: databases of which a fault
+    may have lost commits for good."""
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class HaCluster(Cluster):
         self._more_lease = lease or {}
         self._stack = ExitStack()
         self.clients = Clients(base / "history")
+        self.forgetful: set[str] = set()
 
     # -- what there is
 
@@ -116,7 +120,7 @@ class HaCluster(Cluster):
             folder.mkdir(parents=True)
             return
         place = self.network.host(ENGINE_HOST) if self.network is not None else HERE
-        make: Any = {"etcd": services.etcd, "consul": services.consul, "s3": services.s3}[self.engine]
+        make: Any = getattr(services, self.engine)
         self.service = self._stack.enter_context(make(folder, place=place))
 
     def _lease(self) -> dict[str, Any]:
@@ -130,6 +134,9 @@ class HaCluster(Cluster):
             return {"type": "etcd", "etcd": {"urls": [url], "prefix": "/litefs/test/", "ttl": ttl}}
         if self.engine == "consul":
             return {"type": "consul", "consul": {"url": url, "key": "litefs/test", "ttl": ttl, "lock-delay": "1s"}}
+        if self.engine == "kubernetes":
+            given = {"name": "test", "namespace": "apps", "url": url, "token-file": str(self.service.folder / "tokens")}
+            return {"type": "kubernetes", "kubernetes": {**given, "ttl": ttl}}
         store = {"url": f"s3://{BUCKET}/test", "endpoint": url, "region": "us-east-1", "ttl": ttl}
         return {"type": "object-store", "object-store": {**store, "access-key": "test", "secret-key": "test"}}
 
@@ -215,6 +222,7 @@ class HaCluster(Cluster):
             self.service.resume()
         for member in self.members:
             member.empty()
+            member.skew(0)
             if member.stopped and member.runs:
                 member.resume()
 
@@ -225,6 +233,19 @@ class HaCluster(Cluster):
         else:
             assert self.service is not None
             self.service.pause()
+
+    def lose_power(self, members: Iterable[Member]) -> None:
+        """All that runs there is dead, and what was not synced is lost. `plug_in` starts it again."""
+        for member in members:
+            member.lose_power()
+            self.clients.end_on(member)
+        self.forgetful |= {name for name, (_, synchronous) in self.databases.items() if synchronous != "full"}
+
+    def plug_in(self, members: Iterable[Member]) -> None:
+        for member in members:
+            member.plug_in()
+            member.start(wait=False)
+            self._work_on(member)
 
     def revive(self) -> None:
         """Start what is dead."""
@@ -237,18 +258,26 @@ class HaCluster(Cluster):
     # -- clients
 
     @contextlib.contextmanager
-    def workload(self, pause_ms: float = 10.0) -> Iterator[Clients]:
-        """On every node a writer and a reader of each database. They are stopped on exit, after healing."""
+    def workload(self, pause_ms: float = 10.0, halts: bool = False) -> Iterator[Clients]:
+        """On every node a writer and a reader of each database, with `halts` on one of them also a writer that takes
+        the HALT lock. They are stopped on exit, after healing."""
+        self._pause_ms, self._halts = pause_ms, halts
         for member in self.members:
-            for name, (_, synchronous) in self.databases.items():
-                self.clients.start("write", member, name, synchronous, pause_ms)
-                self.clients.start("read", member, name, "-", 100.0)
+            self._work_on(member)
         self.clients.observe(self.members)
         try:
             yield self.clients
             self.heal()
         finally:
             self.clients.stop()
+
+    def _work_on(self, member: Member) -> None:
+        number = self.members.index(member)
+        for name, (_, synchronous) in self.databases.items():
+            self.clients.start("write", member, name, synchronous, self._pause_ms)
+            self.clients.start("read", member, name, "rw" if number % 2 else "ro", 100.0)
+            if self._halts and number == 1 and synchronous == "full":
+                self.clients.start("halt", member, name, synchronous, 500.0, 500.0)
 
     # -- the end
 
@@ -271,22 +300,33 @@ class HaCluster(Cluster):
         primary = self.primary()
         copies = {member.name: {name: member.copy(name) for name in self.databases} for member in self.running()}
         fenced = frozenset(name for name, (_, synchronous) in self.databases.items() if synchronous == "full")
-        lost = {
-            name: lost_values([member.data for member in self.members], name, self.clients.values(name))
-            for name in self.databases
-        }
+        lost = {}
+        for name in self.databases:
+            values = self.clients.values(name)
+            kept = lost_values([member.data for member in self.members], name, values)
+            lost[name] = frozenset(values) if name in self.forgetful else kept
         return Outcome(primary.name, copies, lost, fenced if self.sync else frozenset(), fenced)
 
     def judge(self) -> tuple[History, Outcome]:
         """Heal, start what is dead, wait until all agree; then the checker must find nothing."""
+        dead = [f"ENDED {member.name} by itself" for member in self.members if not member.runs and not member.ended]
         self.heal()
         self.revive()
         self.wait_settled()
         outcome = self.outcome()
         seen = self.clients.history()
-        problems = history.check(seen, outcome)
+        problems = [*history.check(seen, outcome), *dead, *self.complaints()]
         assert not problems, "\n".join([f"{len(problems)} problems; histories in {self.clients.folder}", *problems])
         return seen, outcome
+
+
+    def complaints(self) -> list[str]:
+        """What no node should have said."""
+        return [
+            f"TRACEBACK in the log of {member.name}:\n" + "\n".join(text.split("\n")[:30])
+            for member in self.members
+            for text in member.log_text().split("Traceback (most recent call last)")[1:2]
+        ]
 
 
 class Clients:
@@ -295,6 +335,7 @@ class Clients:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._started = 0
         self._watching: list[threading.Thread] = []
         self._over = threading.Event()
 
@@ -302,10 +343,20 @@ class Clients:
         self, kind: str, member: Member, db: str, synchronous: str, pause_ms: float, refused_ms: float = 30.0
     ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        out = self.folder / f"{kind}-{member.name}-{db}-{len(self._processes)}"
+        out = self.folder / f"{kind}-{member.name}-{db}-{self._started}"
+        self._started += 1
         words = [sys.executable, "-I", "-S", str(CLIENT), kind, str(member.mount), member.name, db, synchronous]
         words += [str(pause_ms), str(out), str(refused_ms)]
         self._processes.append(subprocess.Popen(words, stdin=subprocess.PIPE))
+
+    def end_on(self, member: Member) -> None:
+        """Those of one node: its machine has lost its power."""
+        there = [process for process in self._processes if str(member.mount) in process.args]  # type: ignore[operator]
+        for process in there:
+            process.kill()
+        for process in there:
+            process.wait(10)
+            self._processes.remove(process)
 
     def observe(self, members: list[Member]) -> None:
         """Write down, again and again, what each node says of its role."""

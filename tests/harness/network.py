@@ -4,23 +4,25 @@ Every namespace belongs to a process that does nothing and ends when our end of 
 remains, also when the test is killed. Nothing is changed in the namespace we are in.
 
 `cut` and `cut_one_way` drop packets on the bridge, without a word to either side. `lose` drops a share of them at
-random there. `delay` needs the kernel's `sch_netem` (Debian's kernels have it as a module): without, the test is
-skipped.
+random there. `delay` holds them back on the host that sends them, by a small program (`delaying.py`): not every kernel
+has `sch_netem`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 
 import pytest
 
 from engines.services import Place
 
-_NETWORK = "10.213.47"
+DELAYING = Path(__file__).with_name("delaying.py")
+_NETWORK = "10.213.47"  # up to 126 hosts
 _RULES = """\
 table bridge faults {
     set cut { type ifname . ifname; }
@@ -50,6 +52,7 @@ class Network:
             )
         self._holders: list[subprocess.Popen[bytes]] = []
         self.places: dict[str, Place] = {}
+        self._delaying: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Network:
         try:
@@ -71,6 +74,8 @@ class Network:
         self.close()
 
     def close(self) -> None:
+        for name in list(self._delaying):
+            self._end_delay(name)
         for holder in self._holders:
             assert holder.stdin is not None
             holder.stdin.close()
@@ -121,29 +126,28 @@ class Network:
     def delay(self, names: Iterable[str], delay_ms: int, jitter_ms: int = 0) -> None:
         """What these hosts send takes longer."""
         for name in names:
-            words = [
-                "tc",
-                "qdisc",
-                "replace",
-                "dev",
-                "eth0",
-                "root",
-                "netem",
-                "delay",
-                f"{delay_ms}ms",
-                f"{jitter_ms}ms",
-            ]
-            try:
-                self._run(*words, holder=self.places[name].holder)
-            except NetworkError as error:
-                pytest.skip(f"no delays here, the kernel has no sch_netem: {error}")
+            if name in self._delaying:
+                self._end_delay(name)
+            place = self.places[name]
+            words = [sys.executable, "-I", "-S", str(DELAYING), place.address, f"{_NETWORK}.0/25"]
+            self._delaying[name] = process = subprocess.Popen(
+                place.words([*words, str(delay_ms), str(jitter_ms)]),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            assert process.stdout is not None and process.stderr is not None
+            if process.stdout.readline() != b"ready\n":
+                raise NetworkError(process.stderr.read().decode().strip())
+
+    def _end_delay(self, name: str) -> None:
+        """Its route goes with its device, and that with its process."""
+        process = self._delaying.pop(name)
+        process.communicate()
 
     def heal(self) -> None:
         """Everything arrives again, at once."""
         self._rules(0)
-        for place in self.places.values():
-            with contextlib.suppress(NetworkError):  # there was none
-                self._run("tc", "qdisc", "delete", "dev", "eth0", "root", holder=place.holder)
+        for name in list(self._delaying):
+            self._end_delay(name)
 
     # -- namespaces
 

@@ -1,8 +1,9 @@
 """A node of a cluster with a real lease engine: `litefs mount` as a process, and what can happen to it.
 
-Beside what `cluster_nodes.Node` can do: it may run on another host (a `Place`), its data directory may be a small disk
-of its own that can be filled, and its clocks may differ: CLOCK_BOOTTIME and CLOCK_MONOTONIC by a time namespace
-(`offset_s`, from the start). CLOCK_REALTIME has no namespace in Linux; it is left alone.
+Beside what `cluster_nodes.Node` can do: it may run on another host (a `Place`), its data directory may be on a disk of
+its own (`disks.py`) that can be filled, or lose what was not synced, and its clocks may differ: CLOCK_BOOTTIME and
+CLOCK_MONOTONIC by a time namespace (`offset_s`, from the start), and the wall clock, for which Linux has none, by what
+its Python is told (`skew`, at any time).
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster_nodes import START_S, Node, wait_until
-from engines.services import HERE, Place, free_port
+from engines.services import HERE, Place, port_at
+from harness import disks
+from harness.disks import RamDisk, RealDisk
 from harness.history import Copy
 from pylitefs.filesystem import mount
 from pylitefs.supervise import dying_with_us
 
 ASK_S = 2.0
+DISK_BYTES = 64 << 20
+SKEWED = Path(__file__).with_name("skewed")
 
 
 class Member(Node):
@@ -42,35 +47,36 @@ class Member(Node):
         *,
         place: Place = HERE,
         replication: dict[str, Any] | None = None,
-        disk_bytes: int = 0,
+        disk: type[RamDisk] | None = None,
+        disk_bytes: int = DISK_BYTES,
         offset_s: int = 0,
+        passthrough: str = "auto",
     ) -> None:
         self.name = name
         self.base = base / name
         self.mount = self.base / "mnt"
         self.log = self.base / "log"
         self.place = place
-        self.disk_bytes = disk_bytes
-        self.disk = self.base / "disk"
-        self.data = self.disk / "data"
+        self.data = self.base / "disk" / "data"
+        self.data.parent.mkdir(parents=True)
+        self.disk = disk(self.data.parent, disk_bytes) if disk is not None else None
         self.offset_s = offset_s
         self.process: subprocess.Popen[bytes] | None = None
-        self.port = free_port(place)
+        self.port = port_at(place)
         self.url = f"http://{place.address}:{self.port}"
         self.stopped = False  # by SIGSTOP
+        self.ended = False  # by a test, or told to
         self.config = {
             "data": {"dir": str(self.data)},
-            "fuse": {"dir": str(self.mount)},
+            "fuse": {"dir": str(self.mount), "passthrough": passthrough, "io-uring": passthrough},
             "http": {"addr": f"{place.address}:{self.port}"},
             "lease": {"hostname": name, "advertise-url": self.url, "reconnect-delay": "100ms", **lease},
             "log": {"timestamp": True, "debug": bool(os.environ.get("PYLITEFS_TEST_DEBUG"))},
         }
         if replication:
             self.config["replication"] = replication
-        self.disk.mkdir(parents=True)
-        if disk_bytes:
-            options = f"size={disk_bytes},mode=755"
-            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.disk)], check=True, timeout=10)
+        if self.disk is not None:
+            self.disk.attach()
 
     # -- running
 
@@ -86,11 +92,17 @@ class Member(Node):
         if threading.current_thread() is threading.main_thread():  # else it would end with the thread
             words = dying_with_us(words)
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.base)
-        self.stopped = False
+            self.process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.base, env=self._environment()
+            )
+        self.stopped = self.ended = False
         if wait:
             wait_until(self.serves, f"{self.name} is mounted and answers\n{self.log_tail()}")
         return self
+
+    def _environment(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, [str(SKEWED), os.environ.get("PYTHONPATH")]))
+        return {**os.environ, "PYTHONPATH": path, "CLOCK_SKEW": str(self.base / "skew")}
 
     def serves(self) -> bool:
         assert self.process is not None
@@ -113,41 +125,53 @@ class Member(Node):
     def terminate(self) -> None:
         """SIGTERM, without waiting."""
         assert self.process is not None
+        self.ended = True
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
+        self.ended = True
         super().kill()
         self.stopped = False
 
+    def lose_power(self) -> None:
+        """The daemon and its disk; its applications have to be killed too. `start` when they are."""
+        assert isinstance(self.disk, RealDisk), f"{self.name} has no disk that can be cut off"
+        self.disk.cut_off()
+        self.kill()
+        self.unmount()
+        self.disk.detach()
+
+    def plug_in(self) -> None:
+        """The disk is there again, as the power left it."""
+        assert isinstance(self.disk, RealDisk)
+        self.disk.wait_released()
+        self.disk.attach()
+
     def remove(self) -> None:
         super().remove()
-        self.empty()
-        while self.disk_bytes and os.path.ismount(self.disk):
-            done = subprocess.run(["umount", "-l", str(self.disk)], stderr=subprocess.DEVNULL, timeout=10, check=False)
-            if done.returncode:
-                break
+        if self.disk is not None:
+            self.disk.detach()
 
-    # -- its disk
-
-    @property
-    def filler(self) -> Path:
-        return self.disk / "filler"
+    # -- its surroundings
 
     def fill(self) -> None:
         """Not a byte is left on its disk."""
-        assert self.disk_bytes, f"{self.name} has no disk of its own"
-        fd = os.open(self.filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        try:
-            for size in (1 << 20, 4096, 1):
-                with contextlib.suppress(OSError):
-                    while True:
-                        os.write(fd, bytes(size))
-        finally:
-            os.close(fd)
+        assert self.disk is not None, f"{self.name} has no disk of its own"
+        disks.fill(self.filler)
 
     def empty(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.filler.unlink()
+
+    @property
+    def filler(self) -> Path:
+        return self.data.with_name("filler")
+
+    def skew(self, seconds: float) -> None:
+        """Its wall clock is so far from the machine's from now on."""
+        new = self.base / "skew.new"
+        new.write_text(str(seconds))
+        new.replace(self.base / "skew")
 
     # -- asking
 

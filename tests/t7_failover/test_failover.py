@@ -18,6 +18,7 @@ import pytest
 
 from cluster_nodes import needs_root, wait_until
 from harness.cluster import ALL_DBS, DELETE_DB, FULL_DB, NORMAL_DB, HaCluster, gaps, wait_more
+from harness.disks import RamDisk
 from harness.history import History, Outcome
 from harness.nodes import Member
 
@@ -239,7 +240,7 @@ def test_failsafe(new_cluster: New) -> None:
 def test_full_disk(new_cluster: New) -> None:
     """Nothing can be written on the primary any more: another one takes over."""
     cluster = new_cluster(databases=ALL_DBS)
-    cluster.start(disk_bytes=SMALL_DISK)
+    cluster.start(disk=RamDisk, disk_bytes=SMALL_DISK)
     with cluster.workload() as clients:
         wait_more(clients, 100)
         old = cluster.primary()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlite_samples import ALL_PAGE_SIZES, connect, fill, sidecar
 
+from pylitefs import mount_guard
 from pylitefs.errors import FormatError, TruncatedError
 from pylitefs.formats.sqlite import wal_index
 from pylitefs.formats.sqlite.wal import WalHeader, scan_frames
@@ -118,6 +119,15 @@ def test_header_round_trip(
     header = WalIndexHeader(change, big, page_size, mx, pages, sums, salts, init)
     assert len(header.pack()) == 48
     assert WalIndexHeader.unpack(header.pack()) == header
+
+
+@given(page_size=st.sampled_from(ALL_PAGE_SIZES), change=u32, mx_frame=u32, sums=pairs, salts=pairs)
+def test_the_mount_guard_retires_a_header_as_the_daemon_does(
+    page_size: int, change: int, mx_frame: int, sums: tuple[int, int], salts: tuple[int, int]
+) -> None:
+    """It imports nothing of the package, so it has its own code for this."""
+    header = WalIndexHeader(change, False, page_size, mx_frame, 1, sums, salts)
+    assert mount_guard.retired_header(header.pack()) == header.pack(wal_index.RETIRED_VERSION)
 
 
 @given(st.binary(max_size=120))

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -354,6 +355,25 @@ def test_a_file_that_an_old_process_holds_is_not_touched(start: Start) -> None:
     start.node.close(clean=False)
     assert not is_held_elsewhere(str(start.path))
     assert start.start() == "verified"
+    start.check(rows)
+
+
+def test_a_file_that_the_kernel_is_about_to_let_go_is_waited_for(start: Start) -> None:
+    """As after a kill: the mount of the daemon that died holds it, until the mount guard has ended that."""
+    start.insert(3)
+    start.node.flush()
+    rows = start.rows()
+    start.node.close(clean=False)
+    sql = start.sql
+    assert sql is not None and is_held_elsewhere(str(start.path))
+    start.sql = None
+    release = threading.Timer(0.3, sql.kill)
+    release.start()
+    try:
+        start.start()
+    finally:
+        release.join()
+    assert "busyAfterCrash" not in start.node.kinds()
     start.check(rows)
 
 

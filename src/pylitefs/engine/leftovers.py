@@ -40,6 +40,11 @@ def is_held_elsewhere(path: str) -> bool:
         os.close(fd)
 
 
+def is_in_use(files: DatabaseFiles) -> bool:
+    """Whether anybody else has a file of the database open that writers share."""
+    return any(is_held_elsewhere(path) for path in (files.database, files.wal, files.shm))
+
+
 def normalise(files: DatabaseFiles, super_journal_dirs: list[str]) -> WalEnd | None:
     """Bring the database file to the committed state: hot journal rolled back and removed, WAL copied in.
 

@@ -52,7 +52,7 @@ from pylitefs.engine.commit_points import file_pages
 from pylitefs.engine.database import Database
 from pylitefs.engine.evidence import Standing, WalEnd, standing
 from pylitefs.engine.files import DatabaseFiles, read_at
-from pylitefs.engine.leftovers import forget_journal, is_held_elsewhere, normalise, remove_wal
+from pylitefs.engine.leftovers import forget_journal, is_in_use, normalise, remove_wal
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.page_checksums import CleanState, stamp
 from pylitefs.engine.redo import REDO_ENTRIES, forget_redo, redo, redo_is_noted
@@ -63,7 +63,6 @@ from pylitefs.formats.ltx.checksum import database_checksum, page_checksums
 from pylitefs.formats.ltx.decoder import Reader
 from pylitefs.formats.ltx.encoder import encode
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position
-from pylitefs.ports import FileKind
 
 log = logging.getLogger("litefs.recovery")
 
@@ -113,7 +112,7 @@ class Circumstances:
 def recover(database: Database, start: Circumstances) -> Recovered:
     """Bring one database to a known state; see the table above. Raises FormatError, OSError if it cannot be read."""
     files = database.files
-    if any(is_held_elsewhere(files.backing(kind)) for kind in (FileKind.DATABASE, FileKind.WAL, FileKind.SHM)):
+    if is_in_use(files):
         database.log.open(verify=False)
         database.position = database.log.head
         return Recovered(Outcome.BUSY, [])

@@ -12,7 +12,7 @@ import time
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, publish_file
 from pylitefs.engine.incoming import give_back
-from pylitefs.engine.leftovers import is_held_elsewhere, normalise, remove_wal
+from pylitefs.engine.leftovers import is_in_use, normalise, remove_wal
 from pylitefs.engine.naming import Naming
 from pylitefs.engine.recovery import Circumstances, Outcome, Recovered, begin_branch, record_difference, recover
 from pylitefs.engine.redo import redo_is_noted
@@ -21,11 +21,12 @@ from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.errors import FormatError, LitefsError, PositionMismatch, Unavailable
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
-from pylitefs.ports import FileKind
 
 log = logging.getLogger("litefs.store")
 
 _BUSY_RETRY_S = 0.5
+_RELEASE_S = 2.0  # the kernel lets go of the files of a killed daemon when the mount guard has ended its mount
+_RELEASE_LOOK_S = 0.02
 _DISK_RETRY_S = 30.0  # at most, between two tries of what the disk refuses
 _STOPPED = "stopped"
 _BOOT_SIZE = 64  # bytes of DATA/boot at most
@@ -62,9 +63,14 @@ class Startup:
 
     def load(self) -> None:
         """Recover every database (see `recovery`). Nothing is mounted yet. One that cannot be read is set aside."""
-        for name in self._prepare():
+        names = self._prepare()
+        released_by_s = time.monotonic() + (_RELEASE_S if self.started_unclean else 0.0)
+        for name in names:
             if self._registry.is_name(name):
-                self._load_one(self._registry.get_or_create(name))
+                database = self._registry.get_or_create(name)
+                while is_in_use(database.files) and time.monotonic() < released_by_s:
+                    time.sleep(_RELEASE_LOOK_S)
+                self._load_one(database)
             else:
                 log.warning(
                     "%s: not a name for a database, left alone", os.path.join(self._registry.databases_dir, name)
@@ -287,7 +293,7 @@ class Startup:
         if database.is_damaged and not self._registry.is_primary:
             return False  # the next start reads all pages, and the primary sends those that differ
         database.release_files()
-        if any(is_held_elsewhere(files.backing(kind)) for kind in (FileKind.DATABASE, FileKind.WAL, FileKind.SHM)):
+        if is_in_use(files):
             return False
         if database.captures:
             if database.rollback.pending and not journal_in_use(files.journal):

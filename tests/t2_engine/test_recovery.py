@@ -360,6 +360,7 @@ def test_a_file_that_an_old_process_holds_is_not_touched(start: Start) -> None:
 
 def test_a_file_that_the_kernel_is_about_to_let_go_is_waited_for(start: Start) -> None:
     """As after a kill: the mount of the daemon that died holds it, until the mount guard has ended that."""
+    start.node.store.note_boot()
     start.insert(3)
     start.node.flush()
     rows = start.rows()

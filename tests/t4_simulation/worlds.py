@@ -11,6 +11,7 @@ is cut, or where nobody is left to get it. What they share otherwise (a `MemoryS
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import random
 import selectors
@@ -103,8 +104,15 @@ class Process:
                     await asyncio.wait(tasks, timeout=10.0)  # of the world's time
             for task in asyncio.all_tasks() - {asyncio.current_task()}:
                 task._log_destroy_pending = False  # of a dead process, waiting for what another life of it has
+                left.append(task)
 
+        left: list[asyncio.Task[Any]] = []
         self.loop.run_until_complete(end())
+        for task in left:  # not by the garbage collector: Python 3.11 stumbles where that comes while it compiles
+            coroutine = task.get_coro()
+            assert isinstance(coroutine, Coroutine)
+            with contextlib.suppress(RuntimeError):
+                coroutine.close()
         self.loop.close()
 
 

@@ -6,15 +6,18 @@ A node's log is a list of values. While its fence is open a node acknowledges wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.election import Positions
 from pylitefs.cluster.leadership import Leadership
-from pylitefs.cluster.lease_port import Leader, Member
+from pylitefs.cluster.lease_port import ABSENT, Held, Leader, Member, Versioned
+from pylitefs.cluster.state import Document
 from pylitefs.errors import Unavailable
 from pylitefs.lease.memory import MemoryEngine, MemoryService, loop_time_s
 
@@ -25,8 +28,34 @@ from virtual_time import VirtualTimeLoop
 TTL_S = 3.0
 
 
+class FlakyEngine(MemoryEngine):
+    """What becomes of the next updates of the state: one that is "refused" does not reach the service, of one that is
+    "unheard" the answer is lost."""
+
+    def __init__(self, service: MemoryService) -> None:
+        super().__init__(service, timeout_s=0.5)
+        self.faults: list[str] = []
+        self.is_renewing = False
+
+    async def renew(self, held: Held) -> Held:
+        self.is_renewing = True
+        try:
+            return await super().renew(held)
+        finally:
+            self.is_renewing = False
+
+    async def update(self, state: bytes, version: str = ABSENT, held: Held | None = None) -> Versioned:
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "refused":
+            raise Unavailable("the engine was not reached")
+        written = await super().update(state, version, held)
+        if fault == "unheard":
+            raise Unavailable("the engine's answer was lost")
+        return written
+
+
 class FakeNode:
-    """A `leadership.Node`."""
+    """A `leadership.Node`. `promote_s` and `demote_s` are how long that takes."""
 
     def __init__(self, cluster: Cluster, node_id: int, settings: Settings) -> None:
         self.node_id, self.hostname, self.url = node_id, f"node-{node_id}", f"http://node-{node_id}"
@@ -38,13 +67,20 @@ class FakeNode:
         self.is_primary = False
         self.leader: Leader | None = None
         self.events: list[str] = []
-        self.engine = MemoryEngine(cluster.service, timeout_s=0.5)
-        self.leadership = Leadership(self.engine, self, settings, clock=loop_time_s)
+        self.settings = settings
+        self.engine = FlakyEngine(cluster.service)
         self.task: asyncio.Task[None] | None = None
         self.promote_s = 0.01
+        self.demote_s = 0.0
+        self.is_being_promoted = False
         self.is_fit = True
 
     def start(self) -> None:
+        """Also again, after `kill`."""
+        self.engine.cut = self.is_primary = False
+        self.leader = None
+        self.cluster.down.discard(self.node_id)
+        self.leadership = Leadership(self.engine, self, self.settings, clock=loop_time_s)
         self.task = asyncio.create_task(self.leadership.run())
 
     async def kill(self) -> None:
@@ -74,8 +110,19 @@ class FakeNode:
         return {"a.db": (self.log[-1][0], len(self.log))} if self.log else {}
 
     async def promote(self, epoch: int, cluster_id: str) -> str:
-        await asyncio.sleep(self.promote_s)
+        """As `node.Node`: a thread that was started goes on to its end, also when this is cancelled."""
+        assert not self.is_being_promoted, "twice at the same time"
+        self.is_being_promoted = True
+        end_s, cancelled = loop_time_s() + self.promote_s, None
+        while loop_time_s() < end_s:
+            try:
+                await asyncio.sleep(end_s - loop_time_s())
+            except asyncio.CancelledError as error:
+                cancelled = error
+        self.is_being_promoted = False
         self.is_primary, self.epoch, self.leader = True, epoch, None
+        if cancelled is not None:
+            raise cancelled
         self.cluster_id = cluster_id or self.cluster_id or f"C{self.node_id}"
         self.events.append(f"promoted {epoch}")
         return self.cluster_id
@@ -84,6 +131,7 @@ class FakeNode:
         self.until_s = until_s
 
     async def demote(self, reason: str) -> None:
+        await asyncio.sleep(self.demote_s)
         if self.is_primary:
             self.is_primary = False
             self.events.append(f"demoted: {reason}")
@@ -158,6 +206,11 @@ class Cluster:
             _ = self.leader
         return loop_time_s() - start_s
 
+    @property
+    def document(self) -> Document:
+        """What all share."""
+        return Document.unpack(self.service.view().state.data)
+
     def replicate(self) -> None:
         """Every node that follows has all its leader has."""
         for node in self.nodes.values():
@@ -167,6 +220,31 @@ class Cluster:
                     node.log, node.cluster_id = list(source.log), source.cluster_id
 
 
-def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(scenario())
+@contextlib.asynccontextmanager
+async def cluster_of(count: int, *, write: bool = True, **settings: Any) -> AsyncIterator[tuple[Cluster, FakeNode]]:
+    """A cluster that runs, and its first leader, which all follow. With `write` everybody has a row."""
+    cluster = Cluster(count, **settings)
+    cluster.start()
+    try:
+        await cluster.until(lambda: cluster.leader)
+        first = cluster.leader
+        assert first is not None
+        await cluster.until(lambda: all(node is first or node.leader for node in cluster.nodes.values()))
+        if write:
+            assert first.write("x")
+            await cluster.until(lambda: cluster.document.state.has_data)
+            cluster.replicate()
+        yield cluster, first
+    finally:
+        await cluster.stop()
+
+
+def virtual(scenario: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that runs on virtual time."""
+
+    @functools.wraps(scenario)
+    def test(**arguments: Any) -> None:
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            runner.run(scenario(**arguments))
+
+    return test

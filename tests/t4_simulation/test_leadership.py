@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import asyncio
 
-from leadership_cluster import TTL_S, Cluster, run
+import pytest
+from leadership_cluster import TTL_S, Cluster, FakeNode, cluster_of, virtual
 
-from pylitefs.cluster.state import Document
+from pylitefs.errors import Unavailable
 
 
-def test_one_of_three_leads_and_the_others_follow() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(3)
-        cluster.start()
-        await cluster.until(lambda: cluster.leader)
-        leader = cluster.leader
-        assert leader is not None
-        assert leader.write("x")
-        others = [node for node in cluster.nodes.values() if node is not leader]
-        await cluster.until(lambda: all(node.leader and node.leader.node_id == leader.node_id for node in others))
-        assert not any(node.write("y") for node in others)
+def others(cluster: Cluster, node: FakeNode) -> list[FakeNode]:
+    return [other for other in cluster.nodes.values() if other is not node]
+
+
+async def next_leader(cluster: Cluster, first: FakeNode) -> FakeNode:
+    await cluster.until(lambda: cluster.leader not in (None, first))
+    leader = cluster.leader
+    assert leader is not None
+    return leader
+
+
+@virtual
+async def test_one_of_three_leads_and_the_others_follow() -> None:
+    async with cluster_of(3) as (cluster, leader):
+        assert all(node.leader and node.leader.node_id == leader.node_id for node in others(cluster, leader))
+        assert not any(node.write("y") for node in others(cluster, leader))
         await asyncio.sleep(10 * TTL_S)
         assert cluster.leader is leader
-        document = Document.unpack(cluster.service.view().state.data)
-        assert document.state.epoch == 1
-        assert document.state.has_data
-        assert [entry.reason for entry in document.history] == ["first primary"]
-        await cluster.stop()
-
-    run(scenario)
+        assert cluster.document.state.epoch == 1
+        assert cluster.document.state.has_data
+        assert [entry.reason for entry in cluster.document.history] == ["first primary"]
 
 
-def test_another_takes_over_soon_after_the_leader_has_died() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(3)
-        cluster.start()
-        await cluster.until(lambda: cluster.leader)
-        first = cluster.leader
-        assert first is not None
-        first.write("x")
-        await cluster.until(lambda: Document.unpack(cluster.service.view().state.data).state.has_data)
-        cluster.replicate()
+@virtual
+async def test_another_takes_over_soon_after_the_leader_has_died() -> None:
+    async with cluster_of(3) as (cluster, first):
         await first.kill()
         took_s = await cluster.until(lambda: cluster.leader not in (None, first))
         second = cluster.leader
@@ -48,157 +43,306 @@ def test_another_takes_over_soon_after_the_leader_has_died() -> None:
         assert second is not None
         assert second.log == [(1, "x")]
         assert second.epoch == 2
-        await cluster.stop()
-
-    run(scenario)
 
 
-def test_the_node_with_the_most_data_wins() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(3)
-        cluster.start()
-        await cluster.until(lambda: cluster.leader)
-        first = cluster.leader
-        assert first is not None
+@virtual
+async def test_the_node_with_the_most_data_wins() -> None:
+    async with cluster_of(3) as (cluster, first):
         for value in "abc":
             first.write(value)
-        await cluster.until(lambda: Document.unpack(cluster.service.view().state.data).state.has_data)
-        behind, ahead = [node for node in cluster.nodes.values() if node is not first]
+        behind, ahead = others(cluster, first)
         for node, count in ((behind, 2), (ahead, 3)):
-            node.log, node.cluster_id = first.log[:count], first.cluster_id
+            node.log = first.log[:count]
         await first.kill()
-        await cluster.until(lambda: cluster.leader not in (None, first))
-        assert cluster.leader is ahead
-        await cluster.stop()
-
-    run(scenario)
+        assert await next_leader(cluster, first) is ahead
 
 
-def test_a_leader_without_its_engine_acknowledges_nothing_once_another_can_lead() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(2)
-        cluster.start()
-        await cluster.until(lambda: cluster.leader)
-        first = cluster.leader
-        assert first is not None
+@virtual
+async def test_a_leader_without_its_engine_acknowledges_nothing_once_another_can_lead() -> None:
+    async with cluster_of(2, write=False) as (cluster, first):
         first.engine.cut = True
         await cluster.until(lambda: not first.is_primary)
-        await cluster.until(lambda: cluster.leader not in (None, first))
+        second = await next_leader(cluster, first)
         assert any("could not be renewed" in event for event in first.events)
         first.engine.cut = False
         await cluster.until(lambda: first.leader is not None)
-        assert first.events[-1] == f"follows {cluster.leader.node_id if cluster.leader else 0}"
-        await cluster.stop()
-
-    run(scenario)
+        assert first.events[-1] == f"follows {second.node_id}"
 
 
-def test_without_the_engine_nobody_leads_and_with_failsafe_the_leader_stays() -> None:
-    async def scenario(failsafe: bool) -> None:
-        cluster = Cluster(3, failsafe=failsafe)
-        cluster.start()
-        await cluster.until(lambda: cluster.leader)
-        first = cluster.leader
-        assert first is not None
-        others = [node for node in cluster.nodes.values() if node is not first]
-        await cluster.until(lambda: all(node.leader for node in others))
-        await asyncio.sleep(TTL_S)
+@virtual
+async def test_without_the_engine_nobody_leads() -> None:
+    async with cluster_of(3) as (cluster, _):
         for node in cluster.nodes.values():
             node.engine.cut = True
-        if not failsafe:
-            assert await cluster.until(lambda: cluster.leader is None) <= TTL_S
-            await asyncio.sleep(3 * TTL_S)
-            assert cluster.leader is None
-        else:
-            for _ in range(200):
-                assert first.write("x")
-                await asyncio.sleep(TTL_S / 10)
+        assert await cluster.until(lambda: cluster.leader is None) <= TTL_S
+        await asyncio.sleep(3 * TTL_S)
+        assert cluster.leader is None
         for node in cluster.nodes.values():
             node.engine.cut = False
         await cluster.until(lambda: cluster.leader)
-        if failsafe:
-            await asyncio.sleep(5 * TTL_S)
-            assert cluster.leader is first
-            assert first.epoch == 2  # the lease had ended: a new term
-        await cluster.stop()
-
-    run(lambda: scenario(False))
-    run(lambda: scenario(True))
 
 
-def test_failsafe_ends_when_one_member_does_not_confirm() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(3, failsafe=True)
-        cluster.start()
-        await cluster.until(lambda: cluster.leader)
-        first = cluster.leader
-        assert first is not None
-        others = [node for node in cluster.nodes.values() if node is not first]
-        await cluster.until(lambda: all(node.leader for node in others))
+# --- failsafe
+
+
+@virtual
+async def test_without_the_engine_and_with_failsafe_the_leader_stays() -> None:
+    async with cluster_of(3, failsafe=True) as (cluster, first):
+        await asyncio.sleep(TTL_S)
+        for node in cluster.nodes.values():
+            node.engine.cut = True
+        for _ in range(200):
+            assert first.write("x")
+            await asyncio.sleep(TTL_S / 10)
+        for node in cluster.nodes.values():
+            node.engine.cut = False
+        await asyncio.sleep(5 * TTL_S)
+        assert cluster.leader is first
+        assert first.epoch == 2  # the lease had ended: a new term
+
+
+@virtual
+async def test_failsafe_ends_when_one_member_does_not_confirm() -> None:
+    async with cluster_of(3, failsafe=True) as (cluster, first):
         await asyncio.sleep(TTL_S)
         first.engine.cut = True
-        cluster.cuts.add(frozenset((first.node_id, others[0].node_id)))
-        await cluster.until(lambda: cluster.leader not in (None, first))
+        cluster.cuts.add(frozenset((first.node_id, others(cluster, first)[0].node_id)))
+        await next_leader(cluster, first)
         assert not first.is_primary
-        await cluster.stop()
-
-    run(scenario)
 
 
-def test_the_lease_is_passed_on_to_the_node_that_is_named() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(5)
-        cluster.start()
-        await cluster.until(lambda: cluster.leader)
-        first = cluster.leader
-        assert first is not None
-        first.write("x")
-        await cluster.until(lambda: Document.unpack(cluster.service.view().state.data).state.has_data)
-        cluster.replicate()
-        successor = next(node for node in cluster.nodes.values() if node is not first)
+@virtual
+async def test_a_node_that_may_have_promised_before_its_restart_waits_for_the_leases_time() -> None:
+    """It has promised in failsafe not to lead, is killed, and knows nothing of that any more; the leader counts on it."""
+    async with cluster_of(2, failsafe=True) as (cluster, first):
+        await asyncio.sleep(TTL_S)
+        (other,) = others(cluster, first)
+        for node in cluster.nodes.values():
+            node.engine.cut = True
+        await asyncio.sleep(2 * TTL_S)
+        assert cluster.leader is first, "failsafe"
+        await other.kill()
+        other.start()
+        assert await next_leader(cluster, first) is other  # and `until` has seen that there were never two
+        assert not first.is_primary
+
+
+@virtual
+async def test_one_promotion_at_a_time() -> None:
+    """Failsafe while the node is still being promoted: the term that the lease's end begins must not begin there."""
+    async with cluster_of(2, failsafe=True) as (cluster, first):
+        await asyncio.sleep(TTL_S)
+        (other,) = others(cluster, first)
+        other.promote_s = 5 * TTL_S
+        await first.leadership.leave("handed over", other.node_id)
+        await cluster.until(lambda: other.is_being_promoted and first.leader)
+        for node in cluster.nodes.values():
+            node.engine.cut = True
+        await asyncio.sleep(2 * TTL_S)
+        for node in cluster.nodes.values():
+            node.engine.cut = False
+        await cluster.until(lambda: cluster.leader)  # `promote` has seen that it was never called twice
+        assert cluster.document.state.epoch == 3
+
+
+# --- handing over
+
+
+@virtual
+async def test_the_lease_is_passed_on_to_the_node_that_is_named() -> None:
+    async with cluster_of(5) as (cluster, first):
+        successor = others(cluster, first)[0]
         leaving = asyncio.create_task(first.leadership.leave("handed over", successor.node_id))
         took_s = await cluster.until(lambda: cluster.leader is successor)
         await leaving
         assert took_s < 0.5
         assert f"passed on to {successor.node_id}" in first.events
-        history = Document.unpack(cluster.service.view().state.data).history
-        assert [entry.reason for entry in history] == ["first primary", "handed over"]
-        await cluster.stop()
-
-    run(scenario)
+        assert [entry.reason for entry in cluster.document.history] == ["first primary", "handed over"]
 
 
-def test_a_successor_that_has_died_keeps_nobody_from_leading() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(3)
-        cluster.start()
-        await cluster.until(lambda: cluster.leader)
-        first = cluster.leader
-        assert first is not None
-        first.write("x")
-        await cluster.until(lambda: Document.unpack(cluster.service.view().state.data).state.has_data)
-        cluster.replicate()
-        dead, _ = [node for node in cluster.nodes.values() if node is not first]
+@virtual
+async def test_a_successor_that_has_died_keeps_nobody_from_leading() -> None:
+    async with cluster_of(3) as (cluster, first):
+        dead = others(cluster, first)[0]
         await dead.kill()
         await first.leadership.leave("handed over", dead.node_id)
         await cluster.until(lambda: cluster.leader, TTL_S * 2)
         assert cluster.leader is not dead
-        await cluster.stop()
-
-    run(scenario)
 
 
-def test_paused_only_the_last_leader_comes_back_and_take_overrides_it() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(3)
-        cluster.start()
+@virtual
+@pytest.mark.parametrize("fault", ["refused", "unheard"])
+async def test_a_handover_that_failed_is_taken_back(fault: str) -> None:
+    """Else it would count at a later failover too, and that node may lack what was committed since."""
+    async with cluster_of(3) as (cluster, first):
+        behind, ahead = others(cluster, first)
+        first.engine.faults = [fault]
+        with pytest.raises(Unavailable, match="not passed on"):
+            await first.leadership.leave("handed over", behind.node_id)
+        assert cluster.leader is first
+        assert cluster.document.state.handoff_to == 0
+        assert first.write("y")
+        ahead.log = list(first.log)
+        await first.kill()
+        assert await next_leader(cluster, first) is ahead
+
+
+@virtual
+async def test_a_handover_that_cannot_be_taken_back_ends_the_term() -> None:
+    """Nobody can tell what stands in the engine: the successor has everything, and nothing is written any more."""
+    async with cluster_of(3) as (cluster, first):
+        successor = others(cluster, first)[0]
+        first.engine.faults = ["unheard", "refused"]
+        leaving = asyncio.create_task(first.leadership.leave("handed over", successor.node_id))
+        await cluster.until(lambda: not first.engine.faults)
+        assert not first.write("y")
+        await leaving
+        assert await next_leader(cluster, first) is successor
+        assert not first.is_primary
+
+
+@virtual
+async def test_a_handover_that_was_cancelled_is_given_up() -> None:
+    """By then everybody else may have less than this node: it writes on."""
+    async with cluster_of(2) as (cluster, first):
+        first.engine.slow_s = lambda: 0.1
+        leaving = asyncio.create_task(first.leadership.leave("handed over", others(cluster, first)[0].node_id))
+        await cluster.until(lambda: first.until_s == 0.0)
+        leaving.cancel()
+        await asyncio.wait({leaving})
         await cluster.until(lambda: cluster.leader)
-        first = cluster.leader
-        assert first is not None
-        first.write("x")
-        await cluster.until(lambda: Document.unpack(cluster.service.view().state.data).state.has_data)
-        cluster.replicate()
-        other = next(node for node in cluster.nodes.values() if node is not first)
+        assert cluster.leader is first
+        assert first.write("y")
+        await asyncio.sleep(5 * TTL_S)
+        assert cluster.leader is first
+        assert cluster.document.state.handoff_to == 0
+        assert "passed on to 2" not in first.events
+
+
+@virtual
+async def test_a_stop_ends_a_handover_that_is_under_way() -> None:
+    async with cluster_of(2) as (cluster, first):
+        first.engine.slow_s = lambda: 0.1
+        leaving = asyncio.create_task(first.leadership.leave("handed over", others(cluster, first)[0].node_id))
+        await cluster.until(lambda: first.until_s == 0.0)
+        async with asyncio.timeout(TTL_S):
+            await first.leadership.stop("the node is stopping")
+        with pytest.raises(Unavailable, match="the node is stopping"):
+            await leaving
+        await next_leader(cluster, first)
+
+
+@virtual
+async def test_an_empty_leader_gives_way_to_a_node_that_has_data() -> None:
+    cluster = Cluster(2)
+    cluster.start(1)
+    await cluster.until(lambda: cluster.leader)
+    other = cluster.nodes[2]
+    other.log, other.cluster_id = [(1, "x")], "C9"
+    cluster.nodes[1].cluster_id = ""
+    cluster.start(2)
+    await cluster.until(lambda: cluster.leader is other)
+    await cluster.stop()
+
+
+@virtual
+async def test_an_empty_leader_gives_way_also_after_a_handover_that_failed() -> None:
+    cluster = Cluster(2)
+    cluster.start(1)
+    await cluster.until(lambda: cluster.leader)
+    first, other = cluster.nodes[1], cluster.nodes[2]
+    other.log, other.cluster_id = [(1, "x")], "C9"
+    first.cluster_id = ""
+    first.engine.faults = ["refused"]
+    with pytest.raises(Unavailable):
+        await first.leadership.leave("handed over", 2)
+    cluster.start(2)
+    await cluster.until(lambda: cluster.leader is other)
+    await cluster.stop()
+
+
+# --- the end of a term
+
+
+@virtual
+async def test_a_later_epoch_ends_the_term_at_once() -> None:
+    """A replica has followed a later primary than us: nothing is acknowledged from that moment on, also when a renewal
+    that was under way succeeds."""
+    async with cluster_of(2) as (cluster, first):
+        first.engine.slow_s = lambda: 0.1
+        await cluster.until(lambda: first.engine.is_renewing)
+        first.demote_s = 0.5
+        first.leadership.supersede("epoch 9 has begun")
+        assert not first.write("y")
+        while first.is_primary:
+            assert not first.write("y")
+            await asyncio.sleep(0.01)
+        assert "demoted: epoch 9 has begun" in first.events
+        await cluster.until(lambda: cluster.leader)
+
+
+@virtual
+async def test_a_later_epoch_ends_a_handover_too() -> None:
+    async with cluster_of(2) as (cluster, first):
+        first.engine.slow_s = lambda: 0.1
+        leaving = asyncio.create_task(first.leadership.leave("handed over", others(cluster, first)[0].node_id))
+        await cluster.until(lambda: first.until_s == 0.0)
+        first.leadership.supersede("epoch 9 has begun")
+        with pytest.raises(Unavailable, match="epoch 9 has begun"):
+            await leaving
+        await cluster.until(lambda: not first.is_primary)
+
+
+@virtual
+async def test_a_lease_that_is_lost_during_the_promotion_is_not_used() -> None:
+    """What the promotion's thread does it does to its end, and then it is undone."""
+    async with cluster_of(2) as (cluster, first):
+        (other,) = others(cluster, first)
+        other.promote_s = 3 * TTL_S
+        await first.leadership.leave("handed over", other.node_id)
+        await cluster.until(lambda: other.is_being_promoted)
+        other.engine.cut = True
+        await cluster.until(lambda: cluster.leader is first)
+        assert other.is_being_promoted, "its thread still runs"
+        other.engine.cut = False
+        await cluster.until(lambda: not other.is_being_promoted and other.leader)
+        assert [event for event in other.events if not event.startswith("follows")] == [
+            "demoted: the lease could not be renewed: the lease engine does not answer"
+        ]
+        assert cluster.leader is first
+
+
+@virtual
+async def test_a_term_that_fails_says_why() -> None:
+    """The cluster's id could not be written down."""
+    cluster = Cluster(1)
+    node = cluster.nodes[1]
+    node.engine.faults = ["refused"]
+    cluster.start()
+    await cluster.until(lambda: cluster.leader and cluster.document.state.cluster_id)
+    assert "demoted: the engine was not reached" in node.events
+    await cluster.stop()
+
+
+@virtual
+async def test_a_stop_does_not_wait_for_ever_for_a_term_that_has_ended() -> None:
+    async with cluster_of(2) as (cluster, first):
+        first.demote_s = 2.0
+        first.engine.cut = True
+        await cluster.until(lambda: first.until_s == 0.0)
+        assert first.is_primary, "it is being demoted"
+        async with asyncio.timeout(60):
+            await first.leadership.stop("the node is stopping")
+        assert not first.is_primary
+
+
+# --- paused
+
+
+@virtual
+async def test_paused_only_the_last_leader_comes_back_and_take_overrides_it() -> None:
+    async with cluster_of(3) as (cluster, first):
+        other = others(cluster, first)[0]
         await other.leadership.pause(True)
         await asyncio.sleep(TTL_S)
         assert first.leadership.document.state.paused
@@ -209,22 +353,4 @@ def test_paused_only_the_last_leader_comes_back_and_take_overrides_it() -> None:
         await other.leadership.take()
         await cluster.until(lambda: cluster.leader)
         assert cluster.leader is other
-        assert Document.unpack(cluster.service.view().state.data).state.paused
-        await cluster.stop()
-
-    run(scenario)
-
-
-def test_an_empty_leader_gives_way_to_a_node_that_has_data() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(2)
-        cluster.start(1)
-        await cluster.until(lambda: cluster.leader)
-        other = cluster.nodes[2]
-        other.log, other.cluster_id = [(1, "x")], "C9"
-        cluster.nodes[1].cluster_id = ""
-        cluster.start(2)
-        await cluster.until(lambda: cluster.leader is other)
-        await cluster.stop()
-
-    run(scenario)
+        assert cluster.document.state.paused

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pylitefs.cluster.election import Positions
-from pylitefs.cluster.lease_port import Leader, Member
+from pylitefs.cluster.lease_port import Leader, Member, View
+from pylitefs.errors import LitefsError
+
+log = logging.getLogger("litefs.lease")
+
+ASK_S = 0.7  # for an answer of another node
+RENEWALS = 3  # in the life of a lease
+MARGIN = 0.1  # of the TTL, at most MAX_MARGIN_S: the last moments in which nothing is acknowledged any more
+MAX_MARGIN_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,31 @@ class Settings:
     maximum_lag: int | None = None
     failsafe: bool = False
     sync: int = 0
+
+    @property
+    def renewal_s(self) -> float:
+        """From one renewal of the lease, or of the node's entry, to the next."""
+        return self.ttl_s / RENEWALS
+
+    @property
+    def margin_s(self) -> float:
+        return min(MAX_MARGIN_S, self.ttl_s * MARGIN)
+
+    @property
+    def ask_s(self) -> float:
+        """How long to wait for another node's answer."""
+        return min(ASK_S, self.ttl_s / 4)
+
+
+class Nudge(asyncio.Event):
+    """Ends a pause: there is something to look at."""
+
+    async def pause(self, delay_s: float) -> None:
+        """Until then, or a nudge."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self.wait()
+        self.clear()
 
 
 @dataclass
@@ -73,3 +108,18 @@ class Node(Protocol):
 
     async def confirm(self, member: Member, epoch: int, timeout_s: float) -> str:
         """Failsafe: "" if that node follows us and promises not to lead. Raises LitefsError."""
+
+
+async def ask_all(node: Node, view: View, timeout_s: float) -> dict[int, Positions]:
+    """The positions of those other members that answer."""
+    others = [member for member in view.members if member.node_id != node.node_id and member.url]
+
+    async def one(member: Member) -> tuple[int, Positions] | None:
+        try:
+            return member.node_id, await node.ask(member, timeout_s)
+        except (LitefsError, OSError) as error:
+            log.debug("%s does not answer: %s", member.url, error)
+            return None
+
+    answers = await asyncio.gather(*(one(member) for member in others))
+    return dict(answer for answer in answers if answer is not None)

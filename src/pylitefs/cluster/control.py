@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 from pylitefs.formats.ltx.format import Position
 
+FAILOVER = "failover"
+"""The reason in the history of a change that nobody had asked for."""
+
 
 @dataclass(frozen=True)
 class MemberView:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,11 +12,14 @@ from pylitefs.cluster.lease_port import Conflict, Engine, Held, LeaseLost, View
 from pylitefs.cluster.state import Document
 from pylitefs.errors import Unavailable
 
+log = logging.getLogger("litefs.lease")
+
 _TRIES = 10
 
 
 class SharedState:
-    """The newest view, and the document in it. `changed` is called, on the loop, when either is new."""
+    """The newest view, the document in it, and what is wrong with the engine, or why nobody leads. `changed` is called,
+    on the loop, when any of them is new."""
 
     def __init__(self, engine: Engine, changed: Callable[[], None]) -> None:
         self._engine = engine
@@ -23,6 +27,15 @@ class SharedState:
         self._lock = asyncio.Lock()
         self.view: View | None = None
         self.document = Document()
+        self.problem = "looking at the lease engine for the first time"
+
+    def has_problem(self, text: str) -> None:
+        """"" if there is none."""
+        if text != self.problem:
+            self.problem = text
+            if text:
+                log.warning("%s", text)
+            self._changed()
 
     async def look(self) -> View:
         """Unavailable, FormatError."""

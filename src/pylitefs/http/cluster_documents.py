@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pylitefs.cluster.control import ClusterView, HaltLock, HistoryEntry, MemberView
+from pylitefs.cluster.control import FAILOVER, ClusterView, HaltLock, HistoryEntry, MemberView
 from pylitefs.formats.ltx.format import Position
 from pylitefs.status import ClusterNumbers, Json, rfc3339
 
-FAILOVER = "failover"
-"""The reason in the history (`cluster.leadership`) of a change that nobody had asked for."""
 _LAST_MS = 253_402_300_799_999  # of the year 9999: what comes from another node may be anything
 
 

@@ -4,6 +4,7 @@ are exchanged, wal-indexes that were made anew, and threads that meet."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import sqlite3
@@ -22,6 +23,7 @@ from pylitefs.engine.batches import COLLECT_BYTES, NONE, Batch, CollectedQueue, 
 from pylitefs.engine.checkpoints import Checkpoints
 from pylitefs.engine.database import Database
 from pylitefs.engine.transaction import Change
+from pylitefs.engine.wal_capture import WalCapture
 from pylitefs.engine.wal_seed import seed
 from pylitefs.engine.wal_view import Committed
 from pylitefs.formats.sqlite.wal_index import HEADER_COPY_SIZE
@@ -306,6 +308,30 @@ def test_what_is_not_a_full_disk_has_a_name_of_its_own(live: Live) -> None:
     told = [event for event in live.node.events if event.type in ("logFailing", "logWorks", "diskFull", "diskFreed")]
     assert [event.type for event in told] == ["logFailing", "logWorks", "diskFull", "diskFreed"]
     assert "open files" in str(told[0].data["error"])
+    live.check()
+
+
+def test_a_disk_that_fails_once_is_asked_again(
+    live: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a commit may follow is read from the WAL as well. Nothing is written then that would wake the worker."""
+    tries: list[int] = []
+    asked_again = threading.Event()
+    really = WalCapture.commit_may_follow
+
+    def fail_first(wal: WalCapture) -> bool:
+        tries.append(1)
+        if len(tries) == 1:
+            raise OSError(errno.EIO, "the disk")
+        asked_again.set()
+        return really(wal)
+
+    live.put("one", 1)
+    live.quiet()
+    monkeypatch.setattr(WalCapture, "commit_may_follow", fail_first)
+    live.node.store.worker.post(live.capture.wake, live.database)
+    assert asked_again.wait(WAIT_S)
+    assert not [record for record in caplog.records if record.exc_info]
     live.check()
 
 

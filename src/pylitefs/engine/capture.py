@@ -113,6 +113,8 @@ class Capture(CommitPoints):
             if database.failing is None:
                 self._restless.discard(database.name)
                 self.let_restart(database)
+            with database.wal.mutex:
+                may_follow = database.wal.commit_may_follow()
         except UnstableSource:
             self._restless.add(database.name)  # the next try is under the barrier
             self._look_in(database, schedule, _RESTLESS_S)
@@ -127,7 +129,7 @@ class Capture(CommitPoints):
             transactions = database.position.txid - before
             pause = min(max(took * _PACE, _PAUSE_S * transactions), _MAX_PAUSE_S)
             schedule.not_before_s = started + took + pause
-        if not self._commit_may_follow(database):
+        if not may_follow:
             return  # before another commit something is written, which wakes us
         if found:
             self._look_in(database, schedule, pause)
@@ -135,11 +137,6 @@ class Capture(CommitPoints):
             step = min(schedule.step, len(_LOOK_AGAIN_S) - 1)  # the last: a slow fsync before the commit is published
             self._look_in(database, schedule, _LOOK_AGAIN_S[step])
             schedule.step += 1
-
-    @staticmethod
-    def _commit_may_follow(database: Database) -> bool:
-        with database.wal.mutex:
-            return database.wal.commit_may_follow()
 
     # -- files of the mount ------------------------------------------------------------------------------------
 

@@ -136,10 +136,15 @@ class Member(Node):
     def lose_power(self) -> None:
         """The daemon and its disk; its applications have to be killed too. `start` when they are."""
         assert isinstance(self.disk, RealDisk), f"{self.name} has no disk that can be cut off"
-        self.disk.cut_off()
         self.kill()
+        self.disk.cut_off()
         self.unmount()
         self.disk.detach()
+
+    def fail_disk(self) -> None:
+        """Its disk answers with EIO; the daemon goes on. It has to be restarted: `lose_power`."""
+        assert isinstance(self.disk, RealDisk), f"{self.name} has no disk that can be cut off"
+        self.disk.cut_off()
 
     def plug_in(self) -> None:
         """The disk is there again, as the power left it."""

@@ -173,17 +173,22 @@ class NodeControl:
         if not leadership.leads:
             leader = leadership.view.leader if leadership.view is not None else None
             if leader is None or leader.node_id == self._node.node_id:
-                raise Unavailable(f"there is no primary at present: {leadership.problem}")
+                raise Unavailable(f"there is no primary at present: {leadership.problem or 'one is about to be'}")
             raise NotPrimary(f"this node is not the primary: {leader.hostname or leader.url} is", leader.url)
         if node_id == self._node.node_id:
             return
         successor = await self._hand_over(node_id or 0, "handed over", catch_up_s=CATCH_UP_S)
         try:
             async with asyncio.timeout(TAKE_OVER_S):
-                while self._node.following is None or self._node.following.node_id != successor:
+                while not self._follows(successor):
                     await asyncio.sleep(0.005)
         except TimeoutError:
             raise Unavailable("the lease was passed on, but that node has not taken it: see litefs status") from None
+
+    def _follows(self, node_id: int) -> bool:
+        """Whether that node has let us in as the primary; that somebody holds the lease does not mean that it serves."""
+        leader = self._node.following
+        return leader is not None and leader.node_id == node_id and self._node.unhealthy() is None
 
     async def _hand_over(self, node_id: int, reason: str, *, catch_up_s: float) -> int:
         """A switchover up to the moment when this node is not the primary any more; the successor's id."""

@@ -115,14 +115,14 @@ class JsonClient:
         fresh = False
         for _ in range(len(self.urls) + again):
             url = self.urls[self._current]
-            limit_s = min(each_s, end_s - now_s())
-            if limit_s <= 0:
+            left_s = min(each_s, end_s - now_s())
+            if left_s <= 0:
                 break
             try:
-                async with asyncio.timeout(limit_s), self._request(method, url + path, query, data, headers) as response:
+                async with asyncio.timeout(left_s), self._request(method, url + path, query, data, headers) as response:
                     return Answer(url, response.status, await _body(response), dict(response.headers))
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                problem = self._problem(url, error, limit_s)
+                problem = self._problem(url, error, left_s)
                 if isinstance(error, aiohttp.ServerDisconnectedError) and again and not fresh:
                     fresh = True  # it had closed an idle connection
                     continue

@@ -192,23 +192,27 @@ class NodeControl:
 
     async def _hand_over(self, node_id: int, reason: str, *, catch_up_s: float) -> int:
         """A switchover up to the moment when this node is not the primary any more; the successor's id."""
-        leadership = self._by_engine()
         async with self._switching:
             info = await self._successor(node_id, catch_up_s)
-            try:
-                if not await blocking(self._store.pause_writes, PAUSE_S):
-                    raise Unavailable("a transaction stays open, so writes could not be paused: nothing has changed")
-                heads = await asyncio.wrap_future(self._store.flush_all())
-                async with asyncio.timeout(LAST_S):
-                    while self._missing(info.node_id, heads):
-                        await asyncio.sleep(0.001)
-                await leadership.leave(reason, int(info.node_id, 16))
-            except TimeoutError:
-                raise Unavailable(f"{info.hostname or info.node_id} does not keep up: nothing has changed") from None
-            finally:
-                if self._store.is_primary:
-                    await blocking(self._store.resume_writes)
+            async with self._node.halts.paused(PAUSE_S):
+                await self._pass_on(info, reason)
             return int(info.node_id, 16)
+
+    async def _pass_on(self, info: ReplicaInfo, reason: str) -> None:
+        """Pause writes, and pass the lease to a replica that has everything then. Unavailable."""
+        try:
+            if not await blocking(self._store.pause_writes, PAUSE_S):
+                raise Unavailable("a transaction stays open, so writes could not be paused: nothing has changed")
+            heads = await asyncio.wrap_future(self._store.flush_all())
+            async with asyncio.timeout(LAST_S):
+                while self._missing(info.node_id, heads):
+                    await asyncio.sleep(0.001)
+            await self._by_engine().leave(reason, int(info.node_id, 16))
+        except TimeoutError:
+            raise Unavailable(f"{info.hostname or info.node_id} does not keep up: nothing has changed") from None
+        finally:
+            if self._store.is_primary:
+                await blocking(self._store.resume_writes)
 
     async def _successor(self, node_id: int, catch_up_s: float) -> ReplicaInfo:
         """The replica that is to take over, once it is near. Ineligible, Unavailable."""

@@ -4,7 +4,8 @@
     client.py halt  MOUNT NODE DATABASE full|normal PAUSE_MS HISTORY [REFUSED_MS]
     client.py read  MOUNT NODE DATABASE ro|rw       PAUSE_MS HISTORY
 
-`halt` writes under the HALT lock of the database, wherever it runs. A reader opens the database as it is told.
+`halt` writes under the HALT lock of the database, wherever it runs, as with LiteFS's libraries: the lock, a connection,
+a few commits, and both closed. A reader opens the database as it is told.
 
 PAUSE_MS is the pause after each commit or read, REFUSED_MS the one after a node has refused.
 
@@ -34,6 +35,7 @@ REFUSED_MS = "30"
 LOOK_S = 0.5
 HALT_BYTE = 72
 PAYLOAD = b"\xa5" * 200
+UNDER_ONE_LOCK = 5
 
 
 class Client:
@@ -52,6 +54,7 @@ class Client:
         self.reads = synchronous in ("ro", "rw")
         self.pause_s, self.refused_s = float(pause_ms) / 1000, float(refused_ms) / 1000
         self.out = os.open(history, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.notes = Path(history).parent / "notes"
         self.connection: sqlite3.Connection | None = None
         self.name = f"{node}.{os.getpid()}"
         self.device = 0  # of the mount that the connection is on
@@ -59,6 +62,11 @@ class Client:
 
     def record(self, op: str, **more: Any) -> None:
         os.write(self.out, json.dumps({"op": op, "t": time.monotonic(), **more}).encode() + b"\n")
+
+    def note(self, text: str) -> None:
+        """For people."""
+        with open(self.notes, "a") as file:
+            file.write(f"{time.monotonic():.3f} {self.node} {text}\n")
 
     def connect(self) -> sqlite3.Connection:
         """OSError, or an error of SQLite."""
@@ -126,31 +134,29 @@ def append(client: Client, value: str) -> bool:
 
 
 def halt(client: Client) -> None:
-    """As LiteFS's libraries: the lock, a connection, a commit, and both closed."""
     number = 0
     pause_s = 0.0
     while client.goes_on(pause_s):
-        number += 1
-        done = append_halted(client, f"{client.name}.{client.synchronous}.halt{number}.")
-        pause_s = client.pause_s if done else client.refused_s
-
-
-def append_halted(client: Client, value: str) -> bool:
-    try:
-        fd = os.open(f"{client.path}-lock", os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX, 1, HALT_BYTE)
-        return append(client, value)
-    except OSError:
-        return False
-    finally:
+        pause_s = client.refused_s
+        try:
+            lock = os.open(f"{client.path}-lock", os.O_RDWR)
+        except OSError as error:
+            client.note(f"open: {error}")
+            continue
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, HALT_BYTE)
+            for _ in range(UNDER_ONE_LOCK):
+                number += 1
+                if not append(client, f"{client.name}.halt.{client.synchronous}.{number}."):
+                    break
+                pause_s = client.pause_s
+        except OSError as error:
+            client.note(f"lock: {error}")
         client.disconnect()
         try:
-            os.close(fd)
-        except OSError:
-            pass
+            os.close(lock)
+        except OSError as error:
+            client.note(f"close: {error}")
 
 
 def read(client: Client) -> None:

@@ -305,7 +305,8 @@ class HaCluster(Cluster):
             values = self.clients.values(name)
             kept = lost_values([member.data for member in self.members], name, values)
             lost[name] = frozenset(values) if name in self.forgetful else kept
-        return Outcome(primary.name, copies, lost, fenced if self.sync else frozenset(), fenced)
+        durable = fenced if self.sync else frozenset()
+        return Outcome(primary.name, copies, lost, durable, fenced, fenced if self.clients.under_halt else frozenset())
 
     def judge(self) -> tuple[History, Outcome]:
         """Heal, start what is dead, wait until all agree; then the checker must find nothing."""
@@ -334,6 +335,7 @@ class Clients:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.under_halt = False  # some write from replicas
         self._processes: list[subprocess.Popen[bytes]] = []
         self._started = 0
         self._watching: list[threading.Thread] = []
@@ -345,6 +347,7 @@ class Clients:
         self.folder.mkdir(parents=True, exist_ok=True)
         out = self.folder / f"{kind}-{member.name}-{db}-{self._started}"
         self._started += 1
+        self.under_halt |= kind == "halt"
         words = [sys.executable, "-I", "-S", str(CLIENT), kind, str(member.mount), member.name, db, synchronous]
         words += [str(pause_ms), str(out), str(refused_ms)]
         self._processes.append(subprocess.Popen(words, stdin=subprocess.PIPE))

@@ -90,13 +90,18 @@ class Copy:
 class Outcome:
     """`primary` names the node whose history counts. `copies`: by node, by database. `lost`: what is in branches that
     were kept, by database. `durable`: databases of which no acknowledged commit may be missing. `fenced`: those whose
-    commits ask the daemon, so that a primary without a lease must not acknowledge any."""
+    commits ask the daemon, so that a primary without a lease must not acknowledge any. `awaited`: those whose commits
+    may be on other nodes before they are answered."""
 
     primary: str
     copies: Mapping[str, Mapping[str, Copy]]
     lost: Mapping[str, frozenset[str]]
     durable: frozenset[str]
     fenced: frozenset[str] = frozenset()
+    awaited: frozenset[str] = frozenset()
+
+    def may_be_taken_back(self, db: str) -> bool:
+        return db in self.durable or db in self.awaited
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -157,7 +162,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
             *_lost(writes, final, lost, db in outcome.durable),
             *_twice(final, reads),
             *_invented(writes, final, reads, lost),
-            *_stray(reads, final, lost, _unanswered(writes) if db in outcome.durable else frozenset()),
+            *_stray(reads, final, lost, _unanswered(writes) if outcome.may_be_taken_back(db) else frozenset()),
             *_back(reads, final),
             *_order(writes, final),
         ]

@@ -356,6 +356,43 @@ async def test_the_end_of_the_office_ends_all_locks(tmp_path: Path) -> None:
         assert w.ours.position.txid == 2
 
 
+async def test_a_switchover_knows_all_that_was_taken(tmp_path: Path) -> None:
+    """While it looks for what the successor lacks nothing is acknowledged, and nobody is let in; then all goes on."""
+    async with world(tmp_path, ttl_s=20.0) as w:
+        opening = await w.open()
+        async with w.halts.paused(1.0):
+            at = w.ours.position
+            waiting = asyncio.ensure_future(w.fsync(w.commit(1, 9)))
+            taking = asyncio.ensure_future(w.halts.acquire(NAME, 9, OTHER))
+            ending = asyncio.ensure_future(w.close(opening))
+            await asyncio.sleep(0.1)
+            assert w.ours.position == at and not w.ours.captures and not (waiting.done() or ending.done())
+        await waiting
+        await ending
+        assert w.ours.pages[1] == bytes([9]) * PAGE and (await taking).position == w.ours.position
+        ending = asyncio.ensure_future(w.halts.release(NAME, 9))
+        async with w.halts.paused(1.0):
+            await asyncio.sleep(0.1)
+            assert not w.ours.captures
+            w.primary.is_primary = False  # it was passed on
+            await w.halts.end_all("demoted")
+        await ending
+        assert w.halts.holders() == {}
+
+
+async def test_a_switchover_does_not_wait_for_a_long_transaction(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        release = threading.Event()
+        w.primary.worker.post(release.wait)
+        taking = asyncio.ensure_future(w.halts.acquire(NAME, 1, OTHER))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Unavailable):
+            async with w.halts.paused(0.05):
+                raise AssertionError("the lock is being taken")
+        release.set()
+        await taking
+
+
 async def test_another_primary_ends_it_at_once(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         await w.open()

@@ -2,6 +2,7 @@
 
     acquire        wait for the turn, in order ▸ lock the writers out, capture everything ▸ the position to start from
     transaction    under this lock, in this epoch, right after the head? ▸ log and WAL ▸ durable ▸ enough replicas
+    switchover     none of these begins while it is found out that the successor has everything (`paused`)
     renew          every transaction does, too
     release, expiry, the end of this node's office    let the writers in again
 
@@ -16,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -103,6 +104,10 @@ class HaltLocks:
         self._ttl_s, self._wait_s = ttl_s, wait_s
         self._seats: dict[str, _Seat] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._may_work, self._idle = asyncio.Event(), asyncio.Event()
+        self._may_work.set()
+        self._idle.set()
+        self._at_work = 0
 
     # --- what is asked ----------------------------------------------------------------------------------------------
 
@@ -158,18 +163,21 @@ class HaltLocks:
         held = self._held(name, lock_id)
         if epoch != held.epoch:
             raise Ineligible(f"the HALT lock was taken in epoch {held.epoch}, not {epoch}: take it again")
-        async with held.busy:
-            if held.ended:
-                raise _not_held(name)
-            position: Position = await self._run(_of_worker(self._store, name, self._apply, name, held, data))
-            self._check_office()  # else another node may be the primary by now, without it
-            if held is self._seats[name].held and not held.ended:
-                self._prolong(held)
+        async with self._working():
+            self._held(name, lock_id)
+            async with held.busy:
+                if held.ended:
+                    raise _not_held(name)
+                position: Position = await self._run(_of_worker(self._store, name, self._apply, name, held, data))
+                self._check_office()  # else another node may be the primary by now, without it
+                if held is self._seats[name].held and not held.ended:
+                    self._prolong(held)
         await self._replicated(name, position.txid)
         return position
 
     async def end_all(self, reason: str) -> None:
         """Every lock ends: this node is not the primary any more, or is about to stop."""
+        self._may_work.set()  # what waited finds that out
         ending = []
         for name, seat in list(self._seats.items()):
             for taking in seat.taking.values():
@@ -181,6 +189,21 @@ class HaltLocks:
         if ending:
             await asyncio.gather(*ending, return_exceptions=True)
         await asyncio.gather(*self._background, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def paused(self, timeout_s: float) -> AsyncIterator[None]:
+        """Nothing is taken from a holder meanwhile, no lock is taken, and none ends unless all do. Unavailable if what
+        is under way takes longer."""
+        self._may_work.clear()
+        try:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                raise Unavailable("a HALT lock is in use, so writes could not be paused: nothing has changed") from None
+            yield
+        finally:
+            self._may_work.set()
 
     def holders(self) -> dict[str, int]:
         """The node that has each lock, by database."""
@@ -197,6 +220,20 @@ class HaltLocks:
         except TimeoutError:
             raise DatabaseBusy(f'another node has the HALT lock of "{name}": try again') from None
         try:
+            async with self._working():
+                held = await self._lock_writers_out(name, lock_id, node_id, until_s)
+        except BaseException:
+            seat.turn.release()
+            raise
+        seat.held = held
+        self._prolong(held)
+        held.timer = asyncio.get_running_loop().call_later(self._ttl_s, self._look_at, seat, name, held)
+        store.events.emit(Event("halt", name, {"node_id": f"{node_id:016X}", "position": str(held.position)}))
+        return held
+
+    async def _lock_writers_out(self, name: str, lock_id: int, node_id: int, until_s: float) -> _Held:
+        store = self._store
+        try:
             self._check_office()
             database = store.get(name)
             if database is None or not database.commit:
@@ -208,18 +245,10 @@ class HaltLocks:
             self._check_office()
             if store.epoch != epoch:
                 raise NotPrimary
-            held = _Held(lock_id, node_id, epoch, database.position)
+            return _Held(lock_id, node_id, epoch, database.position)
         except BaseException:
-            try:
-                await self._run(self._let_in(name))
-            finally:
-                seat.turn.release()
+            await self._run(self._let_in(name))
             raise
-        seat.held = held
-        self._prolong(held)
-        held.timer = asyncio.get_running_loop().call_later(self._ttl_s, self._look_at, seat, name, held)
-        store.events.emit(Event("halt", name, {"node_id": f"{node_id:016X}", "position": str(held.position)}))
-        return held
 
     def _taken(self, seat: _Seat, name: str, lock_id: int, task: asyncio.Task[_Held]) -> None:
         """It is held, or will not be."""
@@ -306,7 +335,8 @@ class HaltLocks:
             if held.timer is not None:
                 held.timer.cancel()
             try:
-                await self._let_in(name)
+                async with self._working():
+                    await self._let_in(name)
             finally:
                 seat.held = None
                 seat.turn.release()
@@ -320,6 +350,19 @@ class HaltLocks:
             await _in_thread(self._store.promote_database, name)
         except (OSError, LitefsError) as error:
             log.error("%s: cannot be written after a HALT lock: %s", name, error)
+
+    @contextlib.asynccontextmanager
+    async def _working(self) -> AsyncIterator[None]:
+        """Not while it is paused."""
+        await self._may_work.wait()
+        self._at_work += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+            if not self._at_work:
+                self._idle.set()
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

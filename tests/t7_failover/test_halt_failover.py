@@ -1,0 +1,129 @@
+"""Writes from a replica under HALT while the primary, or the holder, fails: what was acknowledged is there once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster_nodes import needs_root, wait_until
+from harness.cluster import Clients, HaCluster
+from harness.history import History, Outcome
+from harness.nodes import Member
+
+pytestmark = [needs_root, pytest.mark.timeout(150)]
+New = Callable[..., HaCluster]
+DATABASES = {"full.db": ("wal", "full"), "normal.db": ("wal", "normal"), "delete.db": ("delete", "full")}
+SHORT = """
+import sys
+if sys.argv[1:2] == ["mount"] or "mount" in sys.orig_argv:
+    from pylitefs.cluster.halting import Halting
+    from pylitefs.cluster.halts import HaltLocks
+    for kind in (Halting, HaltLocks):
+        kind.__init__.__kwdefaults__["ttl_s"] = 4.0
+"""
+
+
+@pytest.fixture(autouse=True)
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks that expire after 4 s instead of 30, in every node that is started."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SHORT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+@contextlib.contextmanager
+def workload(cluster: HaCluster, *holders: Member) -> Iterator[Clients]:
+    """On `holders` clients that write under HALT, on every other node those that write where it is the primary."""
+    for member in cluster.members:
+        for name, (_, synchronous) in cluster.databases.items():
+            kind = "halt" if member in holders else "write"
+            cluster.clients.start(kind, member, name, synchronous, 5.0, 200.0)
+            cluster.clients.start("read", member, name, "ro", 100.0)
+    cluster.clients.observe(cluster.members)
+    try:
+        yield cluster.clients
+        cluster.heal()
+    finally:
+        cluster.clients.stop()
+
+
+def by(clients: Clients, member: Member) -> int:
+    """How many commits were acknowledged to the HALT clients of a node."""
+    return sum(
+        write.outcome == "ok" and write.node == member.name and ".halt." in write.value
+        for write in clients.history().writes
+    )
+
+
+def wait_by(clients: Clients, member: Member, count: int) -> None:
+    wanted = by(clients, member) + count
+    wait_until(lambda: by(clients, member) >= wanted, f"{count} more commits under HALT on {member.name}", 60.0)
+
+
+def report(what: str, seen: History, outcome: Outcome) -> None:
+    for db, copy in outcome.copies[outcome.primary].items():
+        halted = [write for write in seen.acknowledged(db) if ".halt." in write.value]
+        there = set(copy.values)
+        print(f"\n{what}, {db}: {len(copy.values)} rows; acknowledged {len(seen.acknowledged(db))}, under HALT "
+              f"{len(halted)}, of these not there {sum(write.value not in there for write in halted)}")  # fmt: skip
+
+
+def notes(cluster: HaCluster) -> str:
+    """What the clients under HALT were told."""
+    path = cluster.clients.folder / "notes"
+    return path.read_text() if path.exists() else ""
+
+
+def strike(cluster: HaCluster, what: str, victim: Member) -> None:
+    match what:
+        case "kill":
+            victim.kill()
+        case "stop":
+            victim.pause()
+        case "cut":
+            assert cluster.network is not None
+            cluster.network.isolate(victim.name)
+        case "handoff" | "promote":
+            victim.post(f"/{what}")
+
+
+@pytest.mark.parametrize(
+    ("what", "whom", "sync"),
+    [
+        ("kill", "primary", 0), ("stop", "primary", 1), ("cut", "primary", 0), ("handoff", "primary", 0),
+        ("promote", "holder", 0), ("kill", "holder", 1), ("stop", "holder", 0), ("cut", "holder", 1),
+    ],
+)  # fmt: skip
+def test_faults(new_cluster: New, what: str, whom: str, sync: int) -> None:
+    """Two replicas write under HALT, the primary in between. They write again while the fault lasts, and afterwards."""
+    cluster = new_cluster(network=what == "cut", sync=sync, databases=DATABASES)
+    cluster.start()
+    old = cluster.primary()
+    holder, other = cluster.replicas()
+    victim = old if whom == "primary" else holder
+    with workload(cluster, holder, other) as clients:
+        wait_by(clients, holder, 20)
+        wait_by(clients, other, 20)
+        strike(cluster, what, victim)
+        if victim is old:
+            cluster.wait_primary([old])
+        survivor = other if victim is holder else next(one for one in (holder, other) if not one.takes_writes())
+        wait_by(clients, survivor, 20)
+        if what == "kill":
+            victim.start()
+        cluster.heal()
+        wait_by(clients, holder, 10)
+        wait_by(clients, other, 10)
+    seen, outcome = cluster.judge()
+    report(f"{what} {whom}, sync {sync}", seen, outcome)
+    print(notes(cluster))
+    if what in ("handoff", "promote"):
+        for db in ("full.db", "delete.db"):
+            there = set(outcome.copies[outcome.primary][db].values)
+            missing = [write.value for write in seen.acknowledged(db) if write.value not in there]
+            assert not missing, "a switchover lost commits that were acknowledged"

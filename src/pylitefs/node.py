@@ -156,6 +156,12 @@ class Node:
     def lag_txids(self) -> int | None:
         return self._replica.lag_txids() if self._replica is not None else None
 
+    def primary_positions(self) -> dict[str, tuple[int, int]]:
+        """Where the primary is, as it says in heartbeats: only the TXIDs are its own."""
+        known = self._replica.primary_txids if self._replica is not None else {}
+        databases = {name: self.store.get(name) for name in known}
+        return {name: (one.epoch if one else 0, known[name]) for name, one in databases.items()}
+
     @property
     def primary_url(self) -> str:
         return self.following.url if self.following is not None else ""

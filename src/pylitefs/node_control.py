@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pylitefs.cluster.control import ClusterView, MemberView
-from pylitefs.cluster.election import positions_of
+from pylitefs.cluster.election import Total, positions_of
 from pylitefs.cluster.leadership import Leadership
 from pylitefs.cluster.lease_port import Leader, Member
 from pylitefs.engine.reserve import Reserve
@@ -112,6 +112,9 @@ class NodeControl:
     def _shown(self, member: Member, leader: Leader | None, info: ReplicaInfo | None, in_sync: bool) -> MemberView:
         leads = leader is not None and leader.node_id == member.node_id
         mine = member.node_id == self._node.node_id
+        positions = self._node.positions() if mine else positions_of(member)
+        if isinstance(positions, Total):  # too many databases to be announced
+            positions = self._node.primary_positions() if leads else {}
         shown = MemberView(
             member.node_id,
             member.hostname,
@@ -120,7 +123,7 @@ class NodeControl:
             candidate=member.candidate,
             priority=member.priority,
             tags=member.tags,
-            positions=self._node.positions() if mine else positions_of(member),
+            positions=positions,
             in_sync=in_sync,
             seen_s=0.0 if info is not None or mine else None,
             lag_ms=self._store.lag_ms if mine else None,

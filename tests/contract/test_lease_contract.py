@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from lease_services import Subject
 
+from pylitefs.cluster.election import announced, positions_of, total
 from pylitefs.cluster.lease_port import (
     ABSENT,
     MAX_STATE_BYTES,
@@ -294,6 +295,15 @@ async def members_come_change_and_go(subject: Subject) -> None:
     await two.withdraw(second.node_id)
     await two.withdraw(second.node_id)
     assert (await one.view()).members == (changed,)
+
+
+async def test_a_node_with_very_many_databases_is_a_member(subject: Subject) -> None:
+    """More than any engine has room for in one entry, if each were in it."""
+    engine = subject.engine()
+    positions = {f"tenant-{number:05}.db": (number % 5, number) for number in range(80_000)}
+    await engine.announce(Member(1, info=announced(positions, "C1")), HELD_S)
+    (member,) = (await subject.engine().view()).members
+    assert positions_of(member) == total({name: found for name, found in positions.items() if found[1]})
 
 
 async def test_a_node_that_starts_again_has_its_entry_again(subject: Subject) -> None:

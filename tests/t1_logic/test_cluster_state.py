@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pylitefs.cluster.control import HistoryEntry
-from pylitefs.cluster.election import ClusterState
+from pylitefs.cluster.election import ClusterState, Total
 from pylitefs.cluster.lease_port import MAX_STATE_BYTES
 from pylitefs.cluster.state import HISTORY, Document
 from pylitefs.errors import FormatError
@@ -78,7 +78,7 @@ def test_a_document_is_never_too_large_for_an_engine() -> None:
     assert len(data) <= MAX_STATE_BYTES
     again = Document.unpack(data)
     assert again.state.epoch == 9
-    assert again.state.positions == {}
+    assert again.state.positions == Total(((1, 9000),), 9000)
     assert 0 < len(again.history) <= HISTORY
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -17,15 +18,20 @@ from pylitefs.cluster.election import (
     Rules,
     Self,
     StandAside,
+    Total,
     Wait,
     Why,
     announced,
     decide,
     gives_way_to,
     is_ahead,
+    known_from,
     lag,
+    position_map,
     positions_of,
     rank,
+    told,
+    total,
 )
 from pylitefs.cluster.lease_port import Leader, Member, Versioned, View
 
@@ -60,7 +66,7 @@ def run(
 ) -> Decision:
     """What ME does. Members answer what they have announced, but for `deaf`."""
     view = View(leader(held_by) if held_by else None, Versioned(), members)
-    reachable = {found.node_id: positions_of(found) for found in members if found.node_id not in deaf}
+    reachable = {found.node_id: position_map(found.info["positions"]) for found in members if found.node_id not in deaf}
     myself = Self(ME, cluster_id, me, **more)
     return decide(view, state, myself, reachable, rules or Rules(), now_s, SINCE_S)
 
@@ -72,6 +78,9 @@ def sync(*node_ids: int, last_leader: int = 9) -> ClusterState:
 PAUSED = ClusterState("C1", 3, True, 9, paused=True)
 MY_PAUSE = ClusterState("C1", 3, True, ME, paused=True)
 EMPTY_CLUSTER = ClusterState("C9", 1, False, YOU)
+MANY = {f"{number}.db": (3, 100) for number in range(5000)}
+MORE_OF_MANY = {**MANY, "7.db": (3, 109)}
+MANY_WRITTEN = ClusterState("C1", 3, True, 9, positions=total(MORE_OF_MANY))
 KNOWN_POSITIONS = ClusterState("C1", 3, True, 9, positions={"a.db": (3, 150)})
 
 TABLE: list[tuple[str, Decision, type | Why]] = [
@@ -144,6 +153,17 @@ TABLE: list[tuple[str, Decision, type | Why]] = [
     ("the same, does not answer", run(member(priority=9), deaf=(YOU,)), Acquire),
     ("ahead, does not answer, out of sync", run(member(positions=MORE), deaf=(YOU,), state=sync(ME)), Acquire),
     ("alone", run(), Acquire),
+    # too many databases to announce
+    ("many, ahead, does not answer", run(member(positions=MORE_OF_MANY), me=MANY, deaf=(YOU,)), Why.UNHEARD),
+    ("many, the same, does not answer", run(member(positions=MANY), me=MANY, deaf=(YOU,)), Acquire),
+    ("many, less far, does not answer", run(member(positions=MANY), me=MORE_OF_MANY, deaf=(YOU,)), Acquire),
+    ("empty, a silent one has many", run(member(positions=MANY), me=NONE, state=NEW, deaf=(YOU,)), Why.EMPTY),
+    ("many, lags behind one that is gone",
+     run(member(positions=MORE_OF_MANY), me=MANY, deaf=(YOU,), rules=Rules(maximum_lag=8)), Why.LAGS),
+    ("many, lags behind what the leader wrote", run(me=MANY, state=MANY_WRITTEN, rules=Rules(maximum_lag=8)), Why.LAGS),
+    ("many, not too far behind it", run(me=MANY, state=MANY_WRITTEN, rules=Rules(maximum_lag=9)), Acquire),
+    ("many, a silent rival that lags too far",
+     run(member(positions=MANY, priority=9), me=MORE_OF_MANY, deaf=(YOU,), rules=Rules(maximum_lag=8)), Acquire),
 ]  # fmt: skip
 
 
@@ -182,7 +202,7 @@ def test_who_an_empty_primary_gives_way_to(
     members: tuple[Member, ...], me: Positions, state: ClusterState, expected: int | None
 ) -> None:
     view = View(leader(ME), Versioned(), members)
-    reachable = {found.node_id: positions_of(found) for found in members}
+    reachable = {found.node_id: position_map(found.info["positions"]) for found in members}
     found = gives_way_to(view, state, Self(ME, "C9", me), reachable)
     assert (found.node_id if found else None) == expected
     assert gives_way_to(view, state, Self(ME, "C9", me), {}) is None
@@ -190,13 +210,33 @@ def test_who_an_empty_primary_gives_way_to(
 
 @pytest.mark.parametrize(
     "info", [{}, {"positions": []}, {"positions": {"a": 1}}, {"positions": {"a": [1]}}, {"positions": {"a": [1, -2]}},
-             {"positions": {"a": ["1", "2"]}}, {"positions": {"a": [True, True]}}, {"positions": {"a": [1, 0]}}],
+             {"positions": {"a": ["1", "2"]}}, {"positions": {"a": [True, True]}}, {"positions": {"a": [1, 0]}},
+             {"positions": [1, 2]}, {"positions": [[], 3]}, {"positions": [[[1, 2]], True]}, {"positions": [[[1]], 3]}],
 )  # fmt: skip
 def test_what_a_member_announces_is_not_trusted(info: dict[str, Any]) -> None:
     assert positions_of(Member(1, info=info)) == {}
 
 
 NODES = st.dictionaries(st.sampled_from(["a", "b", "c"]), st.tuples(st.integers(1, 3), st.integers(1, 4)), max_size=3)
+
+
+@given(NODES, NODES)
+def test_a_total_is_ordered_as_the_positions_are(one: Positions, other: Positions) -> None:
+    def order(positions: Positions) -> tuple[list[int], int]:
+        epochs = sorted((epoch for epoch, _ in positions.values()), reverse=True)
+        return epochs, sum(txid for _, txid in positions.values())
+
+    assert (total(one) < total(other)) == (order(one) < order(other))
+    assert known_from(told(one)) == one
+    assert known_from(told(total(one))) == (total(one) if one else {})
+
+
+def test_an_entry_stays_small_whatever_it_has_to_tell() -> None:
+    for databases in ({f"{number}.db": (number, number + 1) for number in range(20_000)}, {"ä" * 100: (1, 1)}, {}):
+        assert len(json.dumps(announced(databases, "C1"))) < 17_000
+    assert isinstance(positions_of(member(positions=MANY)), Total)
+    few = {f"database-{number:03}.db": (9, 123_456) for number in range(400)}
+    assert positions_of(member(positions=few)) == few
 
 
 @given(NODES, NODES)
@@ -223,12 +263,12 @@ def test_nodes_that_see_each_other_send_one_at_most_and_the_best(
         member(number, positions, candidate=candidate, priority=priority)
         for number, (positions, candidate, priority) in enumerate(nodes, 1)
     ]
-    reachable = {found.node_id: positions_of(found) for found in members}
+    reachable = {found.node_id: position_map(found.info["positions"]) for found in members}
     rules = Rules(maximum_lag)
     view = View(None, Versioned(), tuple(members))
     decisions = {
         found.node_id: decide(
-            view, state, Self(found.node_id, "C1", positions_of(found), found.candidate, found.priority),
+            view, state, Self(found.node_id, "C1", reachable[found.node_id], found.candidate, found.priority),
             {node_id: known for node_id, known in reachable.items() if node_id != found.node_id}, rules, 0.0, 0.0,
         )
         for found in members

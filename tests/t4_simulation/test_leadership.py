@@ -113,7 +113,7 @@ async def test_failsafe_ends_when_one_member_does_not_confirm() -> None:
 
 @virtual
 async def test_a_node_that_may_have_promised_before_its_restart_waits_for_the_leases_time() -> None:
-    """It has promised in failsafe not to lead, is killed, and knows nothing of that any more; the leader counts on it."""
+    """It has promised in failsafe not to lead, is killed, and does not know it any more; the leader counts on it."""
     async with cluster_of(2, failsafe=True) as (cluster, first):
         await asyncio.sleep(TTL_S)
         (other,) = others(cluster, first)

@@ -33,12 +33,15 @@ cluster does not have. Over several databases: first the epochs, sorted from the
 sum of the TXIDs. This is a total order that agrees with the partial one: if A is ahead of B in some database and
 nowhere behind, each of A's sorted epochs is at least B's, and where all are equal A's sum is higher; a database that
 B lacks makes its list shorter. So a node never wins over one that has everything it has and more. Where neither is
-ahead everywhere, the sum loses the fewest transactions.
+ahead everywhere, the sum loses the fewest transactions. Of thousands of databases only this is announced (`Total`): who
+does not answer can still be compared.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -51,6 +54,24 @@ Positions: TypeAlias = Mapping[str, tuple[int, int]]
 INFO_POSITIONS = "positions"
 INFO_CLUSTER_ID = "cluster-id"
 
+MAX_POSITIONS_BYTES = 16 << 10
+"""As JSON, of one member: some 500 databases. The engines keep hundreds of KiB in one entry, but all members' are read
+at each look, and each is written three times in a lease's life."""
+
+_MAX_EPOCHS = 200  # of a total: each failover adds one, as long as there are databases that were not written since
+
+
+@dataclass(frozen=True, order=True)
+class Total:
+    """Positions as far as their order goes. `epochs`: (epoch, how many databases are in it), the latest first."""
+
+    epochs: tuple[tuple[int, int], ...]
+    txids: int
+
+
+Known: TypeAlias = Positions | Total
+"""Where a node is, as far as it was told."""
+
 
 @dataclass(frozen=True)
 class ClusterState:
@@ -62,7 +83,7 @@ class ClusterState:
     last_leader: int = 0
     paused: bool = False
     in_sync: frozenset[int] | None = None  # None: replication is asynchronous
-    positions: Positions = field(default_factory=dict)  # as the last leader wrote them down
+    positions: Known = field(default_factory=dict)  # as the last leader wrote them down
     voters: frozenset[int] | None = None  # failsafe: who is asked, and so may lead; None: it is off
     handoff_to: int = 0  # whom the last leader has passed the lease to, having made sure that it has everything
 
@@ -139,7 +160,7 @@ Decision: TypeAlias = Acquire | Follow | Wait | StandAside
 class _Contender:
     node_id: int
     hostname: str
-    positions: Positions
+    positions: Known
     cluster_id: str
     candidate: bool
     priority: int
@@ -190,7 +211,7 @@ def decide(
         if rival.answers:
             return Wait(Why.BETTER, f"{_name(rival)} is the better candidate ({_comparison(rival, myself)})")
     for rival in rivals:
-        if _order(rival.positions) > _order(myself.positions) and now_s < until_s:
+        if total(rival.positions) > total(myself.positions) and now_s < until_s:
             return Wait(Why.UNHEARD, f"{_name(rival)} was ahead when last heard of, and does not answer now", until_s)
     return Acquire()
 
@@ -207,9 +228,18 @@ def gives_way_to(view: View, state: ClusterState, me: Self, reachable: Mapping[i
     return next((member for member in view.members if member.node_id in wanted), None)
 
 
-def rank(positions: Positions, priority: int, node_id: int) -> tuple[tuple[tuple[int, ...], int], int, int]:
+def rank(positions: Known, priority: int, node_id: int) -> tuple[Total, int, int]:
     """The highest should be the primary: by data, then by priority, then the lowest id."""
-    return _order(positions), priority, -node_id
+    return total(positions), priority, -node_id
+
+
+def total(known: Known) -> Total:
+    """By which positions are ordered, see the module's docstring."""
+    if isinstance(known, Total):
+        return known
+    epochs = itertools.groupby(sorted((epoch for epoch, _ in known.values()), reverse=True))
+    counts = ((epoch, sum(1 for _ in found)) for epoch, found in epochs)
+    return Total(tuple(itertools.islice(counts, _MAX_EPOCHS)), sum(txid for _, txid in known.values()))
 
 
 def is_ahead(one: Positions, other: Positions) -> bool:
@@ -229,9 +259,9 @@ def lag(positions: Positions, best: Positions) -> int:
     return missing
 
 
-def positions_of(member: Member) -> Positions:
+def positions_of(member: Member) -> Known:
     """What a member has announced; what is strange in it does not count."""
-    return position_map(member.info.get(INFO_POSITIONS))
+    return known_from(member.info.get(INFO_POSITIONS))
 
 
 def position_map(value: object) -> Positions:
@@ -241,9 +271,29 @@ def position_map(value: object) -> Positions:
     return _with_data({str(name): position for name, pair in value.items() if (position := _position(pair))})
 
 
+def known_from(value: object) -> Known:
+    """What `told` made of positions."""
+    if not isinstance(value, list):
+        return position_map(value)
+    epochs, txids = value if len(value) == 2 else ([], 0)
+    counts = [_position(pair) for pair in epochs] if isinstance(epochs, list) else []
+    found = tuple(sorted((count for count in counts if count is not None), reverse=True))
+    return Total(found, txids) if found and type(txids) is int and txids > 0 else {}
+
+
+def told(known: Known, max_bytes: int = 0) -> dict[str, list[int]] | list[Any]:
+    """As JSON: {name: [epoch, txid]}; of a total, and where that is too long: [[[epoch, count]], sum]."""
+    if not isinstance(known, Total):
+        document = {name: list(position) for name, position in sorted(known.items())}
+        if not max_bytes or len(json.dumps(document)) <= max_bytes:
+            return document
+    found = total(known)
+    return [[list(count) for count in found.epochs], found.txids]
+
+
 def announced(positions: Positions, cluster_id: str) -> dict[str, Any]:
     """The part of a member's `info` that elections read."""
-    return {INFO_POSITIONS: {name: list(position) for name, position in positions.items()}, INFO_CLUSTER_ID: cluster_id}
+    return {INFO_POSITIONS: told(_with_data(positions), MAX_POSITIONS_BYTES), INFO_CLUSTER_ID: cluster_id}
 
 
 def _contender(member: Member, reachable: Mapping[int, Positions]) -> _Contender:
@@ -324,8 +374,7 @@ def _ineligible(node: _Contender, state: ClusterState, others: list[_Contender],
             wanted = _name(holders[0]) if holders else "a node that has the cluster's data"
             return StandAside(Why.EMPTY, f"this node has no data, and the cluster has: waiting for {wanted}")
     if rules.maximum_lag is not None:
-        best = _furthest([state.positions, *(other.positions for other in others)])
-        behind = lag(node.positions, best)
+        behind = _behind(node.positions, [state.positions, *(other.positions for other in others)])
         if behind > rules.maximum_lag:
             return StandAside(
                 Why.LAGS, f"this node is {behind} transactions behind, more than lease.maximum-lag: {rules.maximum_lag}"
@@ -333,10 +382,17 @@ def _ineligible(node: _Contender, state: ClusterState, others: list[_Contender],
     return None
 
 
-def _order(positions: Positions) -> tuple[tuple[int, ...], int]:
-    """See the module's docstring."""
-    epochs = sorted((epoch for epoch, _ in positions.values()), reverse=True)
-    return tuple(epochs), sum(txid for _, txid in positions.values())
+def _behind(mine: Known, known: list[Known]) -> int:
+    """How many transactions of what is known `mine` lacks; at least so many where only totals are known."""
+    maps = [one for one in known if not isinstance(one, Total)]
+    if isinstance(mine, Total):
+        totals = [total(one) for one in known]
+        behind = 0
+    else:
+        totals = [one for one in known if isinstance(one, Total)]
+        behind = lag(mine, _furthest(maps))
+    here = total(mine)
+    return max([behind, *(there.txids - here.txids for there in totals if there > here)])
 
 
 def _furthest(known: list[Positions]) -> dict[str, tuple[int, int]]:
@@ -363,6 +419,6 @@ def _name(node: _Contender) -> str:
 
 
 def _comparison(rival: _Contender, me: _Contender) -> str:
-    if _order(rival.positions) > _order(me.positions):
+    if total(rival.positions) > total(me.positions):
         return "further ahead"
     return "higher priority" if rival.priority > me.priority else "lower id"

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pylitefs.cluster import election
 from pylitefs.cluster.candidate import RENEWALS, Leaving, Node, Nudge, Settings, ask_all
 from pylitefs.cluster.control import FAILOVER, HistoryEntry
-from pylitefs.cluster.election import ClusterState, Self
+from pylitefs.cluster.election import ClusterState, Self, Total
 from pylitefs.cluster.lease_port import Clock, Conflict, Engine, Held, Leader, LeaseLost, Member, View
 from pylitefs.cluster.shared_state import SharedState
 from pylitefs.errors import LitefsError, Unavailable
@@ -332,7 +332,8 @@ class Office:
             return  # the next renewal will tell
         state, positions = self._state, self._node.positions()
         has_data = any(txid for _, txid in positions.values())
-        stale = self._settings.maximum_lag is not None and state.positions != positions
+        written = state.positions == (election.total(positions) if isinstance(state.positions, Total) else positions)
+        stale = self._settings.maximum_lag is not None and not written
         try:
             if (has_data and not state.has_data) or stale:
                 await self._change(lambda state: replace(state, has_data=True, positions=positions))

@@ -2,11 +2,11 @@
 
     {"format": 1, "cluster-id": "LFSC…", "epoch": 7, "has-data": true, "last-leader": "16 hex digits", "paused": false,
      "in-sync": null or ["16 hex digits", …], "voters": as that, "handoff-to": "" or "16 hex digits",
-     "positions": {"NAME": [epoch, txid], …},
+     "positions": {"NAME": [epoch, txid], …} or [[[epoch, count], …], sum of the TXIDs],
      "history": [{"epoch": 7, "node": "16 hex digits", "hostname": "…", "txid": 12, "reason": "…", "time": ms}, …]}
 
 Only the leader writes it, in one step with proof that it still leads; but anybody may set `paused`. It has at most
-`MAX_STATE_BYTES`: with too many databases the positions are left out, and the history ends after `HISTORY` entries.
+`MAX_STATE_BYTES`: of too many databases only the positions' total is in it; the history ends after `HISTORY` entries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pylitefs.cluster.control import HistoryEntry
-from pylitefs.cluster.election import ClusterState, position_map
+from pylitefs.cluster.election import ClusterState, known_from, told, total
 from pylitefs.cluster.lease_port import MAX_STATE_BYTES
 from pylitefs.errors import FormatError
 
@@ -43,7 +43,7 @@ class Document:
         """At most MAX_STATE_BYTES; what matters least is left out first."""
         shorter: list[Callable[[Document], Document]] = [
             lambda document: document,
-            lambda document: document.with_state(positions={}),
+            lambda document: document.with_state(positions=total(document.state.positions)),
             lambda document: replace(document, history=document.history[-10:]),
             lambda document: replace(document, history=()),
         ]
@@ -67,7 +67,7 @@ class Document:
             "in-sync": None if state.in_sync is None else [_hex(node_id) for node_id in sorted(state.in_sync)],
             "voters": None if state.voters is None else [_hex(node_id) for node_id in sorted(state.voters)],
             "handoff-to": _hex(state.handoff_to),
-            "positions": {name: list(position) for name, position in sorted(state.positions.items())},
+            "positions": told(state.positions),
             "history": [
                 {
                     "epoch": entry.epoch,
@@ -100,7 +100,7 @@ class Document:
                 paused=fields["paused"] is True,
                 in_sync=None if in_sync is None else frozenset(_id(node_id) for node_id in in_sync),
                 voters=None if voters is None else frozenset(_id(node_id) for node_id in voters),
-                positions=position_map(fields["positions"]),
+                positions=known_from(fields["positions"]),
                 handoff_to=_id(fields["handoff-to"]),
             )
             return cls(state, tuple(_entry(entry) for entry in fields["history"])[-HISTORY:])

@@ -63,21 +63,31 @@ def _private_apt(scratch: Path, release: str) -> list[str]:
     if os.geteuid() == 0:
         options.append("APT::Sandbox::User=root")
     if release:
+        mirror = _mirror([]) or _mirror(_words(options), update=True)
+        if not mirror:
+            raise CannotFetch("apt knows no Debian archive, so Debian 11 cannot be found")
         source = scratch / "release.list"
-        source.write_text(f"deb [signed-by={KEYRING}] {_mirror()} {release} main\n")
+        source.write_text(f"deb [signed-by={KEYRING}] {mirror} {release} main\n")
         options += [f"Dir::Etc::sourcelist={source}", "Dir::Etc::sourceparts=-", "Acquire::Check-Valid-Until=false"]
+    return _words(options)
+
+
+def _words(options: list[str]) -> list[str]:
     return [part for option in options for part in ("-o", option)]
 
 
-def _mirror() -> str:
-    """The address of a Debian archive that this machine's apt uses."""
+def _mirror(options: list[str], *, update: bool = False) -> str:
+    """The address of a Debian archive that this machine's apt uses, "" if it knows none. What an address is of, apt
+    knows once it has fetched its lists, which container images do without: `update`."""
+    if update:
+        _run(["apt-get", *options, "update"], HERE)
     form = "$(ORIGIN)|$(LABEL)|$(SITE)"
-    targets = _run(["apt-get", "indextargets", "--format", form, "Created-By: Packages"], HERE)
+    targets = _run(["apt-get", *options, "indextargets", "--format", form, "Created-By: Packages"], HERE)
     for line in sorted(set(targets.splitlines())):
         origin, label, site = line.split("|", 2)
         if origin == "Debian" and label == "Debian":
             return site
-    raise CannotFetch("apt knows no Debian archive (or `apt-get update` was never run), so Debian 11 cannot be found")
+    return ""
 
 
 def _run(command: list[str], folder: Path) -> str:

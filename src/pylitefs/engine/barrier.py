@@ -6,7 +6,7 @@ import contextlib
 
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.wal_view import WalView
-from pylitefs.formats.sqlite.locks import PENDING, SHARED_FIRST, SHARED_SIZE, read_lock
+from pylitefs.formats.sqlite.locks import SHARED_FIRST, SHARED_SIZE, read_lock
 from pylitefs.formats.sqlite.wal_index import READMARK_NOT_USED
 
 
@@ -26,23 +26,13 @@ class Barrier:
         """Take it with descriptors of the mount's (database, -shm). They stay the caller's if this is False: no slot is
         free, or somebody locks the database exclusively."""
         database, shm = fds
-        if not self._lock_shared(database):
+        if not ofd_locks.lock_shared(database):
             return False
         if self._lock_slot(shm, view):
             self._fds = fds
             return True
         ofd_locks.unlock(database, SHARED_FIRST, SHARED_SIZE)
         return False
-
-    @staticmethod
-    def _lock_shared(database: int) -> bool:
-        """SHARED as SQLite takes it: PENDING first, so that a waiting writer is not starved."""
-        if not ofd_locks.try_lock(database, PENDING, exclusive=False):
-            return False
-        try:
-            return ofd_locks.try_lock(database, SHARED_FIRST, SHARED_SIZE, exclusive=False)
-        finally:
-            ofd_locks.unlock(database, PENDING)
 
     @staticmethod
     def _lock_slot(shm: int, view: WalView) -> bool:

@@ -69,7 +69,7 @@ class Grip:
         if self.is_wal is not None:
             return True
         database = self._open(FileKind.DATABASE, create=False)
-        if not self._lock_shared(database):
+        if not ofd_locks.lock_shared(database):
             self.release()
             return False
         if stamp(self._files.wal)[0] == 0 and not self._is_wal_mode():
@@ -216,15 +216,6 @@ class Grip:
                 if os.geteuid() == 0:
                     os.fchown(fd, owner.st_uid, owner.st_gid)
         return fd
-
-    @staticmethod
-    def _lock_shared(database: int) -> bool:
-        if not ofd_locks.try_lock(database, PENDING, exclusive=False):
-            return False
-        try:
-            return ofd_locks.try_lock(database, SHARED_FIRST, SHARED_SIZE, exclusive=False)
-        finally:
-            ofd_locks.unlock(database, PENDING)
 
     def _is_wal_mode(self) -> bool:
         try:

@@ -13,6 +13,8 @@ import fcntl
 import os
 import struct
 
+from pylitefs.formats.sqlite.locks import PENDING, SHARED_FIRST, SHARED_SIZE
+
 F_OFD_GETLK, F_OFD_SETLK = 36, 37
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence, start, len, pid
 
@@ -30,6 +32,16 @@ def try_lock(fd: int, start: int, length: int = 1, *, exclusive: bool) -> bool:
             return False
         raise
     return True
+
+
+def lock_shared(database: int) -> bool:
+    """SHARED of the database file as SQLite takes it: PENDING first, so that a waiting writer is not starved."""
+    if not try_lock(database, PENDING, exclusive=False):
+        return False
+    try:
+        return try_lock(database, SHARED_FIRST, SHARED_SIZE, exclusive=False)
+    finally:
+        unlock(database, PENDING)
 
 
 def unlock(fd: int, start: int, length: int = 1) -> None:

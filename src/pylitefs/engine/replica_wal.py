@@ -28,11 +28,8 @@ from pylitefs.errors import DatabaseBusy
 from pylitefs.formats.sqlite.locks import (
     CKPT,
     DMS,
-    PENDING,
     READ0,
     READ1,
-    SHARED_FIRST,
-    SHARED_SIZE,
     WRITE,
     read_lock,
 )
@@ -92,7 +89,8 @@ class ReplicaWal:
         """Create an empty WAL and a wal-index for it, under the locks of a writer. Raises DatabaseBusy, OSError."""
         try:
             self._database = os.open(self._files.live(FileKind.DATABASE), os.O_RDWR | os.O_CLOEXEC)
-            self._lock_database()
+            if not ofd_locks.lock_shared(self._database):
+                raise DatabaseBusy(f"{self._files.name}: another process holds its lock exclusively")
             self._shm = self._create(FileKind.SHM)
             for byte, exclusive in ((DMS, False), (WRITE, True), (CKPT, True)):
                 if not ofd_locks.try_lock(self._shm, byte, exclusive=exclusive):
@@ -111,14 +109,6 @@ class ReplicaWal:
         marks = (0, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED)
         write_at(self._shm, CheckpointInfo(0, marks, 0).pack(), CHECKPOINT_INFO_OFFSET)
         self._publish()
-
-    def _lock_database(self) -> None:
-        locked = ofd_locks.try_lock(self._database, PENDING, exclusive=False)
-        try:
-            if not locked or not ofd_locks.try_lock(self._database, SHARED_FIRST, SHARED_SIZE, exclusive=False):
-                raise DatabaseBusy(f"{self._files.name}: another process holds its lock exclusively")
-        finally:
-            ofd_locks.unlock(self._database, PENDING)
 
     def _create(self, kind: FileKind) -> int:
         fd = os.open(self._files.live(kind), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)

@@ -189,7 +189,7 @@ class NodeControl:
             raise Unavailable("the lease was passed on, but that node has not taken it: see litefs status") from None
 
     def _follows(self, node_id: int) -> bool:
-        """Whether that node has let us in as the primary; that somebody holds the lease does not mean that it serves."""
+        """Whether that node has let us in as the primary. That it holds the lease does not mean that it serves."""
         leader = self._node.following
         return leader is not None and leader.node_id == node_id and self._node.unhealthy() is None
 

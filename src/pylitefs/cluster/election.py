@@ -194,7 +194,7 @@ def decide(
     if me.candidate and state.handoff_to == me.node_id and (myself.positions or not state.has_data):
         return Acquire()
     if state.handoff_to and now_s < until_s:
-        return Wait(Why.HANDOFF, f"the lease was passed to node {state.handoff_to:016x}", until_s)
+        return Wait(Why.HANDOFF, f"the lease was passed to node {state.handoff_to:016X}", until_s)
     others = _others(view, state, me, reachable)
     if not state.has_data and (text := _several_clusters([myself, *others])):
         return StandAside(Why.FOREIGN, text)
@@ -358,7 +358,7 @@ def _ineligible(node: _Contender, state: ClusterState, others: list[_Contender],
             Why.PAUSED, "nobody is the primary, and automatic failover is paused: litefs resume, or promote"
         )
     if state.in_sync is not None and node.node_id not in state.in_sync and not was_leader:
-        known = ", ".join(f"{node_id:016x}" for node_id in sorted({*state.in_sync, state.last_leader}))
+        known = ", ".join(f"{node_id:016X}" for node_id in sorted({*state.in_sync, state.last_leader}))
         return StandAside(
             Why.NOT_IN_SYNC, f"this node may lack commits that were acknowledged: one of {known} must come back first"
         )
@@ -415,7 +415,7 @@ def _position(value: Any) -> tuple[int, int] | None:
 
 
 def _name(node: _Contender) -> str:
-    return node.hostname or f"node {node.node_id:016x}"
+    return node.hostname or f"node {node.node_id:016X}"
 
 
 def _comparison(rival: _Contender, me: _Contender) -> str:

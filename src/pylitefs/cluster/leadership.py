@@ -126,7 +126,7 @@ class Leadership:
         if self._office.held is not None or self._acquiring:
             return "this node has taken the lease, or is about to"
         if view is not None and view.leader is not None and view.leader.node_id != leader_id:
-            return f"node {view.leader.node_id:016x} holds the lease"
+            return f"node {view.leader.node_id:016X} holds the lease"
         if epoch < self.document.state.epoch:
             return f"epoch {self.document.state.epoch} has begun"
         self._promised_until_s = self._clock() + self._settings.ttl_s

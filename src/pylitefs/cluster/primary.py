@@ -446,7 +446,7 @@ class ReplicaSession:
 
 def _reason(error: BaseException | None) -> str:
     if isinstance(error, asyncio.CancelledError):
-        return "this node is shutting down"
+        return "this node is not the primary any more, or shuts down"
     if isinstance(error, (LinkClosed, Refused)):
         return str(error)
     return f"{type(error).__name__}: {error}"

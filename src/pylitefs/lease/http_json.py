@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import ssl
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ def tls_context(ca: str = "", cert: str = "", key: str = "", ca_data: str = "") 
             context.load_cert_chain(cert, key or None)
     except (OSError, ValueError) as error:
         names = ", ".join(name for name in (ca, cert, key) if name)
-        raise ConfigError(f"cannot read the certificates in {names}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"cannot read the certificates in {names}: {reason.lower()}") from None
     return context
 
 
@@ -209,17 +211,34 @@ class JsonClient:
         if isinstance(error, TimeoutError):
             return f"{self.engine} at {url} did not answer within {waited_s:.1f} s: is it healthy, and is the network?"
         if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
-            return f"cannot make a TLS connection to {self.engine} at {url}: {error}: check the certificates"
+            return f"cannot make a TLS connection to {self.engine} at {url}: {_tls_reason(error)} {self._setting}"
         if isinstance(error, aiohttp.InvalidURL):
             return f"{self.engine}: {url} is not a URL: check {self._setting}"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        question = "is it running?"
+        if isinstance(cause, ConnectionResetError | aiohttp.ServerDisconnectedError):
+            reason = "it closed the connection"
+            question = "does it speak TLS?" if url.startswith("https:") else question
+        elif isinstance(cause, OSError) and cause.strerror:  # what asyncio says of a refused connection is less plain
+            number = cause.errno or 0
+            reason = os.strerror(number) if number > 0 else cause.strerror
+        else:
+            reason = str(cause) or type(cause).__name__
         reason = " ".join(reason.split())[:_MAX_REASON].lower()
-        return f"cannot reach {self.engine} at {url}: {reason}: is it running? check {self._setting}"
+        return f"cannot reach {self.engine} at {url}: {reason}: {question} check {self._setting}"
 
     async def close(self) -> None:
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()
+
+
+def _tls_reason(error: aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError) -> str:
+    cause = error.certificate_error if isinstance(error, aiohttp.ClientConnectorCertificateError) else error.os_error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"{cause.verify_message.rstrip('.')}: check the certificates in"
+    said = (cause.reason if isinstance(cause, ssl.SSLError) else "") or str(cause)
+    return f"{said.replace('_', ' ').lower()}: does it speak TLS? check"
 
 
 class Afterwards:

@@ -60,7 +60,7 @@ def open_kubernetes(
     if not url:
         host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "443")
         if not host:
-            raise ConfigError("not in a pod of Kubernetes (no KUBERNETES_SERVICE_HOST): give the API server's URL")
+            raise ConfigError("not in a pod of Kubernetes (no KUBERNETES_SERVICE_HOST): set lease.kubernetes.url")
         url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
         tls = tls or tls_context(os.path.join(account, "ca.crt"))
         token_file = token_file or os.path.join(account, "token")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 MAX_MEMBERS = 1000
+_ROLE_SERVICE = "//169.254.169.254/"  # of the machine, which is asked where no credentials are configured
+_DURATION = re.compile(r",? (in|after) \d[\d.]*(ns|µs|ms|s)\b")
 
 
 def open_bucket(
@@ -123,12 +126,14 @@ class BucketCells:
         pass
 
     def _unavailable(self, error: Exception) -> Unavailable:
-        hint = "check lease.object-store and the network"
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        text, hint = _one_line(error), "check lease.object-store and the network"
+        if _ROLE_SERVICE in text:
+            hint = "it has no credentials: set access-key and secret-key, or AWS_ACCESS_KEY_ID and its kin"
+        elif isinstance(error, PermissionDeniedError | UnauthenticatedError):
             hint = "check its credentials, and that they may list, read, write and delete there"
         elif isinstance(error, NotFoundError | FileNotFoundError):
             hint = "does the bucket exist?"
-        return Unavailable(f"{self.where} cannot be used: {_one_line(error)}: {hint}")
+        return Unavailable(f"{self.where} cannot be used: {text}: {hint}")
 
 
 def _version(meta: Mapping[str, Any]) -> str:
@@ -137,6 +142,7 @@ def _version(meta: Mapping[str, Any]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """obstore adds a picture of its own structures after the first line."""
+    """obstore adds a picture of its own structures after the first line; and in it how long it has taken, which would
+    make every error a new one for the log."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return _DURATION.sub("", lines[0])[:300] if lines else type(error).__name__

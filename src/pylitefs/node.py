@@ -322,8 +322,12 @@ class Node:
             if leadership is not None:
                 await leadership.change_state(lambda state: replace(state, in_sync=nodes))
 
+        def can_lead(node_id: int) -> bool:
+            member = self.member(node_id)
+            return member is None or member.candidate
+
         written = leadership.document.state.in_sync if leadership is not None else frozenset()
-        self.gate = store.gate = SyncGate(rules, heads, change, written, emit=store.events.emit)
+        self.gate = store.gate = SyncGate(rules, heads, change, written, can_lead=can_lead, emit=store.events.emit)
         self._gating = asyncio.create_task(self.gate.run())
 
     async def _close_gate(self, error: LitefsError) -> None:

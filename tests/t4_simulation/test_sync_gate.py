@@ -30,9 +30,11 @@ class World:
         self.answers: list[tuple[str, int, BaseException | None]] = []
         self.write: Callable[[frozenset[int]], None] = self._write
         self.events: list[Event] = []
+        self.no_candidates: set[int] = set()
         self.gate = SyncGate(
-            rules, lambda: dict(self.heads), self._change, written, clock=self._clock, emit=self.events.append
-        )
+            rules, lambda: dict(self.heads), self._change, written, clock=self._clock, emit=self.events.append,
+            can_lead=lambda node: node not in self.no_candidates,
+        )  # fmt: skip
 
     def _clock(self) -> float:
         self.now_s += 0.001  # so that no wait is for ever
@@ -111,6 +113,28 @@ def test_a_node_that_was_lost_is_replaced() -> None:
     here.now_s += 1.0
     here.step()
     assert here.document == {2} and here.acknowledged == [("a", 1)]
+
+
+def test_a_node_that_cannot_be_elected_is_not_waited_for_where_another_is() -> None:
+    """Else nobody could take the place of a primary that is lost."""
+    here = world()
+    here.no_candidates = {1}
+    here.join(1)
+    here.step()
+    assert here.document == {1}, "it is better than none"
+    here.join(2)
+    here.commit()
+    here.gate.holds(1, "a", 1)
+    here.gate.holds(2, "a", 1)
+    here.now_s += 1.0
+    here.step()
+    assert here.document == {2} and here.acknowledged == [("a", 1)]
+    here.gate.left(2)
+    here.step()
+    assert here.document == {1}
+    here.commit()
+    here.gate.holds(1, "a", 2)
+    assert here.acknowledged == [("a", 1), ("a", 2)]
 
 
 def test_a_set_that_may_be_written_counts() -> None:

@@ -108,15 +108,18 @@ class SyncGate:
         change_in_sync: ChangeInSync,
         written: Iterable[int] | None,
         *,
+        can_lead: Callable[[int], bool] = lambda node: True,
         clock: Callable[[], float] = time.monotonic,
         emit: Callable[[Event], None] = lambda event: None,
     ) -> None:
         """`heads`: the TXIDs at the ends of all logs now. `written`: the set in the shared state, without this node.
+        `can_lead`: nodes that cannot be elected are in the set only where there are too few others.
         `emit`: told of each commit that was answered, and when commits do, or do not, wait any more; any thread."""
         self.rules = rules
         self._emit = emit
         self._heads = heads
         self._change = change_in_sync
+        self._can_lead = can_lead
         self._clock = clock
         self._lock = threading.Lock()  # guards all below; nothing is waited for, and nobody called, under it
         self._replicas: dict[int, _Replica] = {}  # connected ones that copy every database
@@ -250,7 +253,7 @@ class SyncGate:
             slow = self._lacking(now_s - rules.replace_after_s)
             good = [node for node in sorted(current) if node in in_line and node not in slow]
             fresh = [node for node in sorted(in_line - current) if node not in slow and self._keeps_up(node)]
-            chosen = good[: rules.replicas] + fresh[: max(0, rules.replicas - len(good))]
+            chosen = sorted(good + fresh, key=lambda node: not self._can_lead(node))[: rules.replicas]
             others = sorted(current - set(chosen), key=lambda node: (node not in self._replicas, node))
             if rules.mode is Mode.DEGRADE and rules.timeout_s:
                 late = self._lacking(now_s - rules.timeout_s)

@@ -218,7 +218,7 @@ class JsonClient:
         question = "is it running?"
         if isinstance(cause, ConnectionResetError | aiohttp.ServerDisconnectedError):
             reason = "it closed the connection"
-            question = "does it speak TLS?" if url.startswith("https:") else question
+            question = "does it speak TLS?" if url.startswith("https:") else "is it running, and without TLS?"
         elif isinstance(cause, OSError) and cause.strerror:  # what asyncio says of a refused connection is less plain
             number = cause.errno or 0
             reason = os.strerror(number) if number > 0 else cause.strerror

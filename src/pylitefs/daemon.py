@@ -436,7 +436,7 @@ def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
 
 _QUIET = frozenset({"tx", "synced", "init", "primaryChange"})
 _LOUD = frozenset(
-    {"setAside", "lost", "corruptLog", "diskFull", "logFailing", "busyAfterCrash", "haltLost", "syncDegraded"}
+    {"setAside", "lost", "corruptLog", "diskFull", "logFailing", "busyAfterCrash", "haltLost", "syncDegraded", "forced"}
 )
 
 

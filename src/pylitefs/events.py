@@ -18,6 +18,9 @@ A lower layer emits; it knows nothing of the listeners. `EventBus` is the one pl
     damaged           pages do not match their checksums         reason
     snapshotSent      a snapshot went to a replica               node_id, bytes
     replicaConnected, replicaLost                                node_id, address
+    promoted, demoted this node is, is no more, the primary      epoch; reason
+    forced            … though acknowledged commits may be       epoch, txid (the sum over all databases)
+                      missing: an operator wanted it so
     halt, haltEnd     another node has, had a HALT lock here       node_id; position; reason
     haltHeld          this node got a HALT lock                    position
     haltLost          this node lost one                           reason, transactions (not sent)

@@ -230,6 +230,10 @@ class Node:
         store.events.emit(Event("promoted", None, {"epoch": epoch}))
         return store.cluster_id or ""
 
+    def was_forced(self, epoch: int, txid: int) -> None:
+        log.warning("this node was made the primary by force: commits that were acknowledged may be missing")
+        self.store.events.emit(Event("forced", None, {"epoch": epoch, "txid": txid}))
+
     def lead_until(self, until_s: float) -> None:
         self.store.fence.until_s = until_s
 

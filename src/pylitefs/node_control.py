@@ -140,26 +140,39 @@ class NodeControl:
                 behind += max(0, database.position.txid - progress.applied)
         return replace(shown, state=info.state, lag_ms=info.lag_ms, lag_txids=behind, positions=positions)
 
-    async def promote(self, node_id: int | None) -> None:
+    async def promote(self, node_id: int | None, force: bool = False) -> None:
         leadership = self._by_engine()
+        leader = leadership.view.leader if leadership.view is not None else None
+        if force and leader is not None and (leader.node_id != self._node.node_id or leadership.leads):
+            raise Ineligible(
+                f"{leader.hostname or leader.url} holds the lease, so nothing has to be forced: use litefs promote, "
+                "or wait until its lease has ended"
+            )
         if node_id is not None and node_id != self._node.node_id:
-            await self._ask_primary(node_id)
+            if leader is None:
+                await self._promote_there(node_id, force)
+            else:
+                await self._ask_primary(node_id)
             return
         if self._store.is_primary and leadership.leads:
             return
         if not self._node.config.lease.candidate:
             raise Ineligible("this node cannot become the primary: lease.candidate is false")
-        view = leadership.view
-        if view is not None and view.leader is not None and view.leader.node_id != self._node.node_id:
+        others = leader is not None and leader.node_id != self._node.node_id
+        if others:
             await self._ask_primary(self._node.node_id)
-        else:
-            await leadership.take()
         try:
             async with asyncio.timeout(TAKE_OVER_S):
-                await leadership.wait_in_office()
+                await (leadership.wait_in_office() if others else leadership.take(force=force))
         except TimeoutError:
-            leadership.take_no_more()
             raise Unavailable(f"this node has not become the primary: {leadership.problem or 'try again'}") from None
+
+    async def _promote_there(self, node_id: int, force: bool) -> None:
+        """Nobody leads: let that node take the lease."""
+        member = self._node.member(node_id)
+        if member is None:
+            raise Ineligible(f"node {node_id:016X} is not running, or cannot reach the lease engine: see litefs status")
+        await self._node.peers.promote(member.url, None, TAKE_OVER_S + LAST_S, force)
 
     async def _ask_primary(self, node_id: int) -> None:
         leadership = self._by_engine()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +127,45 @@ def test_a_refusal_says_why(node: FakeNode) -> None:
     assert one_error(litefs(node, "promote", "-node", "db2")) == expected
     node.answers["POST /handoff"] = (503, "no replica is near enough")
     assert one_error(litefs(node, "handoff")) == "no replica is near enough"
+
+
+@pytest.fixture
+def leaderless(node: FakeNode) -> FakeNode:
+    """db2 was the primary, db3 was in sync, and db1 wants to be it."""
+    gone = cluster(None, here="db1", sync=1, inSync=[IDS["db3"]], members=[member("db1")])
+    gone["history"][-1] |= {"nodeID": IDS["db2"], "hostname": "db2"}
+    node.answers["GET /cluster"] = (200, gone)
+    switching(node, "/promote", "db1")
+    return node
+
+
+def test_force_for_a_script(leaderless: FakeNode) -> None:
+    result = litefs(leaderless, "promote", "-force", "-yes")
+    assert result.stdout.startswith(f"db1 ({IDS['db1']}) is the primary now, epoch 8, in ")
+    result = litefs(leaderless, "promote", "-force", "-yes", "-node", "db2")
+    assert leaderless.changes == ["POST /promote?force=true", f"POST /promote?force=true&nodeID={IDS['db2']}"]
+
+
+def test_force_where_nobody_can_be_asked(leaderless: FakeNode) -> None:
+    assert one_error(litefs(leaderless, "promote", "-force"), 2).endswith("add -yes where nobody can be asked")
+    assert one_error(litefs(leaderless, "promote", "-yes"), 2) == "-yes says yes to what -force asks: add -force"
+    assert leaderless.changes == []
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n", 1), ("", 1), ("y", 0)])
+def test_force_asks_at_a_terminal(leaderless: FakeNode, answer: str, status: int) -> None:
+    terminal, its_end = pty.openpty()
+    try:
+        command = [sys.executable, "-m", "pylitefs", "promote", "-force", "-url", leaderless.url]
+        os.write(terminal, f"{answer}\n".encode())
+        done = subprocess.run(command, stdin=its_end, capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        os.close(terminal)
+        os.close(its_end)
+    assert done.returncode == status, done.stderr
+    assert "Known to have every acknowledged commit: 2233456789ABCDEF, db2.\n" in done.stderr
+    assert ("ERROR: nothing was changed" in done.stderr) == (status == 1)
+    assert leaderless.changes == (["POST /promote?force=true"] if status == 0 else [])
 
 
 def test_a_node_of_an_older_version(node: FakeNode) -> None:

@@ -23,6 +23,7 @@ from pylitefs.cluster.election import (
     Why,
     announced,
     decide,
+    decide_forced,
     gives_way_to,
     is_ahead,
     known_from,
@@ -62,13 +63,14 @@ def run(
     deaf: tuple[int, ...] = (),
     rules: Rules | None = None,
     now_s: float = SINCE_S,
+    force: bool = False,
     **more: Any,
 ) -> Decision:
     """What ME does. Members answer what they have announced, but for `deaf`."""
     view = View(leader(held_by) if held_by else None, Versioned(), members)
     reachable = {found.node_id: position_map(found.info["positions"]) for found in members if found.node_id not in deaf}
     myself = Self(ME, cluster_id, me, **more)
-    return decide(view, state, myself, reachable, rules or Rules(), now_s, SINCE_S)
+    return (decide_forced if force else decide)(view, state, myself, reachable, rules or Rules(), now_s, SINCE_S)
 
 
 def sync(*node_ids: int, last_leader: int = 9) -> ClusterState:
@@ -83,7 +85,7 @@ MORE_OF_MANY = {**MANY, "7.db": (3, 109)}
 MANY_WRITTEN = ClusterState("C1", 3, True, 9, positions=total(MORE_OF_MANY))
 KNOWN_POSITIONS = ClusterState("C1", 3, True, 9, positions={"a.db": (3, 150)})
 
-TABLE: list[tuple[str, Decision, type | Why]] = [
+TABLE: list[tuple[str, Decision, type | Why | Acquire]] = [
     # somebody holds it
     ("a leader is followed", run(member(), held_by=YOU), Follow),
     ("even when this node is ahead", run(member(positions=LESS), held_by=YOU), Follow),
@@ -153,6 +155,24 @@ TABLE: list[tuple[str, Decision, type | Why]] = [
     ("the same, does not answer", run(member(priority=9), deaf=(YOU,)), Acquire),
     ("ahead, does not answer, out of sync", run(member(positions=MORE), deaf=(YOU,), state=sync(ME)), Acquire),
     ("alone", run(), Acquire),
+    # by force
+    ("forced, out of sync", run(state=sync(YOU), force=True), Acquire(forced=True)),
+    ("forced, lags", run(state=KNOWN_POSITIONS, rules=Rules(maximum_lag=1), force=True), Acquire(forced=True)),
+    ("forced without need", run(state=sync(ME), force=True), Acquire()),
+    ("forced, one in sync answers", run(member(), me=MORE, state=sync(YOU), force=True), Why.BETTER),
+    ("forced, one in sync is silent", run(member(), state=sync(YOU), deaf=(YOU,), force=True), Acquire(forced=True)),
+    ("forced, one in sync is no candidate", run(member(candidate=False), state=sync(YOU), force=True),
+     Acquire(forced=True)),
+    ("forced, the old leader answers", run(member(), state=sync(last_leader=YOU), force=True), Why.BETTER),
+    ("forced, another has more", run(member(positions=MORE), state=sync(THIRD), force=True), Why.BETTER),
+    ("forced, another has the same", run(member(priority=9), state=sync(THIRD), force=True), Acquire(forced=True)),
+    ("forced, a foreign one has more",
+     run(member(positions=MORE, cluster_id="C2"), state=sync(THIRD), force=True), Acquire(forced=True)),
+    ("forced, somebody holds the lease", run(state=sync(THIRD), held_by=YOU, force=True), Follow),
+    ("forced, empty", run(me=NONE, state=sync(ME), force=True), Why.EMPTY),
+    ("forced, empty and out of sync", run(me=NONE, state=sync(YOU), force=True), Why.EMPTY),
+    ("forced, foreign", run(cluster_id="C2", state=sync(YOU), force=True), Why.FOREIGN),
+    ("forced, no candidate", run(candidate=False, state=sync(YOU), force=True), Why.NOT_CANDIDATE),
     # too many databases to announce
     ("many, ahead, does not answer", run(member(positions=MORE_OF_MANY), me=MANY, deaf=(YOU,)), Why.UNHEARD),
     ("many, the same, does not answer", run(member(positions=MANY), me=MANY, deaf=(YOU,)), Acquire),
@@ -168,11 +188,13 @@ TABLE: list[tuple[str, Decision, type | Why]] = [
 
 
 @pytest.mark.parametrize(("decision", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_the_table(decision: Decision, expected: type | Why) -> None:
+def test_the_table(decision: Decision, expected: type | Why | Acquire) -> None:
     if isinstance(expected, Why):
         assert isinstance(decision, Wait | StandAside)
         assert decision.why is expected
         assert decision.text and "\n" not in decision.text
+    elif isinstance(expected, Acquire):
+        assert decision == expected
     else:
         assert isinstance(decision, expected)
 

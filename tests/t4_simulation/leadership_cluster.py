@@ -55,7 +55,7 @@ class FlakyEngine(MemoryEngine):
 
 
 class FakeNode:
-    """A `leadership.Node`. `promote_s` and `demote_s` are how long that takes."""
+    """A `leadership.Node`. `promote_s` and `demote_s` are how long that takes; one that `follows` copies its leader."""
 
     def __init__(self, cluster: Cluster, node_id: int, settings: Settings) -> None:
         self.node_id, self.hostname, self.url = node_id, f"node-{node_id}", f"http://node-{node_id}"
@@ -74,6 +74,7 @@ class FakeNode:
         self.demote_s = 0.0
         self.is_being_promoted = False
         self.is_fit = True
+        self.follows = True
 
     def start(self) -> None:
         """Also again, after `kill`."""
@@ -127,6 +128,9 @@ class FakeNode:
         self.events.append(f"promoted {epoch}")
         return self.cluster_id
 
+    def was_forced(self, epoch: int, txid: int) -> None:
+        self.events.append(f"forced {epoch}")
+
     def lead_until(self, until_s: float) -> None:
         self.until_s = until_s
 
@@ -144,7 +148,7 @@ class FakeNode:
             self.leader = leader
             self.events.append(f"follows {leader.node_id}")
         node = self.cluster.nodes[leader.node_id]
-        if self.cluster.can_talk(self, node) and node.is_primary:
+        if self.follows and self.cluster.can_talk(self, node) and node.is_primary:
             self.log = list(node.log)
             self.cluster_id = node.cluster_id
 

@@ -131,6 +131,9 @@ class SimNode:
         self.captures = True
         return self.cluster_id
 
+    def was_forced(self, epoch: int, txid: int) -> None:
+        raise AssertionError("nobody asked for that")
+
     def lead_until(self, until_s: float) -> None:
         self.until_s = until_s
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from leadership_cluster import TTL_S, Cluster, FakeNode, cluster_of, virtual
 
-from pylitefs.errors import Unavailable
+from pylitefs.cluster.control import FORCED
+from pylitefs.errors import Ineligible, Unavailable
 
 
 def others(cluster: Cluster, node: FakeNode) -> list[FakeNode]:
@@ -351,6 +355,77 @@ async def test_paused_only_the_last_leader_comes_back_and_take_overrides_it() ->
         assert cluster.leader is None
         assert "paused" in other.leadership.problem
         await other.leadership.take()
-        await cluster.until(lambda: cluster.leader)
         assert cluster.leader is other
         assert cluster.document.state.paused
+        assert cluster.document.history[-1].reason == "promoted"
+
+
+# --- by force
+
+
+@contextlib.asynccontextmanager
+async def one_of_three_is_left() -> AsyncIterator[tuple[Cluster, FakeNode, FakeNode, FakeNode]]:
+    """The leader and the node in sync have died, with a commit that the third never got: the cluster, and all three."""
+    async with cluster_of(3, sync=1) as (cluster, first):
+        standby, third = others(cluster, first)
+        await first.leadership.change_state(lambda state: replace(state, in_sync=frozenset({standby.node_id})))
+        assert first.write("y")
+        standby.log = list(first.log)
+        third.follows = False
+        await first.kill()
+        await standby.kill()
+        await asyncio.sleep(5 * TTL_S)
+        assert cluster.leader is None
+        yield cluster, first, standby, third
+
+
+@virtual
+async def test_a_node_that_may_lack_commits_leads_only_by_force() -> None:
+    async with one_of_three_is_left() as (cluster, first, standby, third):
+        with pytest.raises(Ineligible, match="litefs promote -force"):
+            await third.leadership.take()
+        assert cluster.leader is None
+        await third.leadership.take(force=True)
+        assert cluster.leader is third
+        assert third.events[-2:] == ["forced 2", "promoted 2"]
+        entry = cluster.document.history[-1]
+        assert (entry.epoch, entry.node_id, entry.txid, entry.reason) == (2, third.node_id, 1, FORCED)
+        assert cluster.document.state.in_sync == frozenset()
+        first.start()
+        standby.start()
+        await cluster.until(lambda: first.leader and standby.leader)
+        await third.kill()  # they have followed, but commits did not wait for them: they may lack some now
+        await asyncio.sleep(5 * TTL_S)
+        assert cluster.leader is None
+
+
+@virtual
+async def test_force_does_nothing_while_somebody_leads_or_could() -> None:
+    async with one_of_three_is_left() as (cluster, _, standby, third):
+        await third.leadership.pause(True)  # or it would just lead
+        standby.start()
+        await cluster.until(lambda: standby.leadership.problem.endswith("promote"))
+        with pytest.raises(Ineligible, match=f"litefs promote -node {standby.hostname}"):
+            await third.leadership.take(force=True)
+        assert cluster.leader is None
+        await standby.leadership.take()
+        with pytest.raises(Unavailable, match=f"{standby.hostname} is the primary now"):
+            await third.leadership.take(force=True)
+        await asyncio.sleep(5 * TTL_S)
+        assert cluster.leader is standby
+        assert FORCED not in [entry.reason for entry in cluster.document.history]
+
+
+@virtual
+async def test_force_that_is_given_up_is_forgotten() -> None:
+    """The engine cannot be reached at that moment, and whoever wanted it does not wait: it does not come true later."""
+    async with one_of_three_is_left() as (cluster, first, _, third):
+        third.engine.cut = True
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(TTL_S):
+                await third.leadership.take(force=True)
+        third.engine.cut = False
+        await asyncio.sleep(5 * TTL_S)
+        assert cluster.leader is None
+        first.start()
+        await cluster.until(lambda: cluster.leader is first)

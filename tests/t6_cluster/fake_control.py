@@ -94,8 +94,8 @@ class FakeControl:
         self.views += 1
         return a_view(self.store, **self.changes)
 
-    async def promote(self, node_id: int | None) -> None:
-        await self._called("promote", node_id)
+    async def promote(self, node_id: int | None, force: bool = False) -> None:
+        await self._called("promote", node_id, *(["force"] if force else []))
 
     async def handoff(self, node_id: int | None) -> None:
         await self._called("handoff", node_id)

@@ -414,6 +414,8 @@ def test_metrics_of_the_cluster(primary: FencedStore) -> None:
     [
         ("/promote", ("promote", None)),
         ("/promote?nodeID=000000000000000B", ("promote", 11)),
+        ("/promote?force=true", ("promote", None, "force")),
+        ("/promote?force=false", ("promote", None)),
         ("/handoff", ("handoff", None)),
         ("/handoff?nodeID=b", ("handoff", 11)),
         ("/pause", ("pause", True)),
@@ -437,7 +439,7 @@ def test_changes(primary: FencedStore, path: str, asked: tuple[Any, ...]) -> Non
     [
         "/promote?nodeID=", "/promote?nodeID=xyz", "/handoff?nodeID=0", "/handoff?nodeID=11112222333344445",
         "/promote?timeout=soon", "/pause?timeout=-1", "/failsafe", "/failsafe?leader=B", "/failsafe?leader=B&epoch=x",
-        "/failsafe?leader=-1&epoch=1",
+        "/failsafe?leader=-1&epoch=1", "/promote?force=1", "/promote?force=",
     ],
 )  # fmt: skip
 def test_bad_requests_ask_nothing(primary: FencedStore, path: str) -> None:
@@ -594,7 +596,10 @@ def test_peers(primary: FencedStore) -> None:
         await node.peers.handoff(node.url, OTHER, LIMIT_S)
         await node.peers.handoff(node.url + "/", None, LIMIT_S)
         await node.peers.promote(node.url, None, LIMIT_S)
-        assert node.control.asked == [("nudge",), ("handoff", OTHER), ("handoff", None), ("promote", None)]
+        await node.peers.promote(node.url, None, LIMIT_S, force=True)
+        assert node.control.asked == [
+            ("nudge",), ("handoff", OTHER), ("handoff", None), ("promote", None), ("promote", None, "force"),
+        ]  # fmt: skip
         for error in (errors.Ineligible("no\x1b[31m candidate"), errors.Unavailable("later")):
             node.control.fails = error
             with pytest.raises(type(error)) as caught:

@@ -93,6 +93,10 @@ class Node(Protocol):
         """Take writes; the cluster's id, which is made up if `cluster_id` is "". The fence is opened afterwards. On a
         node that is the primary already a new term begins."""
 
+    def was_forced(self, epoch: int, txid: int) -> None:
+        """At an operator's word this node has taken the lease though acknowledged commits may be missing: tell those
+        who listen. `txid` is the sum over all databases."""
+
     def lead_until(self, until_s: float) -> None:
         """By `now_s`: until then commits may be acknowledged; 0.0: no more."""
 

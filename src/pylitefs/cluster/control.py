@@ -15,6 +15,9 @@ from pylitefs.formats.ltx.format import Position
 FAILOVER = "failover"
 """The reason in the history of a change that nobody had asked for."""
 
+FORCED = "forced: acknowledged commits may be missing"
+"""… and of `litefs promote -force`, where it was needed."""
+
 
 @dataclass(frozen=True)
 class MemberView:
@@ -73,8 +76,9 @@ class Control(Protocol):
     def view(self) -> ClusterView:
         """What is known now, without asking anybody."""
 
-    async def promote(self, node_id: int | None) -> None:
-        """Make `node_id` (None: this node) the primary by a switchover, and return when it is."""
+    async def promote(self, node_id: int | None, force: bool = False) -> None:
+        """Make `node_id` (None: this node) the primary by a switchover, and return when it is. With `force`, and only
+        where nobody holds the lease, also one that may lack acknowledged commits."""
 
     async def handoff(self, node_id: int | None) -> None:
         """On the primary: pass the lease to `node_id` (None: the best replica), and return when that is the primary."""

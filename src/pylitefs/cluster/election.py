@@ -27,6 +27,9 @@ started first, asks `gives_way_to`, and lets go when a candidate that has data a
 of those that see each other tries; if two do (they do not see each other), the engine lets one through. A better node
 that has lost the engine cannot renew its entry, drops out of the view, and is waited for no longer.
 
+*Force*: where the nodes that may be elected are lost for good, an operator may name one that is not in sync, or lags
+(`decide_forced`). It is refused while a member answers that could be elected without, or that has more.
+
 *The order of positions.* A position is (epoch, txid) for each database; a later epoch beats any number of
 transactions of an earlier one, because what an earlier primary added after losing the lease is a branch that the
 cluster does not have. Over several databases: first the epochs, sorted from the latest, compared as a list; then the
@@ -43,7 +46,7 @@ import enum
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from pylitefs.cluster.lease_port import Leader, Member, View
@@ -126,7 +129,9 @@ class Why(enum.Enum):
 
 @dataclass(frozen=True)
 class Acquire:
-    """Try to take the lease."""
+    """Try to take the lease. `forced`: though commits that were acknowledged may be missing here."""
+
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,9 +186,7 @@ def decide(
     `reachable`: the positions of the members that were asked just now and have answered. `leaderless_since_s`: when
     this node first saw that nobody holds the lease, by the clock of `now_s`.
     """
-    myself = _Contender(
-        me.node_id, "this node", _with_data(me.positions), me.cluster_id, me.candidate, me.priority, True
-    )
+    myself = _myself(me)
     if text := _foreign(myself, state):
         return StandAside(Why.FOREIGN, text)
     if view.leader is not None and view.leader.node_id != me.node_id:
@@ -214,6 +217,34 @@ def decide(
         if total(rival.positions) > total(myself.positions) and now_s < until_s:
             return Wait(Why.UNHEARD, f"{_name(rival)} was ahead when last heard of, and does not answer now", until_s)
     return Acquire()
+
+
+def decide_forced(
+    view: View,
+    state: ClusterState,
+    me: Self,
+    reachable: Mapping[int, Positions],
+    rules: Rules,
+    now_s: float,
+    leaderless_since_s: float,
+) -> Decision:
+    """As `decide`, for a node that an operator wants as the primary though it is not in sync, or lags."""
+    decision = decide(view, state, me, reachable, rules, now_s, leaderless_since_s)
+    if not isinstance(decision, StandAside) or decision.why not in (Why.NOT_IN_SYNC, Why.LAGS):
+        return decision
+    myself, others = _myself(me), _others(view, state, me, reachable)
+    if refused := _ineligible(myself, replace(state, in_sync=None), others, replace(rules, maximum_lag=None)):
+        return refused
+    rivals = [other for other in others if other.answers and other.candidate]
+    for other in rivals:
+        if not _ineligible(other, state, [*others, myself], rules):
+            text = f"nothing has to be forced: {_name(other)} may lead, litefs promote -node {_name(other)}"
+            return StandAside(Why.BETTER, text)
+    for other in rivals:
+        if total(other.positions) > total(myself.positions):
+            text = f"{_name(other)} has more than this node, and answers: litefs promote -force -node {_name(other)}"
+            return StandAside(Why.BETTER, text)
+    return Acquire(forced=True)
 
 
 def gives_way_to(view: View, state: ClusterState, me: Self, reachable: Mapping[int, Positions]) -> Member | None:
@@ -296,6 +327,11 @@ def announced(positions: Positions, cluster_id: str) -> dict[str, Any]:
     return {INFO_POSITIONS: told(_with_data(positions), MAX_POSITIONS_BYTES), INFO_CLUSTER_ID: cluster_id}
 
 
+def _myself(me: Self) -> _Contender:
+    positions = _with_data(me.positions)
+    return _Contender(me.node_id, "this node", positions, me.cluster_id, me.candidate, me.priority, answers=True)
+
+
 def _contender(member: Member, reachable: Mapping[int, Positions]) -> _Contender:
     answers = member.node_id in reachable
     positions = _with_data(reachable[member.node_id]) if answers else positions_of(member)
@@ -360,7 +396,9 @@ def _ineligible(node: _Contender, state: ClusterState, others: list[_Contender],
     if state.in_sync is not None and node.node_id not in state.in_sync and not was_leader:
         known = ", ".join(f"{node_id:016X}" for node_id in sorted({*state.in_sync, state.last_leader}))
         return StandAside(
-            Why.NOT_IN_SYNC, f"this node may lack commits that were acknowledged: one of {known} must come back first"
+            Why.NOT_IN_SYNC,
+            f"this node may lack commits that were acknowledged: one of {known} must come back first "
+            "(if they are lost for good: litefs promote -force)",
         )
     if state.voters is not None and node.node_id not in state.voters and not was_leader:
         return StandAside(

@@ -12,20 +12,32 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pylitefs.cluster import election
 from pylitefs.cluster.candidate import Node, Nudge, Settings, ask_all
-from pylitefs.cluster.control import FAILOVER
+from pylitefs.cluster.control import FAILOVER, FORCED
 from pylitefs.cluster.election import Acquire, ClusterState, Follow, Positions, Rules, Self, StandAside, Wait
 from pylitefs.cluster.lease_port import Clock, Engine, Member, View, now_s
 from pylitefs.cluster.office import LONG_WAIT_S, LOOK_S, RETRY_S, Office
 from pylitefs.cluster.shared_state import SharedState
 from pylitefs.cluster.state import Document
-from pylitefs.errors import LitefsError, Unavailable
+from pylitefs.errors import Ineligible, LitefsError, Unavailable
 
 log = logging.getLogger("litefs.lease")
+
+
+@dataclass
+class _Wanted:
+    """An operator wants this node as the leader, where there is none. `refused` gets the reason why it must not be."""
+
+    force: bool
+    refused: asyncio.Future[None]
+
+    def refuse(self, error: LitefsError) -> None:
+        if not self.refused.done():
+            self.refused.set_exception(error)
 
 
 class Leadership:
@@ -52,7 +64,7 @@ class Leadership:
         self._leaderless_since_s: float | None = None
         self._promised_until_s = 0.0
         self._acquiring = False
-        self._forced = False
+        self._wanted: _Wanted | None = None
         self._stopping = False
         self._started_s = clock()
 
@@ -108,14 +120,22 @@ class Leadership:
         with contextlib.suppress(LitefsError):
             await self._engine.withdraw(self._node.node_id)
 
-    async def take(self) -> None:
-        """Become the leader where there is none and automatic failover is paused."""
-        self._forced = True
+    async def take(self, *, force: bool = False) -> None:
+        """Become the leader where there is none, also while automatic failover is paused, and with `force` also where
+        acknowledged commits may be missing here. Returns in office. Ineligible says why it must not be; whoever does
+        not want to wait cancels this."""
+        wanted = self._wanted = _Wanted(force, asyncio.get_running_loop().create_future())
         self.nudge()
-
-    def take_no_more(self) -> None:
-        """`take` has not come to anything."""
-        self._forced = False
+        entering = asyncio.ensure_future(self.wait_in_office())
+        try:
+            await asyncio.wait({entering, wanted.refused}, return_when=asyncio.FIRST_COMPLETED)
+            if wanted.refused.done():
+                wanted.refused.result()
+        finally:
+            entering.cancel()
+            wanted.refused.cancel()
+            if self._wanted is wanted:
+                self._wanted = None
 
     async def wait_in_office(self) -> None:
         await self._office.wait_entered()
@@ -161,6 +181,7 @@ class Leadership:
 
     async def _look(self) -> None:
         """One look at the engine, and what follows from it."""
+        wanted = self._wanted  # before the look: what is seen is newer than the wish
         view = await self._shared.look()
         node, state = self._node, self.document.state
         leaderless = view.leader is None or view.leader.node_id == node.node_id
@@ -171,32 +192,36 @@ class Leadership:
         asked = leaderless and state.handoff_to != node.node_id
         reachable = await ask_all(node, view, self._settings.ask_s) if asked else {}
         me = Self(node.node_id, node.cluster_id, node.positions(), self._is_candidate, self._settings.priority)
-        if self._forced and leaderless:
+        if wanted is not None and leaderless:
             state = replace(state, paused=False, voters=None)
+        decide = election.decide_forced if wanted is not None and wanted.force else election.decide
         since_s = self._clock() if self._leaderless_since_s is None else self._leaderless_since_s
-        decision = election.decide(view, state, me, reachable, self._rules, self._clock(), since_s)
+        decision = decide(view, state, me, reachable, self._rules, self._clock(), since_s)
         match decision:
             case Follow(leader):
-                self._forced = False
+                if wanted is not None:
+                    wanted.refuse(Unavailable(f"{leader.hostname or leader.url} is the primary now: try again"))
                 self._shared.has_problem("")
                 await node.follow(leader)
                 await self._wait_for_change(view, LONG_WAIT_S)
-            case Acquire():
+            case Acquire(forced):
                 if self._stopping or self._clock() < self._promised_until_s or self._may_have_promised(state):
                     await self._wait_for_change(view, LOOK_S * 5)
-                elif not await self._try_to_lead(view, reachable):
+                elif not await self._try_to_lead(view, reachable, self._reason(wanted is not None, forced)):
                     await self._nudge.pause(LOOK_S)
             case Wait(_, text, _):
                 self._shared.has_problem(f"no primary: {text}")
                 await self._wait_for_change(view, LOOK_S)
             case StandAside(_, text):
+                if wanted is not None:
+                    wanted.refuse(Ineligible(text))
                 self._shared.has_problem(text)
                 await self._wait_for_change(view, LOOK_S * 10)
 
     def _may_have_promised(self, state: ClusterState) -> bool:
         """Failsafe: whether this node may have promised something before it was restarted."""
         asked = state.voters is not None and state.last_leader != self._node.node_id
-        return asked and not self._forced and self._clock() < self._started_s + self._settings.ttl_s
+        return asked and self._clock() < self._started_s + self._settings.ttl_s
 
     async def _wait_for_change(self, view: View, timeout_s: float) -> None:
         """Until something differs from `view`, or a nudge."""
@@ -212,13 +237,19 @@ class Leadership:
             await asyncio.gather(waiting, nudged, return_exceptions=True)
             self._nudge.clear()
 
-    async def _try_to_lead(self, view: View, reachable: Mapping[int, Positions]) -> bool:
+    def _reason(self, wanted: bool, forced: bool) -> str:
+        """For the history."""
+        state = self.document.state
+        if forced:
+            return FORCED
+        if not state.epoch:
+            return "first primary"
+        return "handed over" if state.handoff_to == self._node.node_id else "promoted" if wanted else FAILOVER
+
+    async def _try_to_lead(self, view: View, reachable: Mapping[int, Positions], reason: str) -> bool:
         """One term of office, from the acquisition to its end; False if the lease could not be had."""
         state = self.document.state
         epochs = [epoch for positions in reachable.values() for epoch, _ in positions.values()]
-        reason = "handed over" if state.handoff_to == self._node.node_id else "forced" if self._forced else FAILOVER
-        if not state.epoch:
-            reason = "first primary"
         self._acquiring = True
         try:
             acquired = await self._office.acquire(view, max(state.epoch, self._node.seen_epoch, *epochs, 0) + 1, reason)
@@ -226,7 +257,6 @@ class Leadership:
             self._acquiring = False
         if not acquired:
             return False
-        self._forced = False
         try:
             await self._office.serve()
         finally:

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from pylitefs.cluster import election
 from pylitefs.cluster.candidate import RENEWALS, Leaving, Node, Nudge, Settings, ask_all
-from pylitefs.cluster.control import FAILOVER, HistoryEntry
+from pylitefs.cluster.control import FAILOVER, FORCED, HistoryEntry
 from pylitefs.cluster.election import ClusterState, Self, Total
 from pylitefs.cluster.lease_port import Clock, Conflict, Engine, Held, Leader, LeaseLost, Member, View
 from pylitefs.cluster.shared_state import SharedState
@@ -111,10 +111,12 @@ class Office:
     # --- the term -----------------------------------------------------------------------------------------------
 
     async def acquire(self, view: View, epoch: int, reason: str) -> bool:
-        """Take the lease, as of `view`. False: it could not be had. Unavailable: nobody knows."""
+        """Take the lease, as of `view`. False: it could not be had. Unavailable: nobody knows. Where the reason is
+        FORCED only this node is in sync with what begins now."""
         node, settings, state = self._node, self._settings, self._shared.document.state
-        in_sync = frozenset() if state.in_sync is None else state.in_sync - {node.node_id}
+        in_sync = frozenset() if state.in_sync is None or reason == FORCED else state.in_sync - {node.node_id}
         positions = node.positions()
+        txid = sum(txid for _, txid in positions.values())
         document = replace(
             self._shared.document,
             state=replace(
@@ -130,11 +132,7 @@ class Office:
                 if settings.failsafe
                 else None,
             ),
-        ).with_entry(
-            HistoryEntry(
-                epoch, node.node_id, node.hostname, sum(txid for _, txid in positions.values()), reason, _now_ms()
-            )
-        )
+        ).with_entry(HistoryEntry(epoch, node.node_id, node.hostname, txid, reason, _now_ms()))
         leader = Leader(node.node_id, node.hostname, node.url, epoch)
         held = await self._engine.acquire(leader, settings.ttl_s, document.pack(), view.state.version)
         if held is None:
@@ -144,6 +142,8 @@ class Office:
         self._shared.saw(replace(view, leader=leader, state=held.state), document)
         self._voters = {member.node_id: member for member in view.members}
         log.info("this node holds the lease", extra={"epoch": epoch, "reason": reason})
+        if reason == FORCED:
+            node.was_forced(epoch, txid)
         return True
 
     async def serve(self) -> None:

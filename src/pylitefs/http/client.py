@@ -95,10 +95,10 @@ class Client:
         found = self.cluster().get("history")
         return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
-    def promote(self, node_id: str | None = None) -> None:
+    def promote(self, node_id: str | None = None, *, force: bool = False) -> None:
         """Make that node (16 hex digits; None: the one at `url`) the primary; returns when it is. Refused with status
-        409: it may not be, and why."""
-        self._change("/promote", node_id)
+        409: it may not be, and why. `force`: where nobody is, also one that may lack acknowledged commits."""
+        self._change("/promote", node_id, {"force": "true"} if force else {})
 
     def handoff(self, node_id: str | None = None) -> None:
         """Pass the lease on, to that node or to the best replica; returns when that is the primary."""
@@ -118,9 +118,9 @@ class Client:
         with self._request("GET", "/sync", query=query, timeout_s=timeout_s + self._timeout_s) as response:
             return self._object(response, timeout_s)
 
-    def _change(self, path: str, node_id: str | None = None) -> None:
+    def _change(self, path: str, node_id: str | None = None, more: Mapping[str, str] | None = None) -> None:
         """POST, and once more to the primary if this node says that only that can do it."""
-        query = {} if node_id is None else {"nodeID": node_id}
+        query = dict(more or {}) | ({} if node_id is None else {"nodeID": node_id})
         try:
             self._post(path, query)
         except NotPrimary as refusal:

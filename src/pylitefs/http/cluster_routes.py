@@ -5,7 +5,8 @@
     GET        /history     the changes of the primary, oldest first
     GET        /sync        ?db=NAME[&txid=HEX][&timeout=T]: answers when this node has that transaction, or everything
                             the primary had when it was asked; 504 when it has not in time
-    POST       /promote     [?nodeID=HEX] make this node, or that one, the primary
+    POST       /promote     [?nodeID=HEX][&force=true] make this node, or that one, the primary; by force, where there
+                            is none, also one that may lack acknowledged commits
     POST       /handoff     [?nodeID=HEX] on the primary: pass the lease to that node, or to the best replica
     POST       /pause       no automatic failover any more; /resume ends that
     GET        /position    ?db=NAME: on the primary, a position that covers every acknowledged commit
@@ -20,6 +21,9 @@ the URL of the primary in a header.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from aiohttp import web
 
@@ -38,6 +42,7 @@ from pylitefs.http.halts import HaltRoutes
 from pylitefs.http.health import Health, Ping
 from pylitefs.http.queries import (
     checked_name,
+    flag,
     optional_node_id,
     optional_txid,
     parse_epoch,
@@ -150,21 +155,20 @@ class ClusterRoutes:
 
     async def promote(self, request: web.Request) -> web.Response:
         node_id = optional_node_id(request.query)
-        await self._change(request, "promote", node_id)
+        await self._change(request, self._control.promote, node_id, flag(request.query, "force"))
         return line_answer("this node is the primary" if node_id is None else f"{node_id_text(node_id)} is the primary")
 
     async def handoff(self, request: web.Request) -> web.Response:
         node_id = optional_node_id(request.query)
-        await self._change(request, "handoff", node_id)
+        await self._change(request, self._control.handoff, node_id)
         return line_answer(
             "another node is the primary" if node_id is None else f"{node_id_text(node_id)} is the primary"
         )
 
-    async def _change(self, request: web.Request, what: str, node_id: int | None) -> None:
+    async def _change(self, request: web.Request, call: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         limit_s = timeout_s(request.query, CHANGE_TIMEOUT_S, MAX_TIMEOUT_S)
         late = f"not done within {limit_s:g} s, and still under way: litefs status shows how it ends"
-        work = self._control.promote(node_id) if what == "promote" else self._control.handoff(node_id)
-        await self._waiting.finish(request, work, limit_s, late, goes_on=True)
+        await self._waiting.finish(request, call(*args), limit_s, late, goes_on=True)
 
     async def pause(self, request: web.Request) -> web.Response:
         await self._pause(request, True)

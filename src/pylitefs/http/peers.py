@@ -103,12 +103,14 @@ class Peers:
         """Have the primary pass its lease to `node_id` (None: the best replica); returns when that is the primary."""
         await self._change(url, "/handoff", node_id, timeout_s)
 
-    async def promote(self, url: str, node_id: int | None, timeout_s: float) -> None:
+    async def promote(self, url: str, node_id: int | None, timeout_s: float, force: bool = False) -> None:
         """Have that node make itself (None), or another one, the primary; returns when it is."""
-        await self._change(url, "/promote", node_id, timeout_s)
+        await self._change(url, "/promote", node_id, timeout_s, {"force": "true"} if force else {})
 
-    async def _change(self, url: str, path: str, node_id: int | None, timeout_s: float) -> None:
-        query = {"timeout": _seconds(timeout_s * _SERVER_MARGIN)}
+    async def _change(
+        self, url: str, path: str, node_id: int | None, timeout_s: float, more: Mapping[str, str] | None = None
+    ) -> None:
+        query = {"timeout": _seconds(timeout_s * _SERVER_MARGIN), **(more or {})}
         if node_id is not None:
             query["nodeID"] = f"{node_id:016X}"
         await self._ask("POST", url, path, query, timeout_s, MAX_LINE_BYTES)

@@ -5,6 +5,7 @@ lag            how far behind is near enough: "10s", "500ms" (Go's form), or "10
 nodeID         up to 16 hex digits, not 0
 txid           up to 16 hex digits
 timeout        seconds, "2.5", or a duration, "500ms"
+force          true or false
 id, lockID     of a HALT lock: a positive 63-bit number
 epoch          a number
 """
@@ -108,6 +109,13 @@ def timeout_s(query: Mapping[str, str], default_s: float, max_s: float) -> float
         return min(parse_duration_s(text), max_s)
     except ValueProblem:
         raise UsageError(f'not a timeout: {_shown(text)}: expected seconds, or a duration such as "500ms"') from None
+
+
+def flag(query: Mapping[str, str], key: str) -> bool:
+    text = query.get(key, "false")
+    if text not in ("true", "false"):
+        raise UsageError(f"not true or false: {key}={_shown(text)}")
+    return text == "true"
 
 
 def parse_lock_id(query: Mapping[str, str], key: str) -> int:

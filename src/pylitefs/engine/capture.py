@@ -99,7 +99,7 @@ class Capture(CommitPoints):
             self._look(database)
 
     def _look(self, database: Database) -> None:
-        if not database.captures:
+        if not database.captures or (database.wal.pending is not None and database.wal.pending.rests()):
             return
         schedule = self._schedules.setdefault(database.name, _Schedule())
         started, before, found = time.monotonic(), database.position.txid, False

@@ -156,6 +156,7 @@ class GatedCommits:
     def _watch(self, database: Database, pending: Pending, step: int) -> None:
         """See to it until it is decided: a writer that was killed leaves nothing else to notice it by."""
         wal, opener = database.wal, self._store.opener
+        pending.quiet = False
         if wal.pending is pending:
             self._store.capture.wake(database)
         if wal.pending is not pending:

@@ -112,6 +112,11 @@ class Pending:
     index_salts: tuple[int, int]
     waits: list[Wait] = field(default_factory=list)
     gone: bool = False  # taken back
+    quiet: bool = True  # it is too early for a writer that was killed
+
+    def rests(self) -> bool:
+        """Whether there is nothing to see: its writer, who keeps others out, waits for an answer."""
+        return self.quiet and any(wait.failed is None for wait in self.waits)
 
     def all_failed(self) -> bool:
         return bool(self.waits) and all(wait.failed for wait in self.waits)

@@ -181,6 +181,7 @@ class Recorder:
         before("pwrite", lambda fd, data, offset: self.write(of(fd), bytes(data), offset))
         before("ftruncate", lambda fd, size: self.truncate(of(fd), size))
         before("fsync", lambda fd: self.sync(of(fd)))
+        before("fdatasync", lambda fd: self.sync(of(fd)))
         before("unlink", lambda path: self.unlink(os.fspath(path)))
         before("rename", lambda old, new: self.rename(os.fspath(old), os.fspath(new)))
         try:

@@ -14,6 +14,10 @@ from engine_nodes import Node, check_log, file_checksum, new_primary
 from power_cut import POLICIES, Recorder
 from sqlite_process import SqliteProcess
 
+from pylitefs.engine.files import write_at
+from pylitefs.engine.ltx_log import LtxLog
+from pylitefs.engine.spares import STORED
+from pylitefs.formats.ltx.decoder import decode
 from pylitefs.formats.ltx.format import Position
 
 IMAGES = 30
@@ -77,6 +81,8 @@ def test_what_was_acknowledged_survives(tmp_path: Path, seed: int, monkeypatch: 
         with recording(recorder, monkeypatch):
             for data in files[1:]:
                 database.apply(data)
+                if rng.random() < 0.7:
+                    database.log.make_spare()  # as the opener does, sooner or later
                 if rng.random() < 0.6:
                     txid = database.log_durable()
                     quick += txid is not None
@@ -87,6 +93,7 @@ def test_what_was_acknowledged_survives(tmp_path: Path, seed: int, monkeypatch: 
                     database.replica.checkpoint()
                 recorder.write_back(0.1, rng)
     assert quick > 5, "the quick way is what this is about"
+    assert sum(op.kind == "rename" and op.path.endswith(STORED) for op in recorder.ops) > 3
     boundaries = recorder.boundaries()
     for number in range(IMAGES):
         count = rng.choice(boundaries) if rng.random() < 0.5 else rng.randrange(len(recorder.ops) + 1)
@@ -128,3 +135,32 @@ def test_a_copy_that_came_as_a_whole_is_not_durable_by_the_log(tmp_path: Path) -
         assert database.durable() == database.position.txid
         database.apply(files[4])
         assert database.log_durable() == database.position.txid == max(list(positions)[:5])
+
+
+def test_a_log_that_was_begun_anew_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+    """Old entries have gone, and an entry that was in store comes: its fsync makes both durable."""
+    files, positions = history(tmp_path / "primary", random.Random(3), 6)
+    root = tmp_path / "replica"
+    log = LtxLog(str(root / "ltx"))
+    log.open(verify=True)
+    recorder = Recorder(root)
+
+    def publish(data: bytes) -> None:
+        ltx = decode(data)
+        path = log.temporary()
+        with open(path, "wb", buffering=0) as file:
+            write_at(file.fileno(), data, 0)
+        log.publish(path, ltx.header, ltx.trailer.post_apply_checksum)
+        log.sync(log.entries()[-1:])
+        log.make_spare()
+
+    with recording(recorder, pytest.MonkeyPatch()):
+        for data in files[:2]:
+            publish(data)
+        log.restart_at(positions[decode(files[2]).header.max_txid])
+        publish(files[3])
+    assert [op.path.endswith(STORED) for op in recorder.ops if op.kind == "rename"] == [False, True, True]
+    recorder.image(len(recorder.ops), random.Random(0), "none", tmp_path / "image")
+    found = LtxLog(str(tmp_path / "image" / "ltx"))
+    found.open(verify=True)
+    assert found.head == log.head and found.count == 1

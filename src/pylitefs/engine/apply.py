@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 import numpy as np
@@ -384,15 +384,3 @@ def predict(database: Database, header: Header, pgnos: NDArray[np.uint32], sums:
         if header.commit < database.commit:
             checksum ^= int(reduce(values[header.commit : database.commit]))
     return checksum | CHECKSUM_FLAG
-
-
-def file_chunks(path: str) -> Iterator[bytes]:
-    """The bytes of a file, which may be renamed meanwhile (it is opened at once)."""
-    file = open(path, "rb")  # noqa: SIM115 - closed when the generator ends
-
-    def chunks() -> Iterator[bytes]:
-        with file:
-            while data := file.read(1 << 20):
-                yield data
-
-    return chunks()

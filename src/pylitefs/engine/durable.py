@@ -7,10 +7,7 @@ since the last fsync of the WAL are; one fsync of a small file, where the WAL wo
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
-
-from pylitefs.engine.files import sync_folder
 
 if TYPE_CHECKING:
     from pylitefs.engine.database import Database
@@ -35,16 +32,10 @@ def log_durable(database: Database) -> int | None:
         return None  # what the log begins with may not be on the disk yet
     if sum(entry.max_txid > since for entry in entries[-MAX_ENTRIES - 1 :]) > MAX_ENTRIES:
         return None
-    for entry in missing:
-        try:
-            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    sync_folder(log.folder)
+    try:
+        log.sync(missing)
+    except FileNotFoundError:
+        return None
     with database.lock:
         if database.position.txid < txid or max(database.durable_txid, database.log_durable_txid) < done:
             return None  # it was set back meanwhile

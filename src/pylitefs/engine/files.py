@@ -16,10 +16,12 @@ import ctypes
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pylitefs.ports import FileKind
 
+CHUNK_BYTES = 1 << 20
 SUFFIX_OF = {FileKind.DATABASE: "", FileKind.WAL: "-wal", FileKind.SHM: "-shm", FileKind.JOURNAL: "-journal"}
 
 
@@ -82,6 +84,18 @@ def sync_folder(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def file_chunks(path: str) -> Iterator[bytes]:
+    """The bytes of a file, which may be renamed meanwhile (it is opened at once)."""
+    file = open(path, "rb")  # noqa: SIM115 - closed when the generator ends
+
+    def chunks() -> Iterator[bytes]:
+        with file:
+            while data := file.read(CHUNK_BYTES):
+                yield data
+
+    return chunks()
 
 
 def publish_file(path: str, data: bytes) -> None:

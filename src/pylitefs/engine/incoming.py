@@ -9,10 +9,10 @@ from array import array
 
 import numpy as np
 
-from pylitefs.engine.apply import Apply, check, file_chunks, predict
+from pylitefs.engine.apply import Apply, check, predict
 from pylitefs.engine.database import Database
 from pylitefs.engine.evidence import Standing, counts_on, standing
-from pylitefs.engine.files import write_at
+from pylitefs.engine.files import file_chunks, write_at
 from pylitefs.engine.recovery import Recovered
 from pylitefs.engine.redo import apply_entries, redo_is_noted
 from pylitefs.engine.replica_wal import RUN_FRAMES
@@ -31,7 +31,7 @@ class IncomingFile:
     def __init__(self, apply: Apply, database: Database, min_txid: int, max_txid: int) -> None:
         self._apply, self._database = apply, database
         self._span = (min_txid, max_txid)
-        self._path = database.log.temporary()
+        self._path = database.log.temporary(follows=False)
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         self._decoder = Decoder()
         self._pgnos = array("I")

@@ -14,7 +14,6 @@ Every method may be called from any thread; only the database's worker adds entr
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import threading
@@ -25,7 +24,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pylitefs.engine.epochs import EpochLines, Lines, passed
-from pylitefs.engine.files import sync_folder
+from pylitefs.engine.files import file_chunks, sync_folder
+from pylitefs.engine.spares import LEFTOVER, STORED, Spares, found_again
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.decoder import verify_stream
 from pylitefs.formats.ltx.format import (
@@ -39,7 +39,6 @@ from pylitefs.formats.ltx.format import (
     parse_file_name,
 )
 
-CHUNK_BYTES = 1 << 20
 LATE_ENTRIES = 2048
 """So many of the newest entries are verified after a crash: more than a replica has ever promised to hold by its log
 alone (see `durable`). A torn one is a hole: those after it were written later, and need not be kept."""
@@ -67,9 +66,7 @@ class LogEntry:
             return Trailer.unpack(file.read(TRAILER_SIZE))
 
     def chunks(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
+        return file_chunks(self.path)
 
 
 class Pin:
@@ -96,8 +93,7 @@ class LtxLog:
         self._entries: list[LogEntry] = []
         self._lock = threading.Lock()
         self._pins: set[Pin] = set()
-        self._numbers = itertools.count(1)
-        self._spare: str | None = None
+        self._spares = Spares(folder)
         self._epochs = EpochLines(os.path.join(folder, "epochs"))
 
     # -- start -----------------------------------------------------------------------------------------------
@@ -110,10 +106,13 @@ class LtxLog:
         os.makedirs(self.folder, exist_ok=True)
         self._epochs.load()
         found: list[LogEntry] = []
+        stored: list[str] = []
         for item in os.scandir(self.folder):
             span = parse_file_name(item.name)
             if span is None:
-                if item.name.endswith(".tmp"):
+                if item.name.endswith(STORED):
+                    stored.append(item.path)
+                elif item.name.endswith(LEFTOVER):
                     with contextlib.suppress(OSError):
                         os.unlink(item.path)
                 continue
@@ -124,6 +123,11 @@ class LtxLog:
         for entry in dropped:
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
+        if kept and verify:
+            kept += self._name_again(stored, kept[-1])
+        for path in stored:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         self._entries = kept
         self.size_bytes = sum(entry.size_bytes for entry in kept)
         self.head = EMPTY
@@ -164,6 +168,15 @@ class LtxLog:
                 first = self._names_chain(found, first)
                 break
         return found[first:], dropped + found[:first]
+
+    def _name_again(self, stored: list[str], newest: LogEntry) -> Iterator[LogEntry]:
+        """What follows the newest entry, and has lost its name in a power cut. Raises OSError."""
+        head = Position(newest.max_txid, newest.trailer().post_apply_checksum)
+        for header, path in found_again(stored, head):
+            target = os.path.join(self.folder, file_name(header.min_txid, header.max_txid))
+            os.rename(path, target)
+            status = os.stat(target)
+            yield LogEntry(header.min_txid, header.max_txid, status.st_size, status.st_mtime, target)
 
     @staticmethod
     def _names_chain(found: list[LogEntry], first: int) -> int:
@@ -265,21 +278,19 @@ class LtxLog:
         self._pins.add(pin)
         return pin
 
-    def temporary(self) -> str:
-        """A name for a file that is being written; leftovers are removed at the next start."""
-        spare, self._spare = self._spare, None
-        return spare or self._new_name()
+    def temporary(self, *, follows: bool = True) -> str:
+        """A name for a file that is being written; leftovers are removed at the next start. `follows`: what is written
+        is known to follow the head, so a start after a power cut may take it for the next entry."""
+        return self._spares.take() if follows else self._spares.new_name()
 
     def make_spare(self) -> None:
-        """Create the next temporary file ahead of time, on another thread: creating a file is what takes longest."""
-        if self._spare is None:
-            path = self._new_name()
-            with contextlib.suppress(OSError):
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
-                self._spare = path
+        """Make the next temporary file ahead of time, on the opener's thread."""
+        self._spares.make()
 
-    def _new_name(self) -> str:
-        return os.path.join(self.folder, f"{next(self._numbers)}.tmp")
+    def sync(self, entries: list[LogEntry]) -> None:
+        """Make entries durable, and that they are found: all before them are, or are among them. Any thread. Raises
+        OSError; FileNotFoundError if one of them has gone."""
+        self._spares.sync([entry.path for entry in entries])
 
     def publish(self, temporary: str, header: Header, post_apply_checksum: int) -> LogEntry:
         """Give a complete file its name and make it the head. The caller has checked that it follows."""
@@ -291,6 +302,7 @@ class LtxLog:
         os.rename(temporary, path)
         entry = LogEntry(header.min_txid, header.max_txid, size, time.time(), path)
         with self._lock:
+            self._spares.changed(temporary)
             if header.is_snapshot or (self._entries and self._entries[-1].max_txid + 1 != header.min_txid):
                 self._drop(self._entries)
                 self._entries = []
@@ -312,6 +324,7 @@ class LtxLog:
             self.size_bytes -= entry.size_bytes
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
+        self._spares.changed()
 
     def beyond(self, after_txid: int) -> list[LogEntry]:
         """The entries that go beyond a TXID."""

@@ -209,7 +209,7 @@ class Startup:
                 self._registry.forget(database)
 
     def _give_back(self, database: Database, data: bytes | str) -> Position:
-        path = database.log.temporary()
+        path = database.log.temporary(follows=False)
         if isinstance(data, bytes):
             with open(path, "wb") as file:
                 file.write(data)

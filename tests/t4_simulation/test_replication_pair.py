@@ -186,7 +186,7 @@ async def test_a_primary_that_takes_writes_already_takes_what_follows_exactly(pa
         await pair.until_equal()
         assert pair.primary.contents() == before
         assert pair.replica.databases["a.db"].lost == [] and pair.replica.resyncs == 0
-        assert not pair.primary.databases["a.db"].demoted
+        await pair.until(lambda: not pair.primary.databases["a.db"].demoted)
 
 
 async def test_a_replica_that_is_ahead_of_a_primary_that_went_on_is_rewound(pair: Pair) -> None:

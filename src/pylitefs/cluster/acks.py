@@ -56,14 +56,19 @@ class Acks:
     def received(self, name: str, txid: int) -> None:
         self._received[name] = txid
 
-    def applied(self, name: str, txid: int) -> None:
+    def applied(self, name: str, txid: int, durable: int = 0) -> None:
+        """`durable`: up to where it is already."""
         rewound = txid < self._applied.get(name, 0)
         self._received[name] = txid if rewound else max(txid, self._received.get(name, 0))
         self._applied[name] = txid
         self._durable[name] = min(txid, self._durable.get(name, 0))
         self._changed.add(name)
         self._undurable.add(name)
-        self._hurry(name)
+        if durable:
+            self._is_durable(name, durable, self._rounds[name])
+            self._no_pause = True
+        else:
+            self._hurry(name)
 
     def dropped(self, name: str) -> None:
         """What was received and not applied is not held any more."""

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -74,10 +74,11 @@ Item: TypeAlias = (
 
 @dataclass(frozen=True)
 class Applied:
-    """The database is at `txid`, visible to readers."""
+    """The database is at `txid`, visible to readers. `durable`: up to where it is durable as well; 0: not looked at."""
 
     name: str
     txid: int
+    durable: int = 0
 
 
 @dataclass(frozen=True)
@@ -352,6 +353,7 @@ class Applier:
         self._closed = False
         self._sequence = 0
         self._results = _Results()  # on the worker: not told yet
+        self.at_once = False  # the primary's commits wait for us
 
     def put(self, item: Item, size: int) -> int:
         """Queue an item; its sequence number, or 0 if it was dropped, because its database cannot be written."""
@@ -435,12 +437,26 @@ class Applier:
                 self._results.outcomes.append(outcome)
                 self._results.are_due = True
         results = self._results
+        if self.at_once and not again:
+            self._make_durable(results.outcomes)
         if results.are_due and not self._closed:
             self._results = _Results()
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 self._loop.call_soon_threadsafe(self._report, results.outcomes, results.sequences, results.freed)
         if again:
             self._store.worker.submit(self._work, database=APPLYING)
+
+    def _make_durable(self, outcomes: list[Outcome]) -> None:
+        """What was applied of one database is made durable right here: on its way to a thread and back it would wait
+        for the loop twice. If there are several, their fsyncs run beside each other (`Acks`)."""
+        applied = [outcome for outcome in outcomes if isinstance(outcome, Applied)]
+        if not applied or len({outcome.name for outcome in applied}) > 1:
+            return
+        newest = applied[-1]
+        database = self._store.get(newest.name)
+        if database is not None:
+            with contextlib.suppress(OSError, LitefsError):  # tried again by `Acks`, which tells of it
+                outcomes[outcomes.index(newest)] = replace(newest, durable=database.log_durable() or 0)
 
     def _failed(self, queue: _Queue, error: Exception) -> None:
         delay_s = min(RETRY_MAX_S, RETRY_MIN_S * 2**queue.failures)

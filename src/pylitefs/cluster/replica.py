@@ -304,6 +304,7 @@ class ReplicaLink:
         await asyncio.to_thread(store.note_epoch, welcome.epoch)  # before anything of that epoch is applied
         self.epoch = welcome.epoch
         self._acks.begin(dict(told), at_once=welcome.sync)
+        self._applier.at_once = welcome.sync
         self.welcomed = True
         replica.welcomed(welcome)
         for name in names:
@@ -401,8 +402,8 @@ class ReplicaLink:
             self._open.pop(sequence, None)
         for outcome in outcomes:
             match outcome:
-                case Applied(name, txid):
-                    self._acks.applied(name, txid)
+                case Applied(name, txid, durable):
+                    self._acks.applied(name, txid, durable)
                 case Unfit(name, reason, text):
                     self._tasks.start(self._ask_again(name, reason, text))
                 case Prepared(message):

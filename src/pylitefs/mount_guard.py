@@ -76,13 +76,16 @@ def retire(indexes: list[int]) -> None:
     until = time.monotonic() + _RETIRE_S
     stays_since = time.monotonic()
     while indexes and stays_since + _STAYS_S > time.monotonic() < until:
-        for fd in indexes:
-            header = os.pread(fd, _HEADER_SIZE, 0)
-            if len(header) == _HEADER_SIZE and struct.unpack_from("=I", header)[0] == _WAL_INDEX_VERSION:
-                retired = retired_header(header)
-                os.pwrite(fd, retired, _HEADER_SIZE)
-                os.pwrite(fd, retired, 0)
-                stays_since = time.monotonic()
+        for fd in list(indexes):
+            try:
+                header = os.pread(fd, _HEADER_SIZE, 0)
+                if len(header) == _HEADER_SIZE and struct.unpack_from("=I", header)[0] == _WAL_INDEX_VERSION:
+                    retired = retired_header(header)
+                    os.pwrite(fd, retired, _HEADER_SIZE)
+                    os.pwrite(fd, retired, 0)
+                    stays_since = time.monotonic()
+            except OSError:  # a disk that fails: the mount has to go all the same
+                indexes.remove(fd)
         time.sleep(_PAUSE_S)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sqlite3
 import struct
 from pathlib import Path
@@ -128,6 +129,16 @@ def test_the_mount_guard_retires_a_header_as_the_daemon_does(
     """It imports nothing of the package, so it has its own code for this."""
     header = WalIndexHeader(change, False, page_size, mx_frame, 1, sums, salts)
     assert mount_guard.retired_header(header.pack()) == header.pack(wal_index.RETIRED_VERSION)
+
+
+def test_a_disk_that_fails_does_not_end_the_mount_guard(tmp_path: Path) -> None:
+    """It has the mount still to take away; and other wal-indexes to retire, of another disk perhaps."""
+    (tmp_path / "shm").write_bytes(WalIndexHeader(1, False, 4096, 1, 1, (0, 0), (0, 0)).pack() * 2)
+    with open(tmp_path / "shm", "r+b") as good:
+        bad = os.open(tmp_path, os.O_RDONLY)  # a directory: EISDIR
+        mount_guard.retire([bad, good.fileno()])
+        os.close(bad)
+    assert struct.unpack_from("=I", (tmp_path / "shm").read_bytes()) == (wal_index.RETIRED_VERSION,)
 
 
 @given(st.binary(max_size=120))

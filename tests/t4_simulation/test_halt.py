@@ -9,7 +9,7 @@ import random
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import pytest
 from fake_engine import PAGE, FakeDatabase, FakeStore
@@ -404,6 +404,32 @@ async def test_another_primary_ends_it_at_once(tmp_path: Path) -> None:
         with pytest.raises(OSError):
             await waiting
         assert w.halting.held() == [] and not w.theirs.captures
+
+
+async def test_another_primary_while_it_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last close waits for the primary to have everything: that ends, and the loop is not kept busy by it."""
+    waits: list[asyncio.Event] = []
+
+    class Counted(asyncio.Event):
+        async def wait(self) -> Literal[True]:
+            waits.append(self)
+            if len(waits) > 1000:
+                raise RuntimeError("it would wait for ever for what is set")
+            return await super().wait()
+
+    monkeypatch.setattr(asyncio, "Event", Counted)
+    async with world(tmp_path, ttl_s=20.0) as w:
+        opening = await w.open()
+        w.wire.cut = True
+        w.commit(1, 9)
+        closing = asyncio.ensure_future(w.close(opening))
+        while w.theirs.captures:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        await w.halting.end_all("another primary")
+        with pytest.raises(OSError):
+            await closing
+        assert w.halting.held() == [] and len(waits) < 100
 
 
 async def test_an_open_is_interrupted_or_comes_too_late(tmp_path: Path) -> None:

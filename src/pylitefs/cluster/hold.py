@@ -438,10 +438,8 @@ class Hold:
         """When nobody needs it: lock the writers out, and send the rest. The sender goes on meanwhile."""
         await self._unneeded.wait()
         await self._lock_out()
-        while self._acked.txid < self._database.position.txid:
-            progress = self._progress
-            if self._acked.txid < self._database.position.txid:
-                await progress.wait()
+        while not self._problem and self._acked.txid < self._database.position.txid:  # lost, it has been set for good
+            await self._progress.wait()
 
     async def _lock_out(self) -> None:
         """Only the daemon writes the database from now on. For as long as it takes: a process may be in the middle of a

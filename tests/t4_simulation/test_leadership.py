@@ -165,6 +165,19 @@ async def test_the_lease_is_passed_on_to_the_node_that_is_named() -> None:
 
 
 @virtual
+async def test_a_node_that_has_passed_on_the_lease_does_not_lead_while_it_is_demoted() -> None:
+    """`litefs sync` asks it where the cluster stands, and health checks whether it is the primary."""
+    async with cluster_of(2) as (cluster, first):
+        first.demote_s = 1.0
+        (successor,) = others(cluster, first)
+        leaving = asyncio.create_task(first.leadership.leave("handed over", successor.node_id))
+        await cluster.until(lambda: successor.leadership.leads)
+        assert not leaving.done()
+        assert not first.leadership.leads
+        await leaving
+
+
+@virtual
 async def test_a_successor_that_has_died_keeps_nobody_from_leading() -> None:
     async with cluster_of(3) as (cluster, first):
         dead = others(cluster, first)[0]

@@ -50,6 +50,7 @@ class Office:
         self._nudge = nudge
         self._clock = clock
         self.held: Held | None = None
+        self._until_s = 0.0  # what the node was told last
         self.unfit_until_s = 0.0
         self._leaving: Leaving | None = None
         self._in_failsafe = self._superseded = False
@@ -59,7 +60,7 @@ class Office:
     @property
     def leads(self) -> bool:
         """Whether commits may be acknowledged now."""
-        return self._entered.is_set() and self.held is not None and self._clock() < self._deadline_s
+        return self._clock() < self._until_s
 
     @property
     def remaining_s(self) -> float:
@@ -91,7 +92,7 @@ class Office:
     def supersede(self, reason: str) -> None:
         """A later epoch has begun: acknowledge nothing more, and leave."""
         self._superseded = True
-        self._node.lead_until(0.0)
+        self._lead_until(0.0)
         if self.held is not None:
             pending = self._leaving
             self._wish_to_leave(reason, 0)
@@ -159,7 +160,11 @@ class Office:
 
     def _open_fence(self) -> None:
         if not self._superseded:
-            self._node.lead_until(self._deadline_s)
+            self._lead_until(self._deadline_s)
+
+    def _lead_until(self, until_s: float) -> None:
+        self._until_s = until_s
+        self._node.lead_until(until_s)
 
     async def _serve(self) -> str:
         """Why the term has ended."""
@@ -220,7 +225,7 @@ class Office:
         assert held is not None
         if not leaving.successor:
             return True
-        self._node.lead_until(0.0)
+        self._lead_until(0.0)
         try:
             await self._change(
                 lambda state: replace(
@@ -362,7 +367,7 @@ class Office:
     async def _end(self, reason: str) -> None:
         """Fence, demote, release; in that order, whatever happens."""
         node, held = self._node, self.held
-        node.lead_until(0.0)
+        self._lead_until(0.0)
         log.info("leaving office", extra={"reason": reason})
         try:
             await node.demote(reason)

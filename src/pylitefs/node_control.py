@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from pylitefs.cluster.control import ClusterView, MemberView
+from pylitefs.cluster.decisions import NOTHING
 from pylitefs.cluster.election import Total, positions_of
 from pylitefs.cluster.leadership import Leadership
 from pylitefs.cluster.lease_port import Leader, Member
+from pylitefs.engine.epochs import FIRST
 from pylitefs.engine.reserve import Reserve
 from pylitefs.errors import DatabaseNotFound, Ineligible, LitefsError, NotPrimary, Unavailable
 from pylitefs.events import Event
@@ -296,6 +298,7 @@ class NodeControl:
         return position
 
     async def sync(self, name: str, txid: int | None, timeout_s: float) -> Position:
+        epoch = 0  # of the primary's newest transaction: a branch of this node may be longer than the primary's log
         try:
             async with asyncio.timeout(timeout_s):
                 if self._store.is_primary:
@@ -305,17 +308,18 @@ class NodeControl:
                 elif txid is None:
                     if not self._node.primary_url:
                         raise Unavailable("no primary is known at present")
-                    txid = (await self._node.peers.position(self._node.primary_url, name, timeout_s)).txid
-                return await self._reached(name, txid)
+                    wanted = await self._node.peers.position(self._node.primary_url, name, timeout_s)
+                    txid, epoch = wanted.txid, wanted.epoch
+                return await self._reached(name, txid, epoch)
         except TimeoutError:
             database = self._store.get(name)
             here = database.position.txid if database is not None else 0
-            wanted = f"{txid:016x}" if txid is not None else "the primary's position"
+            what = f"{txid:016x}" if txid is not None else "the primary's position"
             raise Unavailable(
-                f"{name} has not reached {wanted} within {timeout_s:g} s: it stands at {here:016x}"
+                f"{name} has not reached {what} within {timeout_s:g} s: it stands at {here:016x}"
             ) from None
 
-    async def _reached(self, name: str, txid: int) -> Position:
+    async def _reached(self, name: str, txid: int, epoch: int) -> Position:
         loop, moved = asyncio.get_running_loop(), asyncio.Event()
 
         def heard(event: Event) -> None:
@@ -328,8 +332,9 @@ class NodeControl:
             while True:
                 moved.clear()
                 database = self._store.get(name)
-                if database is not None and database.position.txid >= txid:
-                    return database.position
+                position = database.position if database is not None else NOTHING
+                if position.txid >= txid and max(position.epoch, FIRST) >= epoch:
+                    return position
                 await moved.wait()
         finally:
             stop()

@@ -222,6 +222,7 @@ class FakeResync:
         database.position = position
         database.log.restart_at(position, epochs)
         database.store.resyncs += 1
+        database.store.events.emit(Event("resync", database.name))
         return position
 
     def abort(self) -> None:

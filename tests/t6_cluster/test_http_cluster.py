@@ -108,14 +108,14 @@ async def until(condition: Callable[[], Any]) -> None:
 @pytest.fixture
 def primary(tmp_path: Path) -> FencedStore:
     store = FencedStore(tmp_path)
-    store.add("app.db").position = Position(10, CHECKSUM_FLAG | 10)
+    store.add("app.db").position = Position(10, CHECKSUM_FLAG | 10, 7)
     return store
 
 
 @pytest.fixture
 def replica(tmp_path: Path) -> FencedStore:
     store = FencedStore(tmp_path, is_primary=False)
-    store.add("app.db").position = Position(10, CHECKSUM_FLAG | 10)
+    store.add("app.db").position = Position(10, CHECKSUM_FLAG | 10, 7)
     return store
 
 
@@ -505,7 +505,7 @@ def test_failsafe_is_refused_with_the_reason(replica: FencedStore) -> None:
 
 # --- positions -------------------------------------------------------------------------------------------------------
 
-AT_10 = {"name": "app.db", "txid": "000000000000000a", "postApplyChecksum": "800000000000000a"}
+AT_10 = {"name": "app.db", "txid": "000000000000000a", "postApplyChecksum": "800000000000000a", "epoch": 7}
 
 
 def test_sync(replica: FencedStore) -> None:
@@ -562,7 +562,8 @@ def test_a_sync_ends_with_its_client_and_with_the_node(replica: FencedStore, mon
 def test_position_is_the_primarys(primary: FencedStore) -> None:
     async def scenario(node: Node) -> None:
         assert json.loads((await node.get("/position?db=app.db"))[1]) == AT_10
-        assert await node.peers.position(node.url, "app.db", LIMIT_S) == Position(10, CHECKSUM_FLAG | 10)
+        position = await node.peers.position(node.url, "app.db", LIMIT_S)
+        assert (position, position.epoch) == (Position(10, CHECKSUM_FLAG | 10), 7)
         with pytest.raises(errors.DatabaseNotFound):
             await node.peers.position(node.url, "nope.db", LIMIT_S)
         primary.is_primary, node.control.fails = False, errors.ReadOnlyReplica()
@@ -676,6 +677,7 @@ def strange(
         (200, b"[" * 100_000, {"Litefs-Id": "B"}),
         (200, b'{"txid": "1", "postApplyChecksum": "2"}', {"Litefs-Id": "B"}),
         (200, b'{"txid": 1, "postApplyChecksum": 2}', {"Litefs-Id": "B"}),
+        (200, json.dumps(AT_10 | {"epoch": -1}).encode(), {"Litefs-Id": "B"}),
         (200, b" " * (peers.MAX_ANSWER_BYTES + 1), {"Litefs-Id": "B"}),
         (200, b"x", {"Litefs-Id": "B", "Content-Encoding": "gzip"}),
         (302, b"", {"Litefs-Id": "B", "Location": "/elsewhere"}),

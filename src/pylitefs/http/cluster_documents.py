@@ -74,7 +74,12 @@ def _entry(entry: HistoryEntry) -> Json:
 
 def position_answer(name: str, position: Position) -> Json:
     """Of `/sync`, `/position` and `/tx`."""
-    return {"name": name, "txid": f"{position.txid:016x}", "postApplyChecksum": f"{position.checksum:016x}"}
+    return {
+        "name": name,
+        "txid": f"{position.txid:016x}",
+        "postApplyChecksum": f"{position.checksum:016x}",
+        "epoch": position.epoch,
+    }
 
 
 def halt_document(lock: HaltLock) -> Json:

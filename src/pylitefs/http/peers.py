@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
 from typing import IO, Any
 
@@ -234,7 +235,10 @@ def _checked_url(url: str) -> str:
 
 def _position_of(answer: _Answer) -> Position:
     document = answer.document()
-    return _position(answer, document.get("txid"), document.get("postApplyChecksum"))
+    epoch = document.get("epoch", 0)  # 0: an older version does not say
+    if not _is_number(epoch):
+        raise answer.strange("no epoch")
+    return replace(_position(answer, document.get("txid"), document.get("postApplyChecksum")), epoch=epoch)
 
 
 def _position(answer: _Answer, txid: object, checksum: object) -> Position:

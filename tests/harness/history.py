@@ -163,7 +163,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
             *_twice(final, reads),
             *_invented(writes, final, reads, lost),
             *_stray(reads, final, lost, _unanswered(writes) if outcome.may_be_taken_back(db) else frozenset()),
-            *_back(reads, final),
+            *_back(reads, final, frozenset() if db in outcome.durable else lost),
             *_order(writes, final),
         ]
         if db in outcome.fenced:
@@ -260,7 +260,8 @@ def _stray(
     return problems
 
 
-def _back(reads: Sequence[Read], final: tuple[str, ...]) -> list[str]:
+def _back(reads: Sequence[Read], final: tuple[str, ...], lost: frozenset[str]) -> list[str]:
+    """`lost`: what was kept in a branch, and may be the history even so: of a later primary that had never left it."""
     last: dict[str, Read] = {}
     problems = []
     for read in reads:
@@ -270,7 +271,7 @@ def _back(reads: Sequence[Read], final: tuple[str, ...]) -> list[str]:
             continue
         still = _common(read.values, before.values)
         kept = min(len(before.values), _common(before.values, final))  # what it showed of the final history
-        if still < kept:
+        if not lost.issuperset(before.values[still:kept]):
             problems.append(
                 f"BACK {read.node} showed {len(before.values)} values until {before.end_s:.3f} s, and at "
                 f"{read.end_s:.3f} s no longer {before.values[still]}"

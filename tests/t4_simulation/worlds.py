@@ -1,67 +1,140 @@
 """Several processes in one, each on an event loop and a clock of its own, in virtual time that they share.
 
-`World.run` lets every process do what it has to do now, in random order, and then puts the time forward to when the
-next of them has something to do. A process that is paused (SIGSTOP) does nothing at all meanwhile, also what its own
-timers would have done, and finds its clock put forward afterwards; one that was killed does nothing any more.
+`World.run` lets every process do what it has to do now, in random order, and then puts the time forward to what comes
+next. A process that is paused (SIGSTOP) does nothing at all meanwhile, also what its own timers would have done, and
+finds its clock put forward afterwards; one that was killed does nothing any more.
 
-What processes say to each other goes through `World.send`: it takes a random time, and does not arrive where the way
-is cut, or where nobody is left to get it. What they share otherwise (a `MemoryService`) is as if it were elsewhere.
+What processes say to each other goes through `World.carry`: it takes a random time, now and then a long one, and does
+not arrive where the way is cut, or where nobody is left to get it.
+
+The loops are asyncio's in what tasks, futures, timeouts and locks need of one, and nothing else: a run is thousands of
+times faster than the time it covers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import heapq
 import random
-import selectors
 from asyncio import events
 from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _TICK_S = 1e-6
 _CANCELS = 5  # asyncio.wait_for of Python 3.11 swallows a cancellation that comes with its result
+_STALLS_S = (0.2, 0.9, 2.0, 5.0)
 
 
-class _Selector(selectors.DefaultSelector):
-    """Never waits, and nothing comes from outside. After the end, time passes as fast as it is asked for."""
+class _Handle:
+    """A call that is to come."""
 
-    def __init__(self, world: World) -> None:
-        super().__init__()
-        self._world = world
+    __slots__ = ("_args", "_call", "_context", "is_cancelled")
 
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if self._world.is_over and timeout:
-            self._world.now_s += timeout + _TICK_S
-        return []
+    def __init__(self, call: Callable[..., object], args: tuple[Any, ...], context: Context | None) -> None:
+        self._call, self._args, self._context = call, args, context
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def run(self) -> None:
+        if self.is_cancelled:
+            return
+        if self._context is None:
+            self._call(*self._args)
+        else:
+            self._context.run(self._call, *self._args)
 
 
-class Loop(asyncio.SelectorEventLoop):
+class Loop(asyncio.AbstractEventLoop):
     """One process's. Its clock goes at `rate` and began at `offset_s`."""
 
     def __init__(self, world: World, rate: float, offset_s: float) -> None:
         self._world, self.rate, self.offset_s = world, rate, offset_s
-        super().__init__(_Selector(world))
-        self._clock_resolution = _TICK_S
+        self._ready: list[_Handle] = []
+        self._late: list[_Handle] = []  # came due while it could not run
+        self._is_queued = False
+        self._runs = True
 
     def time(self) -> float:
         return self._world.now_s * self.rate + self.offset_s
 
-    def next_s(self) -> float | None:
-        """When there is something to do next, in the world's time; None: never."""
-        while self._scheduled and self._scheduled[0]._cancelled:
-            heapq.heappop(self._scheduled)._scheduled = False
-        if self._ready:
-            return self._world.now_s
-        return (self._scheduled[0]._when - self.offset_s) / self.rate if self._scheduled else None
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return True
+
+    def is_closed(self) -> bool:
+        return False
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Of what nobody asked for: `Process.spawn` looks at what counts."""
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, work: Coroutine[Any, Any, Any], **_named: Any) -> asyncio.Task[Any]:  # type: ignore[override]
+        return asyncio.Task(work, loop=self)
+
+    def call_soon(self, call: Callable[..., object], *args: Any, context: Context | None = None) -> _Handle:  # type: ignore[override]
+        handle = _Handle(call, args, context or copy_context())
+        self.due(handle)
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay_s: float, call: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> _Handle:
+        return self.call_at(self.time() + delay_s, call, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when_s: float, call: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> _Handle:
+        handle = _Handle(call, args, context or copy_context())
+        self._world.push((when_s - self.offset_s) / self.rate, self, handle)
+        return handle
+
+    def due(self, handle: _Handle) -> None:
+        self._ready.append(handle)
+        self._queue()
+
+    def timer(self, handle: _Handle) -> None:
+        """A timer's time has come."""
+        if self._runs:
+            self.due(handle)
+        else:
+            self._late.append(handle)
+
+    def _queue(self) -> None:
+        if self._runs and not self._is_queued and self._ready:
+            self._is_queued = True
+            self._world.ready.append(self)
+
+    def runs(self, runs: bool) -> None:
+        self._runs = runs
+        if runs:
+            late, self._late = self._late, []
+            self._ready += late
+            self._queue()
 
     def step(self) -> None:
+        """Everything that is to be done now, but not what comes of it."""
+        self._is_queued = False
+        if not self._runs:
+            return
+        ready, self._ready = self._ready, []
         events._set_running_loop(self)
         try:
-            self._run_once()
+            for handle in ready:
+                handle.run()
         finally:
             events._set_running_loop(None)
+        self._queue()
 
 
 class Process:
@@ -86,34 +159,25 @@ class Process:
         if not task.cancelled() and task.exception() is not None and not self.world.is_over:
             self.world.failures.append(task.exception())
 
+    def pause(self) -> None:
+        self.paused = True
+        self.loop.runs(False)
+
+    def go_on(self) -> None:
+        self.paused = False
+        self.loop.runs(self.alive)
+
     def kill(self) -> None:
         """Not a line of it is run any more."""
         self.alive = False
+        self.loop.runs(False)
         self._tasks |= asyncio.all_tasks(self.loop)  # or the garbage collector would end them
-        self.world.dead.append(self)
 
     def clean(self) -> None:
         """After the end of the world: let its tasks end, so that nothing complains."""
-
-        async def end() -> None:
-            for _ in range(_CANCELS):
-                tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-                for task in tasks:
-                    task.cancel()
-                if tasks:
-                    await asyncio.wait(tasks, timeout=10.0)  # of the world's time
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task._log_destroy_pending = False  # of a dead process, waiting for what another life of it has
-                left.append(task)
-
-        left: list[asyncio.Task[Any]] = []
-        self.loop.run_until_complete(end())
-        for task in left:  # not by the garbage collector: Python 3.11 stumbles where that comes while it compiles
-            coroutine = task.get_coro()
-            assert isinstance(coroutine, Coroutine)
-            with contextlib.suppress(RuntimeError):
-                coroutine.close()
-        self.loop.close()
+        self.loop.runs(True)
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
 
 
 class World:
@@ -123,13 +187,14 @@ class World:
         self.rng = random.Random(seed)
         self.now_s = 0.0
         self.is_over = False
+        self.ready: list[Loop] = []
         self.processes: list[Process] = []
-        self.dead: list[Process] = []
         self.failures: list[BaseException | None] = []
         self.cuts: set[tuple[str, str]] = set()
         self.latency_s = 0.002
         self.loss = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self.stalls = 0.0  # how many of the messages take long
+        self._queue: list[tuple[float, int, Loop | None, _Handle]] = []
         self._count = 0
 
     def process(self, name: str, rate: float = 1.0) -> Process:
@@ -137,55 +202,53 @@ class World:
         self.processes.append(made)
         return made
 
-    def at(self, when_s: float, call: Callable[[], None]) -> None:
-        """The world itself does something, whatever the processes do."""
+    def push(self, when_s: float, loop: Loop | None, handle: _Handle) -> None:
         self._count += 1
-        heapq.heappush(self._events, (when_s, self._count, call))
+        heapq.heappush(self._queue, (max(when_s, self.now_s) + _TICK_S, self._count, loop, handle))
+
+    def at(self, when_s: float, call: Callable[[], object]) -> None:
+        """The world itself does something, whatever the processes do."""
+        self.push(when_s, None, _Handle(call, (), None))
+
+    def after(self, delay_s: float, call: Callable[[], object]) -> None:
+        self.at(self.now_s + delay_s, call)
 
     def run(self, until_s: float) -> None:
-        while self.now_s < until_s and not self.failures:
-            while self._events and self._events[0][0] <= self.now_s:
-                heapq.heappop(self._events)[2]()
-            if self._step_all():
+        queue, ready = self._queue, self.ready
+        while not self.failures:
+            if ready:
+                ready.pop(self.rng.randrange(len(ready)) if len(ready) > 1 else 0).step()
                 continue
-            times = [self._events[0][0]] if self._events else []
-            times += [when for one in self.processes if not one.paused and (when := one.loop.next_s()) is not None]
-            self.now_s = min(until_s, max(self.now_s, min(times, default=until_s)) + _TICK_S)
-        if self.failures:
-            failure = self.failures[0]
-            assert failure is not None
-            raise failure
-
-    def _step_all(self) -> bool:
-        """Whether any of the processes had something to do now."""
-        self.processes = [one for one in self.processes if one.alive]
-        ready = []
-        for one in self.processes:
-            if not one.paused and (when := one.loop.next_s()) is not None and when <= self.now_s:
-                ready.append(one)
-        if len(ready) > 1:
-            self.rng.shuffle(ready)
-        for one in ready:
-            if one.alive and not one.paused:
-                one.loop.step()
-        return bool(ready)
+            if not queue or queue[0][0] > until_s:
+                self.now_s = max(self.now_s, until_s)
+                return
+            when_s, _, loop, handle = heapq.heappop(queue)
+            if handle.is_cancelled:
+                continue
+            self.now_s = when_s
+            if loop is None:
+                handle.run()
+            else:
+                loop.timer(handle)
+        failure = self.failures[0]
+        assert failure is not None
+        raise failure
 
     # -- messages
 
     def latency(self) -> float:
-        return self.latency_s * self.rng.uniform(0.2, 3.0)
+        late_s = self.rng.choice(_STALLS_S) if self.stalls and self.rng.random() < self.stalls else 0.0
+        return late_s + self.latency_s * self.rng.uniform(0.2, 3.0)
 
-    def passes(self, sender: str, receiver: str) -> bool:
-        return (sender, receiver) not in self.cuts and self.rng.random() >= self.loss
+    def carry(self, sender: str, receiver: str, call: Callable[[], object]) -> None:
+        """`call` happens at `receiver` a little later, or never."""
+        way = sender, receiver
+        if way not in self.cuts and (not self.loss or self.rng.random() >= self.loss):
+            self.after(self.latency(), lambda: way in self.cuts or call())
 
-    def send(self, sender: str, receiver: Process, call: Callable[[], None]) -> None:
-        """`call` runs at `receiver` a little later, or never."""
-        if self.passes(sender, receiver.name):
-            self.at(self.now_s + self.latency(), lambda: self._deliver(sender, receiver, call))
-
-    def _deliver(self, sender: str, receiver: Process, call: Callable[[], None]) -> None:
-        if receiver.alive and (sender, receiver.name) not in self.cuts:
-            receiver.loop.call_soon(call)
+    def send(self, sender: str, receiver: Process, call: Callable[[], object]) -> None:
+        """`call` runs in the process `receiver` a little later, or never."""
+        self.carry(sender, receiver.name, lambda: receiver.alive and receiver.loop.call_soon(call))
 
     async def ask(self, sender: Process, receiver: Process, question: Callable[[], T], timeout_s: float) -> T:
         """What `receiver` answers. TimeoutError if nothing comes back."""
@@ -193,7 +256,7 @@ class World:
 
         def arrived() -> None:
             found = question()
-            self.send(receiver.name, sender, lambda: answer.done() or answer.set_result(found))  # type: ignore[arg-type,func-returns-value]
+            self.send(receiver.name, sender, lambda: answer.done() or answer.set_result(found))  # type: ignore[func-returns-value]
 
         self.send(sender.name, receiver, arrived)
         async with asyncio.timeout(timeout_s):
@@ -201,5 +264,10 @@ class World:
 
     def close(self) -> None:
         self.is_over = True
-        for one in {*self.processes, *self.dead}:
-            one.clean()
+        self.failures.clear()
+        self._queue = [entry for entry in self._queue if entry[2] is not None]
+        heapq.heapify(self._queue)
+        for _ in range(_CANCELS):
+            for one in self.processes:
+                one.clean()
+            self.run(self.now_s + 10.0)

@@ -1,0 +1,247 @@
+"""A cluster of `leadership_nodes`, clients on each of them, and what they see; and one who sees everything.
+
+The observer knows what no client can, and says so at once:
+
+    UNFENCED    a commit was found to be covered by the lease after another node had acquired it
+    SYNC        a commit was acknowledged that a node of the in-sync set, as it stands in the engine, does not hold
+    STALE-READ  a read after `litefs sync` lacks a commit that was acknowledged before
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from leadership_nodes import FULL, MACHINES, NORMAL, Entry, SimNode
+from sim_engine import SimService
+from worlds import World
+
+from harness.history import Copy, History, Outcome, Read, Role, Write
+from pylitefs.cluster.state import Document
+
+WRITE_S = 0.12
+READ_S = 1.0
+FRESH_S = 0.7
+
+
+@dataclass(frozen=True)
+class Setup:
+    """`drift`: how wrong clocks go. `doubles`, `stalls`: how many requests to the engine are there twice, and how many
+    messages take seconds. `gaps`: the daemon may be stopped between its last look at the clock and its answer.
+    `witnesses`: nodes that are no candidates. `joins`: an empty node comes later. `wipes`: how many machines are lost.
+    `old_disks`: a node that the cluster does not count on comes back with what it had a while ago."""
+
+    count: int = 3
+    sync: int = 0
+    mode: str = "wait"
+    timeout_s: float = 0.0
+    failsafe: bool = False
+    maximum_lag: int | None = None
+    witnesses: tuple[int, ...] = ()
+    drift: float = 0.02
+    doubles: float = 0.0
+    stalls: float = 0.0
+    slow_disks: bool = False
+    gaps: bool = False
+    joins: bool = False
+    wipes: int = 0
+    old_disks: bool = False
+
+
+class SimCluster:
+    def __init__(self, world: World, setup: Setup) -> None:
+        self.world, self.setup = world, setup
+        world.stalls = setup.stalls
+        self.service = SimService(world)
+        self.history = History()
+        self.observed: list[str] = []
+        self.clients = world.process("clients")
+        self.nodes = {number: SimNode(self, number) for number in range(1, setup.count + 1)}
+        self.writing = True
+        self._fresh: list[tuple[str, float, frozenset[str]]] = []
+        self._acknowledged: dict[str, int] = {}  # in which epoch
+        self._known = ("", Document())
+        self._count = 0
+
+    def start(self) -> None:
+        for node in self.nodes.values():
+            self._start(node)
+        if self.setup.joins:
+            self.world.at(self.world.rng.uniform(3.0, 25.0), self._join)
+        self.clients.spawn(self._read_fresh())
+
+    def _start(self, node: SimNode) -> None:
+        node.start()
+        for name in (FULL, NORMAL):
+            self.clients.spawn(self._write(node, name))
+        self.clients.spawn(self._read(node))
+
+    def _join(self) -> None:
+        node = self.nodes[len(self.nodes) + 1] = SimNode(self, len(self.nodes) + 1)
+        self._start(node)
+
+    def at(self, node_id: int) -> SimNode:
+        """What runs on that node's machine, or the one that has taken its place."""
+        return self.nodes[node_id % MACHINES]
+
+    def node(self, node_id: int) -> SimNode | None:
+        found = self.at(node_id)
+        return found if found.node_id == node_id else None
+
+    def fsync_s(self) -> float:
+        if self.setup.slow_disks and self.world.rng.random() < 0.05:
+            return self.world.rng.choice((0.3, 2.5))
+        return self.world.rng.uniform(0.0005, 0.01)
+
+    @property
+    def document(self) -> Document:
+        """What all share, as it stands in the engine."""
+        state = self.service.view().state
+        if self._known[0] != state.version:
+            self._known = state.version, Document.unpack(state.data)
+        return self._known[1]
+
+    # -- clients
+
+    async def _write(self, node: SimNode, name: str) -> None:
+        rng = self.world.rng
+        while True:
+            await asyncio.sleep(WRITE_S * rng.uniform(0.3, 1.7))
+            if self.writing and node.captures and not node.writes_paused and not node.disk_full:
+                await self._commit(node, name)
+
+    async def _commit(self, node: SimNode, name: str) -> None:
+        self._count += 1
+        value, start_s = f"{node.hostname}.{name}.{self._count}.", self.world.now_s
+        number, epoch = node.append(name, value), node.epoch
+        at = len(self.history.writes)
+        self.history.writes.append(Write(value, node.hostname, name, start_s, None, "unknown"))
+        if name == FULL:
+            certain_s = await self._answer(node, number)
+            if certain_s is None:
+                return
+            self._observe(node, (epoch, value), number, certain_s)
+            for at_s in (start_s, self.world.now_s):  # it is certain in which epoch
+                self.history.roles.append(Role(node.hostname, at_s, at_s, True, epoch))
+        elif number == 1 or self.world.rng.random() < 0.1:
+            node.disk.durable[NORMAL] = number  # the database is made, or a checkpoint
+        self.history.writes[at] = Write(value, node.hostname, name, start_s, self.world.now_s, "ok")
+
+    async def _answer(self, node: SimNode, number: int) -> float | None:
+        """A process that waits for its fsync: until the daemon answers, or is killed."""
+        process = node.process
+        assert process is not None
+        answer: asyncio.Future[float | None] = self.clients.loop.create_future()
+
+        async def hook() -> None:
+            found = await node.commit(number)
+            if not answer.done():
+                answer.set_result(found)
+
+        process.loop.call_soon(lambda: process.spawn(hook()))
+        while not answer.done():
+            if not process.alive:
+                return None
+            await asyncio.wait({answer}, timeout=0.1)
+        return answer.result()
+
+    async def _read(self, node: SimNode) -> None:
+        while True:
+            await asyncio.sleep(READ_S * self.world.rng.uniform(0.3, 1.7))
+            for name in node.logs:
+                self.saw(node, name)
+
+    def saw(self, node: SimNode, name: str) -> None:
+        """A reader on that node sees all there is."""
+        now_s = self.world.now_s
+        reader = f"{node.hostname}.{node.disks}.{name}"
+        self.history.reads.append(Read(reader, node.hostname, name, now_s, now_s, node.shown(name)))
+
+    async def _read_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(FRESH_S * self.world.rng.uniform(0.3, 1.7))
+            node = self.world.rng.choice(list(self.nodes.values()))
+            if node.acts:
+                self.clients.spawn(self._sync(node))
+
+    def _certain(self) -> set[str]:
+        """What was acknowledged and is not lost, as what an earlier primary had may be if commits wait for nobody."""
+        terms = self.service.terms
+        newest = terms[-1][1].epoch if terms else 0
+        return {value for value, epoch in self._acknowledged.items() if self.setup.sync or epoch == newest}
+
+    async def _sync(self, node: SimNode) -> None:
+        before, process = self._certain(), node.process
+        assert process is not None
+        answer: asyncio.Future[tuple[str, ...] | None] = self.clients.loop.create_future()
+
+        async def ask() -> None:
+            answer.set_result(await node.fresh(FULL))
+
+        process.loop.call_soon(lambda: process.spawn(ask()))
+        await asyncio.wait({answer}, timeout=10.0)
+        if answer.done() and (seen := answer.result()) is not None and (lacking := before.difference(seen)):
+            self._fresh.append((node.hostname, self.world.now_s, frozenset(lacking)))
+
+    # -- the observer
+
+    def _observe(self, node: SimNode, entry: Entry, number: int, certain_s: float) -> None:
+        epoch, value = entry
+        self._acknowledged[value] = epoch
+        if epoch not in self.service.deleted:
+            later = [
+                (at_s, leader)
+                for at_s, leader in self.service.terms
+                if at_s < certain_s and leader.epoch > epoch and leader.node_id != node.node_id
+            ]
+            if later:
+                self.observed.append(
+                    f"UNFENCED {value} was acknowledged in epoch {epoch} at {certain_s:.3f} s: {later[0][1].hostname} "
+                    f"had acquired epoch {later[0][1].epoch} at {later[0][0]:.3f} s"
+                )
+        state = self.document.state
+        if self.setup.sync and state.epoch == epoch and certain_s == self.world.now_s:
+            for node_id in state.in_sync or ():
+                other = self.node(node_id)
+                if other is not None and (
+                    other.disk.durable[FULL] < number or other.logs[FULL][number - 1 : number] != [entry]
+                ):
+                    self.observed.append(
+                        f"SYNC {value} at {certain_s:.3f} s is not on {other.hostname}, said to be in sync"
+                    )
+
+    def stale_reads(self, final: frozenset[str]) -> list[str]:
+        return [
+            f"STALE-READ on {node} at {at_s:.3f} s, after a sync: {min(lacking & final)} was acknowledged before"
+            for node, at_s, lacking in self._fresh
+            if lacking & final
+        ]
+
+    # -- the end
+
+    def leader(self) -> SimNode | None:
+        found = [node for node in self.nodes.values() if node.runs and node.holds()]
+        return found[0] if len(found) == 1 else None
+
+    def may_lose_disk(self, node: SimNode) -> bool:
+        """Whether the cluster does not count on what that node has acknowledged."""
+        state = self.document.state
+        counted = {state.last_leader, state.handoff_to, *(state.in_sync or ())}
+        gates = [other.gate for other in self.nodes.values() if other.runs and other.gate is not None]
+        return node.node_id not in counted and not any(node.node_id in gate._replicas for gate in gates)
+
+    def settled(self) -> bool:
+        leader = self.leader()
+        return leader is not None and all(node.logs == leader.logs for node in self.nodes.values())
+
+    def outcome(self) -> Outcome:
+        leader = self.leader()
+        assert leader is not None
+        copies = {}
+        for node in self.nodes.values():
+            copies[node.hostname] = {
+                name: Copy(str(len(log)), str(hash(tuple(log))), "ok", tuple(value for _, value in log))
+                for name, log in node.logs.items()
+            }
+        lost = {name: frozenset().union(*(node.kept[name] for node in self.nodes.values())) for name in (FULL, NORMAL)}
+        return Outcome(leader.hostname, copies, lost, frozenset({FULL} if self.setup.sync else ()), frozenset({FULL}))

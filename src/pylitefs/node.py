@@ -206,8 +206,11 @@ class Node:
             database = self.store.get(name)
             if database is not None and database.set_aside_reason is None:
                 position, head = database.position, database.log.head
-                if self.is_primary or position == head:
+                if self.is_primary:
                     yield name, (database.epoch, position.txid)
+                elif position == head:
+                    known = database.log.shared()
+                    yield name, (known.epoch, known.txid)
 
     async def promote(self, epoch: int, cluster_id: str) -> str:
         store = self.store

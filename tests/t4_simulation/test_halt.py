@@ -13,6 +13,7 @@ from typing import IO, Any, Literal
 
 import pytest
 from fake_engine import PAGE, FakeDatabase, FakeStore
+from pair import Pair
 
 from pylitefs.cluster.control import HaltLock
 from pylitefs.cluster.halting import Halting, Opening
@@ -20,6 +21,7 @@ from pylitefs.cluster.halts import HaltLocks
 from pylitefs.cluster.hold import Gate
 from pylitefs.engine.fence import Fence
 from pylitefs.engine.loan import Loan
+from pylitefs.engine.ltx_log import LtxLog
 from pylitefs.errors import DatabaseBusy, DatabaseNotFound, FormatError, Ineligible, NotPrimary, Unavailable
 from pylitefs.formats.ltx.format import Position
 
@@ -277,7 +279,7 @@ async def test_an_answer_that_was_lost_for_good_is_not_applied_twice(tmp_path: P
 async def test_what_was_lost_is_refused_by_the_primary(tmp_path: Path) -> None:
     async with world(tmp_path, ttl_s=20.0) as w:
         lock = await w.halts.acquire(NAME, 5, HOLDER)
-        w.theirs.loan = Loan(lock.epoch, Gate(NAME, lock.position), lock.position)
+        w.theirs.loan = Loan(lock.epoch, Gate(NAME, lock.position))
         w.replica.promote_database(NAME, Fence(math.inf))
         w.commit(1, 9)
         data = Path(w.theirs.log.entries()[-1].path).read_bytes()
@@ -285,7 +287,7 @@ async def test_what_was_lost_is_refused_by_the_primary(tmp_path: Path) -> None:
             with pytest.raises(Ineligible):
                 await w.halts.transaction(NAME, lock_id, epoch, data)
         with pytest.raises(FormatError):  # a transaction of another epoch than its lock
-            w.theirs.loan = Loan(3, w.theirs.loan.gate, lock.position)
+            w.theirs.loan = Loan(3, w.theirs.loan.gate)
             w.commit(1, 10)
             await w.halts.transaction(NAME, 5, lock.epoch, Path(w.theirs.log.entries()[-1].path).read_bytes())
         w.primary.fence.until_s = 0.0
@@ -475,3 +477,57 @@ async def test_a_transaction_that_stays_open_keeps_the_lock(tmp_path: Path) -> N
         w.replica.open_transaction.clear()
         await closing
         assert w.halts.holders() == {} and w.ours.pages[1] == bytes([9]) * PAGE
+
+
+async def test_what_the_primary_may_not_have_is_told_apart(tmp_path: Path) -> None:
+    """What a node claims to have ends with what the primary has confirmed, also after a restart."""
+    async with world(tmp_path) as w:
+        opening = await w.open()
+        await w.fsync(w.commit(1, 9))
+        agreed = w.theirs.position
+        w.wire.cut = True
+        w.commit(1, 66)
+        assert w.theirs.log.shared() == agreed
+        while not w.reconnected:
+            await asyncio.sleep(0.01)
+        with pytest.raises(OSError):
+            await w.close(opening)
+        assert w.theirs.position.txid == 4 and w.theirs.log.shared() == agreed
+        again = LtxLog(w.theirs.log.folder)
+        again.open(verify=True)
+        assert again.head.txid == 4 and again.shared().txid <= agreed.txid
+        Path(again.folder, "agreed").write_bytes(b"torn")
+        again.open(verify=True)
+        assert again.shared() == Position(0, 0)
+        again.agreed.end()
+        again.open(verify=True)
+        assert again.shared() == again.head
+
+
+async def test_after_a_lock_that_was_given_back_everything_is_shared(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        opening = await w.open()
+        for value in range(9, 15):
+            w.commit(1, value)
+        await w.close(opening)
+        assert w.theirs.log.agreed.position is None and not Path(w.theirs.log.folder, "agreed").exists()
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+async def test_a_holders_branch_is_kept_where_the_log_no_longer_reaches_back(tmp_path: Path, epoch: int) -> None:
+    """The epoch does not tell it from what the primary has written meanwhile."""
+    pair = Pair(tmp_path)
+    async with pair.running(epoch=epoch):
+        pair.write(NAME, 3)
+        await pair.until_equal()
+    holder = pair.replica.databases[NAME]
+    holder.log.agreed.begin(epoch, holder.position)
+    pair.replica.epoch = epoch
+    for value in (1, 2):
+        holder.write({1: bytes([value]) * PAGE})
+    pair.write(NAME, 9)
+    pair.primary.databases[NAME].forget_log()
+    async with pair.running(epoch=epoch):
+        await pair.until_equal()
+    assert holder.lost == [(4, 4), (5, 5)] and holder.log.agreed.position is None
+    pair.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import subprocess
@@ -24,6 +25,7 @@ from cluster_nodes import (
     wait_same_position,
     wait_until,
 )
+from pylitefs.engine.lost import branches
 
 pytestmark = needs_root
 _F_OFD_SETLKW = 38
@@ -98,7 +100,7 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SHORT)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
 def trio(cluster: Cluster) -> tuple[Node, Node, Node]:
@@ -355,3 +357,33 @@ def test_a_holder_that_was_stopped_for_too_long(cluster: Cluster) -> None:
     found = logged(primary)
     assert found == list(range(1, len(found) + 1)) and len(found) >= client.acknowledged
     wait_until(lambda: pylitefs.halt(replica.mount / "app.db").__enter__(), "the lock is to be had again")
+
+
+@pytest.mark.usefixtures("short")
+def test_a_holder_that_was_away_for_longer_than_the_log_reaches(cluster: Cluster) -> None:
+    """The primary had not got its last commits, and went on without them: they are in lost/."""
+    primary, replica = cluster.pair()
+    primary.stop()
+    primary.config["data"] |= {"retention": "100ms", "retention-monitor-interval": "100ms"}
+    primary.start()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    before = int(replica.position("app.db").split("/")[0], 16)
+    lock = os.open(replica.mount / "app.db-lock", os.O_RDWR)
+    primary.pause()
+    for _ in range(3):
+        increment(replica, "not sent")
+    assert json.loads(replica.get("/positions"))["positions"]["app.db"][1] == before, "it claims what it alone has"
+    replica.kill()
+    with contextlib.suppress(OSError):
+        os.close(lock)
+    primary.resume()
+    for _ in range(5):
+        increment(primary, "primary")  # the first waits for the lock to expire
+    log = primary.data / "dbs" / "app.db" / "ltx"
+    wait_until(lambda: len(list(log.glob("*.ltx"))) == 1, "the log is cut off")
+    replica.start()
+    settled(primary, replica)
+    assert count(replica) == 5
+    (branch,) = branches(str(replica.data), "app.db")
+    assert branch.transactions == 3 and branch.path("tip.db") is not None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster_nodes import needs_root, wait_until
+from harness import nodes
 from harness.cluster import Clients, HaCluster
 from harness.history import History, Outcome
 from harness.nodes import Member
+from pylitefs.engine.lost import branches
 
 pytestmark = [needs_root, pytest.mark.timeout(150)]
 New = Callable[..., HaCluster]
@@ -32,8 +33,8 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks that expire after 4 s instead of 30, in every node that is started."""
     folder = tmp_path / "site"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SHORT)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    (folder / "sitecustomize.py").write_text((nodes.SKEWED / "sitecustomize.py").read_text() + SHORT)
+    monkeypatch.setattr(nodes, "SKEWED", folder)
 
 
 @contextlib.contextmanager
@@ -127,3 +128,35 @@ def test_faults(new_cluster: New, what: str, whom: str, sync: int) -> None:
             there = set(outcome.copies[outcome.primary][db].values)
             missing = [write.value for write in seen.acknowledged(db) if write.value not in there]
             assert not missing, "a switchover lost commits that were acknowledged"
+
+
+def test_the_branch_of_a_holder_does_not_win_an_election(new_cluster: New) -> None:
+    """It has more transactions than anybody else, but the primary had taken its lock away and went on without them."""
+    cluster = new_cluster(network=True)
+    cluster.start()
+    assert cluster.network is not None
+    old = cluster.primary()
+    holder, other = cluster.replicas()
+    with open(holder.mount / "full.db-lock", "r+b", buffering=0) as lock:
+        cluster.network.cut([holder.name], [old.name])
+        insert(holder, "branch", 20, "normal")
+        insert(old, "primary", 3, "full")  # once the lock has expired
+        wait_until(lambda: other.positions() == old.positions(), "the other replica has it")
+        old.kill()
+        cluster.heal()
+        cluster.wait_primary([old])
+        with contextlib.suppress(OSError):
+            lock.close()
+    old.start()
+    cluster.wait_settled()
+    values = {member.name: member.copy("full.db").values for member in cluster.members}
+    assert all(seen == tuple(f"primary {n}" for n in range(3)) for seen in values.values()), values
+    (branch,) = branches(str(holder.data), "full.db")
+    assert branch.transactions == 20
+
+
+def insert(member: Member, what: str, count: int, synchronous: str) -> None:
+    with contextlib.closing(member.connect("full.db")) as connection:
+        connection.execute(f"pragma synchronous={synchronous}")
+        for n in range(count):
+            connection.execute("insert into log (value) values (?)", (f"{what} {n}",))

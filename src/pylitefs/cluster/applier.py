@@ -280,8 +280,12 @@ class Sink:
         if self._void and item.request != self._request:
             return
         self.abort()
+        database = self._store.get_or_create(self.name)
         keep = item.keep_branch_after if item.has_branch else None
-        self._resync = self._store.get_or_create(self.name).resync(item.page_size, keep)
+        shared = database.log.shared()
+        if shared != database.log.head:  # rather too much than too little: an epoch does not tell these apart
+            keep = shared.txid if keep is None else min(keep, shared.txid)
+        self._resync = database.resync(item.page_size, keep)
         self._page_size, self._void = item.page_size, False
 
     def _take_pages(self, item: SnapshotPages) -> None:

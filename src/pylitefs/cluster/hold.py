@@ -39,6 +39,7 @@ DEMOTE_S = 1.0  # a try to lock the writers out
 SHARE_S = 5.0
 """Who comes later waits for the next lock: else a busy node could keep it for ever."""
 
+NOTE_S = 1.0  # between notes of how far the primary is
 RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -311,10 +312,11 @@ class Hold:
         self._acked = database.position
         self._gate = Gate(self.name, self._acked)
         self._set_until(self._until_s)
-        self._database.loan = Loan(lock.epoch, self._gate, self._acked)
+        await finished(in_thread(database.log.agreed.begin, lock.epoch, self._acked))
+        self._database.loan = Loan(lock.epoch, self._gate)
         self._captures = True
         await finished(in_thread(self._store.promote_database, self.name, self._fence))
-        if database.position.txid < lock.position.txid:
+        if database.log.agreed.position is None or database.position.txid < lock.position.txid:
             raise Unavailable(f"{self.name} has left {lock.position}")
 
     async def _ask_for_it(self, until_s: float) -> HaltLock:
@@ -343,8 +345,10 @@ class Hold:
             self._fence.until_s = 0.0
             self._gate.fail(self._problem)
             await self._lock_out()
-            self._database.loan = None
+            self._hand_back()
         await self._tell_release()
+        if self._captures:
+            self._node.reconnect()
 
     def _set_until(self, until_s: float) -> None:
         self._until_s = until_s
@@ -375,7 +379,7 @@ class Hold:
 
     async def _send(self) -> None:
         """Send what is captured, in order. Raises Lost."""
-        entries = self._database.log
+        entries, noted_s = self._database.log, 0.0
         with contextlib.closing(entries.pin(self._acked.txid)):
             while True:
                 self.moved.clear()
@@ -386,11 +390,14 @@ class Hold:
                     await self.moved.wait()
                     continue
                 before, self._acked = self._acked, await self._send_from(entry)
-                self._database.loan = Loan(self._epoch, self._gate, self._acked)
+                entries.agreed.position = self._acked
                 self._gate.reached(self._acked.txid)
                 progress, self._progress = self._progress, asyncio.Event()
                 progress.set()
                 log.debug("%s: the primary has %s to %s", self.name, before, self._acked)
+                if time.monotonic() >= noted_s + NOTE_S:
+                    noted_s = time.monotonic()
+                    await in_thread(entries.agreed.note)
 
     async def _send_from(self, entry: LogEntry) -> Position:
         """Send one entry, or what has gathered, as one."""
@@ -476,10 +483,16 @@ class Hold:
         await self._lock_out()
         self._gave_up_at = max(self._gave_up_at, self._database.position.txid)
         self._gate.fail(self._problem)
-        self._database.loan = None
+        self._hand_back()
         await self._tell_release()
         if self._problem:
             self._node.reconnect()
+
+    def _hand_back(self) -> None:
+        """It is the primary's again."""
+        self._database.loan = None
+        if self._acked.txid == self._database.position.txid:
+            self._database.log.agreed.end()
 
     async def _tell_release(self) -> None:
         """It ends by itself if this does not come through."""

@@ -81,6 +81,12 @@ class Log(Protocol):
     def epochs(self) -> Epochs:
         """(epoch, its first TXID) of the history that led to the head."""
 
+    @property
+    def agreed(self) -> Agreed: ...
+    def shared(self) -> Position:
+        """As far as the log is known to be the primary's history: its head, or what came before the writes under a HALT
+        lock that the primary is not known to have."""
+
     def passed(self, position: Position) -> bool:
         """Whether that history went through `position`, as far as the epochs tell; also where the log does not reach
         back to it."""
@@ -236,7 +242,7 @@ class Store(Protocol):
 
 
 if TYPE_CHECKING:
-    from pylitefs.engine.loan import Loan
+    from pylitefs.engine.loan import Agreed, Loan
     from pylitefs.engine.store import Store as EngineStore
 
     def _implements(store: EngineStore) -> Store:

@@ -274,7 +274,7 @@ class ReplicaLink:
         replica, store = self._replica, self._store
         names = [name for name in store.all_names() if is_database_name(name)]
         positions = {
-            name: database.loan.agreed if database.loan is not None else database.position
+            name: database.log.shared() if database.loan is not None else database.position
             for name in names
             if (database := store.get(name)) is not None
         }

@@ -245,6 +245,7 @@ class Database(LiveFiles):
             self.position = self.log.head
             self.page_size, self.commit = header.page_size, header.commit
             self.timestamp_ms = header.timestamp_ms
+            self.log.agreed.end()  # what follows it was the primary's
             self.announce(header, entry, len(pgnos), "apply", time.monotonic() - started_s)
 
     def reposition(

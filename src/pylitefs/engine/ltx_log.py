@@ -25,6 +25,7 @@ from types import TracebackType
 
 from pylitefs.engine.epochs import EpochLines, Lines, passed
 from pylitefs.engine.files import file_chunks, sync_folder
+from pylitefs.engine.loan import Agreed
 from pylitefs.engine.spares import LEFTOVER, STORED, Spares, found_again
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.decoder import verify_stream
@@ -95,6 +96,7 @@ class LtxLog:
         self._pins: set[Pin] = set()
         self._spares = Spares(folder)
         self._epochs = EpochLines(os.path.join(folder, "epochs"))
+        self.agreed = Agreed(os.path.join(folder, "agreed"))
 
     # -- start -----------------------------------------------------------------------------------------------
 
@@ -105,6 +107,7 @@ class LtxLog:
         """
         os.makedirs(self.folder, exist_ok=True)
         self._epochs.load()
+        self.agreed.load()
         found: list[LogEntry] = []
         stored: list[str] = []
         for item in os.scandir(self.folder):
@@ -265,6 +268,11 @@ class LtxLog:
         with self._lock:
             return self._epochs.up_to(self.head.txid)
 
+    def shared(self) -> Position:
+        """As far as this log is known to be the primary's history: its head, but for what was written under a HALT lock
+        that was lost."""
+        return self.agreed.limit(self.head)
+
     def passed(self, position: Position) -> bool:
         """Whether the history that led to the head went through `position`, as far as the epochs tell; also where the
         log no longer reaches back to it."""
@@ -357,6 +365,8 @@ class LtxLog:
             self._drop(self._entries)
             self._entries = []
             self.head = position
+            if epochs is not None:
+                self.agreed.end()
 
     def retain(self, older_than_s: float, max_bytes: int, now_s: float | None = None) -> int:
         """Remove entries older than a time, then the oldest while the log is larger than `max_bytes` (0 means: no

@@ -31,6 +31,8 @@ def in_use(database: Database) -> bool:
 def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:
     """Applications write from now on. The capture goes on right behind the daemon's last frame. False: not now, it is
     just being made active."""
+    if registry.is_primary:
+        database.log.agreed.end()  # all that it has is history from now on
     if database.captures:
         with contextlib.suppress(OSError, UnstableSource):  # what was committed until now is of the epoch before
             registry.capture.flush(database)

@@ -24,6 +24,7 @@ from pylitefs.cluster.halting import Halting
 from pylitefs.cluster.halts import HaltLocks
 from pylitefs.cluster.leadership import Leadership
 from pylitefs.cluster.lease_port import Engine, Leader, Member
+from pylitefs.cluster.office import RETRY_S
 from pylitefs.cluster.ports import Link
 from pylitefs.cluster.primary import Replicas
 from pylitefs.cluster.recovery_wait import RecoveryWait
@@ -42,6 +43,7 @@ from pylitefs.events import Event
 from pylitefs.formats.stream_fields import ErrorCode
 from pylitefs.http.peers import Peers
 from pylitefs.http.replication import client_session, connector
+from pylitefs.mistaken import mistaken
 from pylitefs.role_hooks import RoleHooks
 from pylitefs.status import ReplicaInfo
 
@@ -61,6 +63,7 @@ class Node:
         self.hostname = hostname if lease.is_static else lease.own_hostname
         self.url = "" if lease.is_static else lease.own_url(port)
         self.identity = NodeIdentity(self.node_id, self.hostname)
+        self.instance = secrets.token_hex(8)
         self.ready = asyncio.Event()  # took office, or has everything that the primary had
         self.config = config
         self.store = store
@@ -102,7 +105,19 @@ class Node:
         """Take part in the cluster of a lease engine. The databases are recovered, and mounted as on a replica."""
         self._engine, self.engine_name = engine, name
         self.leadership = Leadership(engine, self, settings, changed=self._changed)
-        self._running = asyncio.create_task(self.leadership.run())
+        self._running = asyncio.create_task(self._take_part(engine, self.leadership))
+
+    async def _take_part(self, engine: Engine, leadership: Leadership) -> None:
+        while True:
+            try:
+                problem = await mistaken(self.peers, await engine.view(), self.node_id, self.instance, self.url)
+            except LitefsError as error:
+                problem = str(error)
+            if not problem:
+                break
+            leadership.hold_back(problem)
+            await asyncio.sleep(RETRY_S)
+        await leadership.run()
 
     async def stop(self) -> None:
         """Lead no more, follow nobody."""
@@ -276,6 +291,8 @@ class Node:
 
     async def ask(self, member: Member, timeout_s: float) -> Positions:
         answer = await self.peers.positions(member.url, timeout_s)
+        if answer.get("node-id") != f"{member.node_id:016X}":
+            raise Unavailable(f"{member.url} is the URL of another node too: check lease.advertise-url")
         if answer.get("cluster-id", "") not in ("", member.info.get(INFO_CLUSTER_ID, "")):
             raise Unavailable(f"{member.url} has another cluster id than it has announced")
         return position_map(answer.get("positions"))

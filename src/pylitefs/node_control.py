@@ -354,6 +354,7 @@ class NodeControl:
     def positions(self) -> dict[str, Any]:
         return {
             "node-id": f"{self._node.node_id:016X}",
+            "instance": self._node.instance,
             "cluster-id": self._node.cluster_id,
             "epoch": self._store.epoch,
             "positions": {name: list(position) for name, position in self._node.positions().items()},

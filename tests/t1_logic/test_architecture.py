@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
     {"filesystem", "cluster"},
     {"lease", "halt_lock"},
     {"http"},
-    {"role_hooks"},
+    {"role_hooks", "mistaken"},
     {"node"},
     {"node_control"},
     {"daemon"},

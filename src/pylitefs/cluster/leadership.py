@@ -65,7 +65,7 @@ class Leadership:
         self._promised_until_s = 0.0
         self._acquiring = False
         self._wanted: _Wanted | None = None
-        self._stopping = False
+        self._stopping = self._takes_part = False
         self._started_s = clock()
 
     @property
@@ -98,6 +98,10 @@ class Leadership:
 
     # --- what others ask ----------------------------------------------------------------------------------------
 
+    def hold_back(self, why: str) -> None:
+        """It cannot `run` yet."""
+        self._shared.has_problem(why)
+
     def nudge(self) -> None:
         """Look at the engine at once."""
         self._nudge.set()
@@ -117,8 +121,9 @@ class Leadership:
             await self.leave(reason)
         except Unavailable:  # of a handover that was under way, and has failed
             await self.leave(reason)
-        with contextlib.suppress(LitefsError):
-            await self._engine.withdraw(self._node.node_id)
+        if self._takes_part:  # else the entry is of a node that this one is a copy of
+            with contextlib.suppress(LitefsError):
+                await self._engine.withdraw(self._node.node_id)
 
     async def take(self, *, force: bool = False) -> None:
         """Become the leader where there is none, also while automatic failover is paused, and with `force` also where
@@ -163,6 +168,7 @@ class Leadership:
     # --- the loop -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
+        self._takes_part = True
         announcer = asyncio.create_task(self._announce())
         try:
             while True:

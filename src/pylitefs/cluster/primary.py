@@ -162,7 +162,7 @@ class Replicas:
         """Refused if there are too many. A session of the same node that is still there is half-open: it is closed."""
         old = self.sessions.get(session.replica_id)
         if old is not None:
-            old.stop(Refused(ErrorCode.REPLACED, "the same node has connected again"))
+            old.stop(Refused(ErrorCode.REPLACED, "the same node has connected again, or a copy of it"))
         elif len(self.sessions) >= MAX_REPLICAS:
             raise Refused(ErrorCode.BUSY, f"the primary has {MAX_REPLICAS} replicas already")
         self.sessions[session.replica_id] = session

@@ -390,8 +390,11 @@ class SimNode:
         def heads() -> dict[str, int]:
             return {name: len(log) for name, log in self.logs.items() if log}
 
-        rules = SyncRules(setup.sync, Mode(setup.mode), setup.timeout_s)
-        self.gate = SyncGate(rules, heads, change, leadership.document.state.in_sync, clock=self.clock)
+        def can_lead(node_id: int) -> bool:
+            return self.cluster.at(node_id).candidate
+
+        rules, written = SyncRules(setup.sync, Mode(setup.mode), setup.timeout_s), leadership.document.state.in_sync
+        self.gate = SyncGate(rules, heads, change, written, can_lead=can_lead, clock=self.clock)
         assert self.process is not None
         self._gating = self.process.spawn(self.gate.run())
 
@@ -445,22 +448,19 @@ class SimNode:
         heard = self.heard.get(successor)
         return heard is None or any(heard.held.get(name, 0) < len(log) for name, log in self.logs.items())
 
-    async def take_over(self) -> None:
+    async def take_over(self, force: bool = False) -> None:
         """`litefs promote` here."""
-        view = self.leadership.view
-        if not self.candidate or self.leadership.leads:
+        leadership, view = self.leadership, self.leadership.view
+        leader = view.leader if view is not None else None
+        if not self.candidate or leadership.leads:
             return
-        if view is not None and view.leader is not None and view.leader.node_id != self.node_id:
-            other = self.cluster.at(view.leader.node_id)
-            with contextlib.suppress(Unavailable):
-                await self.question(other, lambda: other.order(other.hand_over(self.node_id)), 1.0)
-        else:
-            await self.leadership.take()
-        try:
+        others = leader is not None and leader.node_id != self.node_id
+        with contextlib.suppress(LitefsError, TimeoutError):
+            if leader is not None and others:
+                primary = self.cluster.at(leader.node_id)
+                await self.question(primary, lambda: primary.order(primary.hand_over(self.node_id)), 1.0)
             async with asyncio.timeout(TAKE_OVER_S):
-                await self.leadership.wait_in_office()
-        except TimeoutError:
-            self.leadership.take_no_more()
+                await (leadership.wait_in_office() if others else leadership.take(force=force))
 
     def order(self, work: object) -> asyncio.Task[None]:
         assert self.process is not None

@@ -168,8 +168,10 @@ class Nemesis:
 
     def promote(self, victim: SimNode) -> None:
         """With failsafe, only where there is a primary: an operator who takes the lease overrules the promises."""
-        if victim.acts and (self.cluster.leader() or not self.cluster.setup.failsafe):
-            victim.order(victim.take_over())
+        setup = self.cluster.setup
+        if victim.acts and (self.cluster.leader() or not setup.failsafe):
+            force = not setup.sync and not setup.failsafe and self.rng.random() < 0.3
+            victim.order(victim.take_over(force))
 
     def pause_failover(self, victim: SimNode) -> None:
         if victim.acts:
@@ -199,6 +201,12 @@ class Nemesis:
                 node.start()
             node.order(node.set_paused(False))
 
+    def force(self) -> None:
+        """With maximum-lag, when those who had more have lost it, it takes an operator."""
+        if self.cluster.setup.maximum_lag is not None and self.cluster.leader() is None:
+            for node in self.cluster.nodes.values():
+                node.order(node.take_over(force=True))
+
 
 def run(world: World, cluster: SimCluster, nemesis: Nemesis) -> list[str]:
     """What was wrong."""
@@ -210,6 +218,8 @@ def run(world: World, cluster: SimCluster, nemesis: Nemesis) -> list[str]:
     end_s = world.now_s + SETTLE_S
     while not cluster.settled() and world.now_s < end_s:
         world.run(world.now_s + 1.0)
+        if world.now_s > end_s - SETTLE_S / 2:
+            nemesis.force()
     if not cluster.settled():
         nodes = cluster.nodes.values()
         return [

@@ -100,6 +100,21 @@ class DataConfig:
         "The most one database's log may take; beyond it the oldest files go first. `0` sets no limit.",
         new=True,
     )
+    scrub_interval_s: float = key_field(
+        "scrub-interval",
+        DURATION,
+        86400.0,
+        "How often every page of every database is read and compared with its checksum. What the disk has damaged is "
+        "replaced from the log or another node. `0` never does it.",
+        new=True,
+    )
+    scrub_rate: int = key_field(
+        "scrub-rate",
+        SIZE,
+        16 << 20,
+        "The most that is read for it in a second. `0` sets no limit.",
+        new=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,8 @@ class Daemon:
                 gid=config.fuse.gid,
                 compress=config.data.compress,
                 strict_verify=config.strict_verify,
+                scrub_interval_s=config.data.scrub_interval_s,
+                scrub_rate=config.data.scrub_rate,
                 retention_s=config.data.retention_s,
                 retention_interval_s=config.data.retention_monitor_interval_s,
                 max_log_size_bytes=config.data.max_log_size_bytes,
@@ -436,8 +438,11 @@ def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
 
 _QUIET = frozenset({"tx", "synced", "init", "primaryChange"})
 _LOUD = frozenset(
-    {"setAside", "lost", "corruptLog", "diskFull", "logFailing", "busyAfterCrash", "haltLost", "syncDegraded", "forced"}
-)
+    {
+        "setAside", "lost", "corruptLog", "damaged", "healed", "diskFull", "logFailing", "busyAfterCrash", "haltLost",
+        "syncDegraded", "forced",
+    }
+)  # fmt: skip
 
 
 def _log_event(event: Event) -> None:

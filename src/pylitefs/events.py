@@ -15,7 +15,10 @@ A lower layer emits; it knows nothing of the listeners. `EventBus` is the one pl
     setAside          a database cannot be used                  reason
     lost              a branch, or a database, was kept in lost/  folder, reason, transactions, epoch, max_txid, to;
                       of a branch also min_txid, after
-    damaged           pages do not match their checksums         reason
+    damaged           pages do not match their checksums         reason; where known pages (how many)
+    healed            they are what they should be again         pages, source ("log", "replica", "primary", "table"; ""
+                                                                 where they were written anew)
+    scrubbed          every database was read                    databases, bytes, seconds
     snapshotSent      a snapshot went to a replica               node_id, bytes
     replicaConnected, replicaLost                                node_id, address
     promoted, demoted this node is, is no more, the primary      epoch; reason

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pylitefs.errors import FormatError, TruncatedError
-from pylitefs.formats import stream, stream_fields
+from pylitefs.formats import stream, stream_fields, stream_pages
 from pylitefs.formats.ltx.format import Position
 from pylitefs.formats.stream import MESSAGES, PROTOCOL_VERSION, Message, Sender, pack, unpack
 from pylitefs.formats.stream_fields import MAX_CHUNK, MAX_NAME, MIN_FILE_SIZE, ErrorCode, ResyncReason
@@ -55,7 +55,9 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(stream.Welcome, st.just(PROTOCOL_VERSION), st.text(max_size=12), u64, names, u64),
     st.builds(stream.SendChecksums, names, st.sampled_from(ResyncReason)),
     st.builds(stream.SnapshotBegin, names, u32, page_sizes, positions, st.booleans(), u64),
-    st.builds(stream.SnapshotPages, names, page_sizes, st.lists(u32.filter(bool), max_size=5).map(tuple), chunks),
+    st.builds(stream_pages.SnapshotPages, names, page_sizes, st.lists(u32.filter(bool), max_size=5).map(tuple), chunks),
+    st.builds(stream_pages.Pages, names, u32, st.lists(u32.filter(bool), max_size=5).map(tuple), chunks),
+    st.builds(stream_pages.AskPages, names, u32, st.lists(u32.filter(bool), max_size=5).map(tuple)),
     st.builds(stream.SnapshotEnd, names, positions, u32, epochs),
     st.builds(stream.GiveBack, names, positions, u64),
     st.builds(stream.SetAside, names),
@@ -95,7 +97,7 @@ def read_anyhow(data: bytes) -> None:
     for sender in (Sender.REPLICA, Sender.PRIMARY):
         try:
             message = unpack(data, sender)
-            if isinstance(message, stream.SnapshotPages):
+            if isinstance(message, (stream_pages.SnapshotPages, stream_pages.Pages)):
                 message.pages()
         except FormatError:
             continue
@@ -113,7 +115,9 @@ def test_a_message_that_is_cut_short_is_not_taken_for_a_whole_one(message: Messa
         except FormatError:
             continue
         assert (
-            isinstance(cut, (stream.Ltx, stream.LtxData, stream.Checksums, stream.SnapshotPages))
+            isinstance(
+                cut, (stream.Ltx, stream.LtxData, stream.Checksums, stream_pages.SnapshotPages, stream_pages.Pages)
+            )
             or getattr(cut, "protocol", 1) != PROTOCOL_VERSION
         )
 
@@ -193,9 +197,9 @@ def test_a_count_beyond_its_limit_is_refused_before_anything_is_read() -> None:
 @given(st.sampled_from([512, 4096, 65536]), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_snapshot_pages_come_back(page_size: int, count: int, rng: Any) -> None:
     pages = [(rng.randint(1, 2**32 - 1), rng.randbytes(page_size)) for _ in range(count)]
-    message = stream.SnapshotPages.of("a", page_size, pages)
+    message = stream_pages.SnapshotPages.of("a", page_size, pages)
     read = unpack(pack(message), Sender.PRIMARY)
-    assert isinstance(read, stream.SnapshotPages) and read.pages() == pages
+    assert isinstance(read, stream_pages.SnapshotPages) and read.pages() == pages
     with pytest.raises(FormatError):
         dataclasses.replace(read, pgnos=(*read.pgnos, 1)).pages()
 
@@ -203,13 +207,24 @@ def test_snapshot_pages_come_back(page_size: int, count: int, rng: Any) -> None:
 def test_snapshot_pages_never_unpack_to_more_than_they_say() -> None:
     bomb = lz4.block.compress(bytes(1 << 24), store_size=False)
     for message in (
-        stream.SnapshotPages("a", 512, (1,), bomb[:200_000]),
-        stream.SnapshotPages("a", 0, (1,), b"x"),
-        stream.SnapshotPages("a", 512, (), b"x"),
-        stream.SnapshotPages("a", 65536, (1, 2, 3, 4, 5), b"x"),
+        stream_pages.SnapshotPages("a", 512, (1,), bomb[:200_000]),
+        stream_pages.SnapshotPages("a", 0, (1,), b"x"),
+        stream_pages.SnapshotPages("a", 512, (), b"x"),
+        stream_pages.SnapshotPages("a", 65536, (1, 2, 3, 4, 5), b"x"),
     ):
         with pytest.raises(FormatError):
             message.pages()
+
+
+def test_pages_that_were_asked_for_come_back_or_are_refused() -> None:
+    pages = [(7, b"a" * 512), (9, b"b" * 512)]
+    message = stream_pages.Pages("a", 1, (7, 9), b"".join(page for _, page in pages))
+    read = unpack(pack(message), Sender.REPLICA)
+    assert isinstance(read, stream_pages.Pages) and read.pages() == pages
+    assert stream_pages.Pages("a", 1, (), b"").pages() == []
+    for strange in (dataclasses.replace(read, pgnos=(7, 8, 9)), dataclasses.replace(read, pgnos=())):
+        with pytest.raises(FormatError):
+            strange.pages()
 
 
 def test_checksums_of_a_database_are_cut_into_messages() -> None:

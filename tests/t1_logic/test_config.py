@@ -31,6 +31,8 @@ data:
   retention: 1h30m
   retention-monitor-interval: 500ms
   max-log-size: 1.5GB
+  scrub-interval: 168h
+  scrub-rate: 8MB
 fuse:
   dir: /mnt/db
   allow-other: no
@@ -90,7 +92,7 @@ def test_every_key_is_read() -> None:
         skip_sync=True,
         strict_verify=True,
         exec=(ExecCommand("/app migrate --all", if_candidate=True), ExecCommand("/app serve")),
-        data=config.DataConfig("/data", False, 5400.0, 0.5, 3 << 29),
+        data=config.DataConfig("/data", False, 5400.0, 0.5, 3 << 29, 604800.0, 8 << 20),
         fuse=config.FuseConfig("/mnt/db", False, True, "off", "off", 1000, 100, 0o640),
         http=config.HttpConfig("127.0.0.1:8000", 120.0, 10 << 30),
         lease=LeaseConfig(
@@ -395,6 +397,8 @@ def test_new_keys_and_their_defaults() -> None:
     shown = {info.path: info.default for info in config.key_infos() if info.new}
     assert shown == {
         "data.max-log-size": "1GB",
+        "data.scrub-interval": "24h",
+        "data.scrub-rate": "16MB",
         "fuse.passthrough": "auto",
         "fuse.io-uring": "auto",
         "fuse.uid": "none",

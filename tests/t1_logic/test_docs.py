@@ -30,7 +30,7 @@ def test_regenerating_writes_every_document(tmp_path: Path) -> None:
 def test_every_key_has_a_row_with_its_description() -> None:
     text = reference.configuration()
     infos = list(config.key_infos())
-    assert len(infos) == 65
+    assert len(infos) == 67
     for info in infos:
         rows = [line for line in text.splitlines() if line.startswith(f"| `{info.path}` |")]
         assert len(rows) == 1

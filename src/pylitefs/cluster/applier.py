@@ -32,8 +32,9 @@ from pylitefs.events import Event
 from pylitefs.formats import stream
 from pylitefs.formats.ltx.decoder import Decoder, small_chunks
 from pylitefs.formats.ltx.format import Position
-from pylitefs.formats.stream import Ltx, LtxBegin, LtxData, LtxEnd, SetAside, SnapshotBegin, SnapshotEnd, SnapshotPages
+from pylitefs.formats.stream import Ltx, LtxBegin, LtxData, LtxEnd, SetAside, SnapshotBegin, SnapshotEnd
 from pylitefs.formats.stream_fields import MAX_HISTORY, ResyncReason
+from pylitefs.formats.stream_pages import SnapshotPages
 
 log = logging.getLogger("litefs.replication")
 

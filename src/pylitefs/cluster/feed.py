@@ -54,6 +54,7 @@ from pylitefs.formats.stream import (
     TailEnd,
 )
 from pylitefs.formats.stream_fields import ErrorCode, ResyncReason
+from pylitefs.formats.stream_pages import MAX_PAGES_SIZE, SnapshotPages
 
 log = logging.getLogger("litefs.replication")
 
@@ -459,7 +460,7 @@ class Feed:
         self._emit("snapshotSent", node_id=f"{outlet.replica_id:016X}", bytes=size_bytes)
         return True
 
-    async def _next_pages(self, database: Database, reader: SnapshotReader) -> list[stream.SnapshotPages] | None:
+    async def _next_pages(self, database: Database, reader: SnapshotReader) -> list[SnapshotPages] | None:
         until_s = time.monotonic() + BUSY_S
         while True:
             try:
@@ -562,13 +563,13 @@ def _branch(resync: Resync, entries: Log) -> int | None:
     return branch_point(resync.position, resync.history, entries)
 
 
-def _next_pages(name: str, reader: SnapshotReader) -> list[stream.SnapshotPages] | None:
+def _next_pages(name: str, reader: SnapshotReader) -> list[SnapshotPages] | None:
     """The next pages, packed. Blocking."""
     chunk = reader.next_chunk()
     if chunk is None:
         return None
-    step = max(1, stream.MAX_PAGES_SIZE // reader.page_size) if reader.page_size else 1
-    return [stream.SnapshotPages.of(name, reader.page_size, chunk[at : at + step]) for at in range(0, len(chunk), step)]
+    step = max(1, MAX_PAGES_SIZE // reader.page_size) if reader.page_size else 1
+    return [SnapshotPages.of(name, reader.page_size, chunk[at : at + step]) for at in range(0, len(chunk), step)]
 
 
 def _now_ms() -> int:

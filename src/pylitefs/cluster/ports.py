@@ -8,7 +8,7 @@ have a small one of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -171,6 +171,9 @@ class Database(Protocol):
     def is_damaged(self) -> bool:
         """Pages were found that do not match their checksums, and nothing was done about it yet."""
 
+    def note_healed(self, pgnos: Iterable[int], source: str, /) -> None:
+        """These are what they should be again."""
+
     def snapshot(self, known: PageSums | None, /) -> SnapshotReader:
         """Blocking; neither on the worker nor on the loop. `known`: only pages that differ from these are read out."""
 
@@ -221,6 +224,19 @@ class Store(Protocol):
     def apply_as_primary(self, name: str, data: bytes | str, /) -> Position:
         """[W] On a demoted database of the primary: append a transaction of somebody else (an LTX file, or the path of
         one) that follows the head. FormatError and PositionMismatch change nothing."""
+
+    def find_damage(self, name: str, /) -> list[int]:
+        """Read a whole database: its pages that are not what they should be. Blocking. DatabaseBusy: not now."""
+
+    def sound_pages(self, name: str, pgnos: Sequence[int], /) -> list[tuple[int, bytes]]:
+        """Those of these pages that are here as they should be. Blocking."""
+
+    def logged_pages(self, name: str, pgnos: Sequence[int], /) -> list[tuple[int, bytes]]:
+        """Those of these pages that the log has as they should be. Blocking."""
+
+    def mend(self, name: str, pages: list[tuple[int, bytes]], /) -> int:
+        """[W] On a demoted database of the primary: put pages in the place of damaged ones. Any that are not as they
+        should be are left out; how many were written."""
 
     def set_primary_info(self, hostname: str | None, /) -> None: ...
     def set_lag_ms(self, lag_ms: int | None, /) -> None: ...

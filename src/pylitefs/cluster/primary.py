@@ -7,12 +7,13 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pylitefs.cluster.channel import Channel, TaskSet, Timings, to_the_end, unexpected
 from pylitefs.cluster.feed import Feed
+from pylitefs.cluster.healing import ANSWER_S, Healing
 from pylitefs.cluster.ports import Link, LinkClosed, Store
 from pylitefs.cluster.recovery_wait import RecoveryOutcome, RecoveryWait
 from pylitefs.cluster.roles import NodeIdentity, Refused, StaleEpoch, admit
@@ -40,6 +41,7 @@ from pylitefs.formats.stream import (
     batches,
 )
 from pylitefs.formats.stream_fields import ErrorCode, is_database_name
+from pylitefs.formats.stream_pages import AskPages, Pages
 from pylitefs.status import ReplicaInfo, ReplicaProgress
 
 __all__ = ["RecoveryOutcome", "RecoveryWait", "ReplicaSession", "Replicas"]
@@ -90,6 +92,7 @@ class Replicas:
         self._moved: deque[str] = deque()  # names of databases with a new transaction; filled from any thread
         self._wake_pending = False
         self._closing = False
+        self._healing = Healing(store, lambda: self.sessions.values(), self.blocking)
 
     @property
     def epoch(self) -> int:
@@ -106,11 +109,13 @@ class Replicas:
     async def __aenter__(self) -> Replicas:
         self._loop = asyncio.get_running_loop()
         self._unsubscribe = self.store.events.subscribe(self._on_event)
+        self._healing.begin()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self._closing = True
         self._unsubscribe()
+        await self._healing.close()
         serving = list(self._serving)
         for task in serving:
             task.cancel()
@@ -172,6 +177,7 @@ class Replicas:
                 self.gate.joined(session.replica_id)
         if self.recovery is not None:
             self.recovery.connected(session)
+        self._healing.connected()
         self._emit("replicaConnected", session)
 
     def remove(self, session: ReplicaSession, reason: str) -> None:
@@ -189,6 +195,9 @@ class Replicas:
 
     def _on_event(self, event: Event) -> None:
         """In the emitting thread: a new transaction wakes the loop, once for however many come before it looks."""
+        if event.type == "damaged" and event.database is not None and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(self._damaged, event.database)
         if event.type != "tx" or event.database is None or self._loop is None:
             return
         self._moved.append(event.database)
@@ -196,6 +205,10 @@ class Replicas:
             self._wake_pending = True
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 self._loop.call_soon_threadsafe(self._wake)
+
+    def _damaged(self, name: str) -> None:
+        if not self._closing:
+            self._healing.heal(name)
 
     def _wake(self) -> None:
         self._wake_pending = False  # before looking: an append after this schedules another wake
@@ -230,6 +243,8 @@ class ReplicaSession:
         self._ready = False
         self._announced: dict[str, int] = {}  # TXIDs of the heartbeats so far
         self._moved: set[str] = set()
+        self._asked: dict[int, asyncio.Future[list[tuple[int, bytes]]]] = {}  # requests for pages
+        self._requests = 0
 
     @property
     def address(self) -> str:
@@ -336,6 +351,19 @@ class ReplicaSession:
         if (gate := self._gate) is not None and self._replicas.sessions.get(self.replica_id) is self:
             gate.strayed(self.replica_id, name)
 
+    async def ask_pages(self, name: str, pgnos: Sequence[int]) -> list[tuple[int, bytes]]:
+        """For `Healing`. LitefsError, TimeoutError."""
+        self._requests += 1
+        request = self._requests
+        answer = self._asked[request] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await self._channel.send(AskPages(name, request, tuple(pgnos)))
+                pages: list[tuple[int, bytes]] = await answer
+                return pages
+        finally:
+            del self._asked[request]
+
     # --- the session ------------------------------------------------------------------------------------------------
 
     async def _handshake(self) -> dict[str, Position]:
@@ -427,6 +455,12 @@ class ReplicaSession:
                         feed.acknowledged(progress)
             case Heartbeat():
                 pass  # that it came is what counts
+            case Pages():
+                if message.request > self._requests:
+                    raise Refused(ErrorCode.PROTOCOL, "pages that nobody has asked for")
+                pages = message.pages()
+                if (asked := self._asked.get(message.request)) is not None and not asked.done():
+                    asked.set_result(pages)
             case Resync(name):
                 self._check_epoch(message.position.epoch)
                 self._feed(name).resync(message)

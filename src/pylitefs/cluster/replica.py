@@ -40,13 +40,13 @@ from pylitefs.formats.stream import (
     SetAside,
     SnapshotBegin,
     SnapshotEnd,
-    SnapshotPages,
     TailEnd,
     Welcome,
     batches,
     checksum_messages,
 )
 from pylitefs.formats.stream_fields import ErrorCode, ResyncReason, is_database_name
+from pylitefs.formats.stream_pages import MAX_PAGES_SIZE, AskPages, Pages, SnapshotPages
 
 log = logging.getLogger("litefs.replication")
 
@@ -352,6 +352,8 @@ class ReplicaLink:
                 self._put(PrepareResync(name, reason), 0)
             case GiveBack(name, after, limit_bytes):
                 self._tasks.start(self._give_back(name, after, limit_bytes))
+            case AskPages():
+                self._tasks.start(self._send_pages(message))
             case Ready():
                 self._mark(self._last, self._is_ready)
             case _:
@@ -475,6 +477,18 @@ class ReplicaLink:
                     given = False
                 entry = database.log.after(entry.max_txid)
         await self._channel.send(TailEnd(name, given))
+
+    async def _send_pages(self, asked: AskPages) -> None:
+        """Those that the primary wants, as far as they are sound here."""
+        pages: list[tuple[int, bytes]] = []
+        try:
+            pages = await _blocking(self._store.sound_pages, asked.name, asked.pgnos)
+        except (LitefsError, OSError) as error:
+            log.warning("%s: pages that the primary asks for cannot be read: %s", asked.name, error)
+        room = MAX_PAGES_SIZE // len(pages[0][1]) if pages else 0
+        pgnos = tuple(pgno for pgno, _ in pages[:room])
+        data = b"".join(page for _, page in pages[:room])
+        await self._channel.send(Pages(asked.name, asked.request, pgnos, data))
 
     async def _heartbeat(self) -> None:
         while True:

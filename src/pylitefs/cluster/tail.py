@@ -12,7 +12,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from pylitefs.cluster.outlet import Outlet
@@ -166,17 +166,26 @@ def _remove(paths: Sequence[str]) -> None:
             os.unlink(path)
 
 
+@contextlib.contextmanager
+def writers_out(store: Store, name: str) -> Iterator[None]:
+    """On a primary that takes writes: nobody but the daemon writes this database. Unavailable if that is not possible
+    now. Blocking, in a thread that goes on to its end whatever happens: so the writers are let in again."""
+    before = store.get(name)
+    if before is not None and not before.captures:
+        raise Unavailable(f"{name}: another node holds its HALT lock")
+    try:
+        if not store.demote_database(name, LOCK_S):
+            raise Unavailable(f"{name}: a transaction is open")
+        yield
+    finally:
+        store.promote_database(name)
+
+
 def _append(store: Store, name: str, after: Position, paths: Sequence[str], epoch: int) -> None:
-    """In a thread: it goes on to its end whatever becomes of the connection, so the writers are let in again."""
     try:
         _check_chain(after, paths, epoch)
         until_s = time.monotonic() + LOCK_S + APPEND_S
-        before = store.get(name)
-        if before is not None and not before.captures:
-            raise Unavailable(f"{name}: another node holds its HALT lock")
-        try:
-            if not store.demote_database(name, LOCK_S):
-                raise Unavailable(f"{name}: a transaction is open")
+        with writers_out(store, name):
             database = store.get(name)
             if database is None or database.log.head != after:
                 raise PositionMismatch(f"{name}: it was written to since {after}")
@@ -184,8 +193,6 @@ def _append(store: Store, name: str, after: Position, paths: Sequence[str], epoc
                 if time.monotonic() > until_s:
                     break
                 store.worker.submit(store.apply_as_primary, name, path).result()
-        finally:
-            store.promote_database(name)
     finally:
         _remove(paths)
 

@@ -66,6 +66,8 @@ class CommitPoints:
         pages: Iterable[tuple[int, bytes]]
         if everything:
             pages = file_pages(fd, page_size, commit)
+            if damage := database.damage if page_size == database.page_size else None:
+                pages = (item for item in pages if page_checksum(*item) != damage.get(item[0]))
         else:
             skip = lock_pgno(page_size)
             wanted = database.rollback.dirty.pgnos(page_size, commit).tolist()
@@ -95,7 +97,7 @@ class CommitPoints:
                     return False
                 if (page_size, commit) != (database.page_size, database.commit) or size < page_size * commit:
                     return False
-                known = database.table.values
+                known = database.file_sums_expected()
                 if database.rollback.suspect:
                     return bool(np.array_equal(file_checksums(database.files.database), known[:commit]))
                 fd = file.fileno()

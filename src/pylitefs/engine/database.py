@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,7 +70,7 @@ class Database(LiveFiles):
         self.set_aside_reason: str | None = None  # why it is not replicated, None if all is well
         self.compress = True  # pages in the log
         self.term = 0  # the epoch in which applications of this node were last let in; 0: not since the start
-        self.is_damaged = False  # pages that do not match their checksums were found, and not replaced yet
+        self.damage: dict[int, int] = {}  # pages that do not match their checksums, not replaced yet: what they have
         self.was_measured = False  # since they were found
         self.is_busy = False  # a process of an earlier mount still has its files open: nobody may touch them
         self.captures = True  # applications write it, and what they commit is recorded; False: only the daemon does
@@ -85,7 +85,7 @@ class Database(LiveFiles):
         self._table: PageChecksums | None = None
         self._table_dirty = False
         self._noted = (0, 0)  # size and time of the file when it was known where it stands, see `evidence`
-        self.wal = WalCapture(files, self.page_checksums)
+        self.wal = WalCapture(files, self.file_sums_expected)
         self.rollback = RollbackCapture(files)
         self.replica: SharedWal | None = None
         self.upkeep_scheduled = False
@@ -137,6 +137,18 @@ class Database(LiveFiles):
         with self.lock:
             return self.table.values[: self.commit].copy()
 
+    @property
+    def is_damaged(self) -> bool:
+        return bool(self.damage)
+
+    def file_sums_expected(self) -> NDArray[np.uint64]:
+        """What the files are known to hold, damaged pages as they are: what differs from it was written by somebody."""
+        sums = self.page_checksums()
+        for pgno, found in list(self.damage.items()):
+            if pgno <= len(sums):
+                sums[pgno - 1] = found
+        return sums
+
     # -- what others ask of a database -------------------------------------------------------------------------
 
     def serve_by(self, services: Services) -> None:
@@ -160,10 +172,18 @@ class Database(LiveFiles):
         self.was_measured = True
         return self._by.file_checksums(self)
 
-    def note_damage(self, reason: str) -> None:
-        """Pages do not match their checksums. Any thread."""
-        self.is_damaged, self.was_measured = True, False
-        self.emit("damaged", reason=reason)
+    def note_damage(self, reason: str, pages: Mapping[int, int]) -> None:
+        """These pages have other checksums than they should. Any thread."""
+        if any(pgno not in self.damage for pgno in pages):
+            self.damage, self.was_measured = {**self.damage, **pages}, False
+            self.emit("damaged", reason=reason, pages=len(pages))
+
+    def note_healed(self, pgnos: Iterable[int], source: str) -> None:
+        """These are what they should be again. Any thread."""
+        healed = self.damage.keys() & set(pgnos)
+        if healed:
+            self.damage = {pgno: found for pgno, found in self.damage.items() if pgno not in healed}
+            self.emit("healed", pages=len(healed), source=source)
 
     def copy_to(self, path: str) -> Position:
         """A consistent copy of the database file. Blocking; not on the worker."""
@@ -344,7 +364,7 @@ class Database(LiveFiles):
         self.release_files()
         before = self.wal
         self.files = files
-        self.wal = WalCapture(files, self.page_checksums)
+        self.wal = WalCapture(files, self.file_sums_expected)
         self.wal.collected, self.wal.cursor, self.wal.pending = before.collected, before.cursor, before.pending
 
     def release_files(self) -> None:

@@ -37,7 +37,7 @@ DEFAULT_PAGE_SIZE = 4096
 @dataclass(frozen=True)
 class StoreOptions:
     """`role_from_marker`: the role is not fixed; it starts as a replica, see `marker`. `file_mode`, `uid`, `gid`: what
-    database files get. Retention: see `LtxLog.retain`."""
+    database files get. Retention: see `LtxLog.retain`. `scrub_rate`: bytes per second, 0 for no limit."""
 
     is_primary: bool = True
     role_from_marker: bool = False
@@ -47,6 +47,8 @@ class StoreOptions:
     gid: int | None = None
     compress: bool = True
     strict_verify: bool = False
+    scrub_interval_s: float = 0.0
+    scrub_rate: int = 0
     retention_s: float = 600.0
     retention_interval_s: float = 60.0
     max_log_size_bytes: int = 1 << 30

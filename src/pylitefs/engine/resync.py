@@ -99,7 +99,8 @@ class Resync:
         database.applied_s = time.monotonic()
         database.set_aside_reason = None
         if database.was_measured:  # the pages that differ were told by what the files hold
-            database.is_damaged = database.was_measured = False
+            database.was_measured = False
+            database.note_healed(database.damage, "primary")
         database.emit("resync", pages=self._count, bytes=self._count * self.page_size)
         return position
 

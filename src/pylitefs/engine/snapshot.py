@@ -35,19 +35,31 @@ CHUNK_BYTES = 1 << 20
 CHUNK_WAIT_S = 0.1  # for a transaction to end, in one call of `next_chunk`
 COPY_WAIT_S = 20.0  # the same for each chunk of `copy_to`
 _ATTEMPTS = 40
+_PAGE_ATTEMPTS = 5
+_ALL = 1 << 32  # frames: none of those in the file counts any more
+
+
+class DamagedPages(DatabaseError):
+    """Pages on this disk do not match their checksums, and no transaction explains it. `pages`: and what they have."""
+
+    def __init__(self, text: str, pages: dict[int, int]) -> None:
+        super().__init__(text)
+        self.pages = pages
 
 
 class SnapshotReader:
-    """Blocking; not for the worker or the event loop. `known`: the receiver's page checksums, to skip equal pages."""
+    """Blocking; not for the worker or the event loop. `known`: the receiver's page checksums, to skip equal pages.
+    `first`: the page to begin with."""
 
-    def __init__(self, database: Database, known: NDArray[np.uint64] | None) -> None:
+    def __init__(self, database: Database, known: NDArray[np.uint64] | None, first: int = 1) -> None:
         self._database = database
         self.start: Position = database.flush().result()
         self._pin = database.log.pin(self.start.txid)
         self.page_size = database.page_size
         self._commit = database.commit
         self._known = known
-        self._next = 1
+        self.next_pgno = first  # what the next call begins with
+        self._wrong: dict[int, int] = {}  # pages that did not match when they were last read, and their checksums
         self._view = WalView(database.files, database.wal.has_index)
         self._run = max(1, CHUNK_BYTES // max(512, self.page_size))
 
@@ -55,19 +67,21 @@ class SnapshotReader:
         """About 1 MB of (pgno, page); an empty list if nothing of this stretch differs; None at the end.
 
         DatabaseBusy if a transaction that is not committed has written here: the call may be repeated.
-        DatabaseError if a page stays different from what the log says (it is damaged on disk).
+        DamagedPages if some stay different from what the log says (the disk has changed them): the next call goes on
+        behind them.
         """
-        first = self._next
+        first = self.next_pgno
         if first > self._commit:
             return None
         count = min(self._run, self._commit - first + 1)
         until_s, unexplained = time.monotonic() + CHUNK_WAIT_S, 0
+        self._wrong = {}
         for attempt in itertools.count():
             if self._database.page_size != self.page_size:
                 raise DatabaseError(f"{self._database.name}: the page size changed during a snapshot; it is begun anew")
             pages = self._read(first, count)
             if pages is not None:
-                self._next += count
+                self.next_pgno += count
                 return pages
             if not self._is_being_written():
                 unexplained += 1
@@ -80,11 +94,26 @@ class SnapshotReader:
                 )
             self._database.flush().result()
             time.sleep(min(0.001 * (1 << min(attempt, 6)), 0.05))
-        reason = f"{self._database.name}: pages {first}..{first + count - 1} do not match their checksums"
-        self._database.note_damage(reason)
-        raise DatabaseError(
-            f"{reason}: restore the database from a replica or a backup (a replica fetches them by itself)"
-        )
+        self.next_pgno += count
+        raise self._is_damaged(self._wrong or dict.fromkeys(range(first, first + count), 0))
+
+    def _is_damaged(self, wrong: dict[int, int]) -> DamagedPages:
+        few = ", ".join(map(str, sorted(wrong)[:8])) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        reason = f"{self._database.name}: pages do not match their checksums: {few}"
+        self._database.note_damage(reason, wrong)
+        return DamagedPages(f"{reason}; restore a backup if neither the log nor another node has them", wrong)
+
+    def page(self, pgno: int) -> bytes | None:
+        """One page, if it is what the log says, or becomes so in a moment."""
+        for attempt in range(_PAGE_ATTEMPTS):
+            if pgno > self._database.commit or self._database.page_size != self.page_size:
+                return None
+            pages = self._read(pgno, 1)
+            if pages is not None:
+                return pages[0][1] if pages else None
+            self._database.flush().result()
+            time.sleep(0.001 * (1 << attempt))
+        return None
 
     def checksums(self) -> NDArray[np.uint64]:
         """Of all pages as they are; 0 where the file is too short. UnstableSource if they cannot be read in peace."""
@@ -93,8 +122,7 @@ class SnapshotReader:
             count = min(self._run, self._commit - first + 1)
             for attempt in range(_ATTEMPTS):
                 try:
-                    data = bytearray(self._view.database_run(first, count, self.page_size))
-                    self._overlay(data, first, count)
+                    data = self._run_now(first, count)
                     break
                 except UnstableSource:
                     if attempt + 1 == _ATTEMPTS:
@@ -111,8 +139,7 @@ class SnapshotReader:
         size, skip = self.page_size, lock_pgno(self.page_size)
         before = self._expected(first, count)
         try:
-            data = bytearray(self._view.database_run(first, count, size))
-            self._overlay(data, first, count)
+            data = self._run_now(first, count)
         except UnstableSource:
             return None
         found = page_checksums(first, bytes(data), size)
@@ -122,7 +149,9 @@ class SnapshotReader:
             after = self._expected(first, count)
         # Pages cut off meanwhile are not sent; one that changed in the log meanwhile is in an entry after `start`.
         inside = max(0, min(count, self._database.commit - first + 1))
-        if np.any(((found != after) & (before == after))[:inside]):
+        wrong = np.flatnonzero(((found != after) & (before == after))[:inside])
+        if len(wrong):
+            self._wrong = dict(zip((wrong + first).tolist(), found[wrong].tolist(), strict=True))
             return None
         wanted = np.ones(inside, dtype=bool)
         if self._known is not None:
@@ -142,15 +171,29 @@ class SnapshotReader:
             expected[: len(known)] = known
         return expected
 
-    def _overlay(self, data: bytearray, first: int, count: int) -> None:
-        """Newer versions of these pages from the WAL."""
+    def _run_now(self, first: int, count: int) -> bytearray:
+        """These pages as they are: from the file, and what is newer from the WAL. Of what a checkpoint has copied the
+        file counts, which readers may use as well. Raises UnstableSource."""
         self._view.close()  # files may have been replaced since the last chunk
+        copied = self._copied_frames()
+        data = bytearray(self._view.database_run(first, count, self.page_size))
         pending = self._database.wal.pending
         now = self._view.committed()
         if now is not None and now.mx_frame and now.page_size == self.page_size:
-            self._overlay_frames(data, first, count, *latest_frames(self._view.pgnos(1, now.mx_frame), 1))
+            pgnos, frames = latest_frames(self._view.pgnos(1, now.mx_frame), 1)
+            self._overlay_frames(data, first, count, pgnos[frames > copied], frames[frames > copied])
         if pending is not None and not pending.gone and pending.tail.stands(self._view):
             self._overlay_frames(data, first, count, pending.tail.pgnos, pending.tail.numbers)
+        return data
+
+    def _copied_frames(self) -> int:
+        """So many frames of the WAL are in the database file; 0 where that cannot be told. SQLite notes it when the
+        file was synced (wal.c, nBackfill)."""
+        replica = self._database.replica
+        if replica is not None:
+            return replica.backfill if replica.mx_frame else _ALL
+        info = self._view.checkpoint_info() if self._view.has_index() else None
+        return info.backfill if info is not None else 0
 
     def _overlay_frames(
         self, data: bytearray, first: int, count: int, pgnos: NDArray[np.uint32], frames: NDArray[np.uint32]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from pylitefs.engine import ofd_locks
+from pylitefs.engine import damage, ofd_locks
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_filesystem
 from pylitefs.engine.inotify import DirectoryWatch
@@ -16,10 +17,11 @@ from pylitefs.engine.naming import Naming
 from pylitefs.engine.registry import Registry, StoreOptions
 from pylitefs.engine.roles import Roles
 from pylitefs.engine.rollback_capture import journal_in_use
+from pylitefs.engine.scrubber import Scrubber
 from pylitefs.engine.startup import Startup
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.verifier import Verifier
-from pylitefs.errors import LitefsError
+from pylitefs.errors import LitefsError, Unavailable
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.format import HEADER_SIZE, Header, Position
 from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
@@ -40,6 +42,7 @@ class Store(Registry):
         self._startup = Startup(self, self.naming)
         self.primary_hostname: str | None = None
         self.lag_ms: int | None = None
+        self._scrubber: Scrubber | None = None
         self._watch: DirectoryWatch | None = None
         self._settling: set[str] = set()
         self.roles = Roles(self, settle=self._startup.settle_promoted, watch=self._watch_or_not, told=self._told_role)
@@ -78,6 +81,25 @@ class Store(Registry):
                 return incoming.finish()
             finally:
                 incoming.abort()
+
+    def find_damage(self, name: str) -> list[int]:
+        """Read a whole database; its pages that are not what they should be. Blocking, not for the worker."""
+        return damage.find_damage(self.find(name))
+
+    def sound_pages(self, name: str, pgnos: Sequence[int]) -> list[tuple[int, bytes]]:
+        """Those of these pages that are here as they should be. Blocking, not for the worker."""
+        database = self.get(name)
+        return damage.sound_pages(database, pgnos) if database is not None else []
+
+    def logged_pages(self, name: str, pgnos: Sequence[int]) -> list[tuple[int, bytes]]:
+        """Those of these pages that the log has as they should be. Blocking."""
+        return damage.logged_pages(self.find(name), pgnos)
+
+    def mend(self, name: str, pages: list[tuple[int, bytes]]) -> int:
+        """Put right pages in the place of damaged ones, in a database that was demoted here. On the worker."""
+        if not (self.is_primary and self.fence.holds()):
+            raise Unavailable("this node is not the primary any more")
+        return damage.mend(self.find(name), pages)
 
     def note_boot(self) -> None:
         """All databases are recovered: from now on only what this boot writes counts."""
@@ -250,6 +272,9 @@ class Store(Registry):
         self.worker.post(self._startup.retry_busy)
         if self.options.strict_verify:
             Verifier(self).start()
+        if self.options.scrub_interval_s > 0:
+            self._scrubber = Scrubber(self, self.options.scrub_interval_s, self.options.scrub_rate)
+            self._scrubber.start()
 
     def _retain(self) -> None:
         for database in list(self.databases.values()):
@@ -274,6 +299,8 @@ class Store(Registry):
 
     def close(self, *, clean: bool) -> None:
         """Stop the worker and release all databases. `clean`: nobody can write to them any more."""
+        if self._scrubber is not None:
+            self._scrubber.stop()
         self.roles.stop()
         self.worker.stop()
         self.opener.stop()

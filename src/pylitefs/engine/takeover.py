@@ -42,7 +42,7 @@ def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:
     if registry.apply.is_made_active(database):
         return False
     replica, fds = database.replica, []
-    wal = WalCapture(database.files, database.page_checksums)
+    wal = WalCapture(database.files, database.file_sums_expected)
     if stamp(database.files.wal)[0]:
         wal.doubt()  # unless it is ours, and known
     if replica is not None:
@@ -142,7 +142,7 @@ def go_on(registry: Registry, database: Database, grip: Grip) -> None:
 def _forget_capture(registry: Registry, database: Database) -> None:
     registry.capture.forget(database)
     fds = database.wal.forget_all()
-    database.wal = WalCapture(database.files, database.page_checksums)
+    database.wal = WalCapture(database.files, database.file_sums_expected)
     registry.opener.close(fds)
 
 

@@ -17,6 +17,7 @@ short one is `TruncatedError`, anything else wrong `FormatError`.
     RESYNC CHECKSUMS…            ◀──     SEND_CHECKSUMS: the replica's copy does not fit, send me what differs from it
     RESYNC CHECKSUMS…            ──▶     (also unasked: what came cannot be applied) a snapshot follows
     LTX… TAIL_END                ◀──     GIVE_BACK: transactions that the primary has lost, or never got
+    PAGES                        ◀──     ASK_PAGES: pages that the primary's disk has damaged
 
 Everything that is said belongs to the epoch of the WELCOME: a side that learns of a later one ends the connection with
 STALE_EPOCH. Positions carry the epoch of their last transaction.
@@ -32,17 +33,15 @@ layout for ever.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, TypeAlias
 
-import lz4.block
 import numpy as np
 import numpy.typing as npt
 
 from pylitefs.errors import FormatError
 from pylitefs.formats.cursor import Cursor
-from pylitefs.formats.ltx.frames import payload_limit
 from pylitefs.formats.stream_fields import (
     MAX_ENTRIES,
     U16,
@@ -69,15 +68,14 @@ from pylitefs.formats.stream_fields import (
     WholeFile,
     kinds_of,
     list_of,
-    number,
     record,
     rest,
 )
+from pylitefs.formats.stream_pages import AskPages, Pages, SnapshotPages
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 MAX_MESSAGE: Final = 1_100_000  # bytes
-MAX_PAGES_SIZE: Final = 256 * 1024  # bytes of the pages in one SNAPSHOT_PAGES, unpacked
 MAX_CHECKSUMS: Final = 16 * 1024  # page checksums in one message
 CHECKSUM_TYPE: Final = np.dtype(">u8")
 
@@ -262,37 +260,6 @@ class SnapshotBegin:
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotPages:
-    """Pages in any order, newer versions of a page after older ones: `packed` is one LZ4 block of them all."""
-
-    CODE: ClassVar[int] = 33
-    name: Name
-    page_size: PageSize
-    pgnos: Annotated[tuple[int, ...], list_of(number(4, low=1), MAX_PAGES_SIZE // 512)]
-    packed: Annotated[bytes, rest(payload_limit(MAX_PAGES_SIZE))]
-
-    @classmethod
-    def of(cls, name: str, page_size: int, pages: Sequence[tuple[int, bytes]]) -> SnapshotPages:
-        block = lz4.block.compress(b"".join(page for _, page in pages), mode="fast", store_size=False)
-        return cls(name, page_size, tuple(pgno for pgno, _ in pages), block)
-
-    def pages(self) -> list[tuple[int, bytes]]:
-        """(pgno, page) of each. FormatError if they are not what the message says."""
-        size, page_size = len(self.pgnos) * self.page_size, self.page_size
-        if not 0 < size <= MAX_PAGES_SIZE:
-            raise FormatError(f"{len(self.pgnos)} pages of {page_size} bytes in one message")
-        try:
-            raw = lz4.block.decompress(self.packed, uncompressed_size=size)
-        except (lz4.block.LZ4BlockError, ValueError):
-            raise FormatError("the LZ4 block of a snapshot is damaged") from None
-        if len(raw) != size:
-            raise FormatError(f"{len(raw)} bytes of pages instead of {size}")
-        return [
-            (pgno, raw[at : at + page_size]) for pgno, at in zip(self.pgnos, range(0, size, page_size), strict=True)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
 class SnapshotEnd:
     """The result: `commit` pages at `position`. `epochs` are (epoch, its first TXID) of the history that led there."""
 
@@ -330,7 +297,7 @@ class Ready:
 
 
 LtxMessage: TypeAlias = Ltx | LtxBegin | LtxData | LtxEnd
-FromReplica: TypeAlias = Error | Heartbeat | Hello | Databases | Ack | Resync | Checksums | TailEnd | LtxMessage
+FromReplica: TypeAlias = Error | Heartbeat | Hello | Databases | Ack | Resync | Checksums | TailEnd | Pages | LtxMessage
 FromPrimary: TypeAlias = (
     Error
     | Heartbeat
@@ -342,14 +309,18 @@ FromPrimary: TypeAlias = (
     | GiveBack
     | SetAside
     | Ready
+    | AskPages
     | LtxMessage
 )
 Message: TypeAlias = FromReplica | FromPrimary
 
 _SENDERS: Final[tuple[tuple[Sender, tuple[type[Message], ...]], ...]] = (
     (Sender.BOTH, (Error, Heartbeat, Ltx, LtxBegin, LtxData, LtxEnd)),
-    (Sender.REPLICA, (Hello, Databases, Ack, Resync, Checksums, TailEnd)),
-    (Sender.PRIMARY, (Welcome, SendChecksums, SnapshotBegin, SnapshotPages, SnapshotEnd, GiveBack, SetAside, Ready)),
+    (Sender.REPLICA, (Hello, Databases, Ack, Resync, Checksums, TailEnd, Pages)),
+    (
+        Sender.PRIMARY,
+        (Welcome, SendChecksums, SnapshotBegin, SnapshotPages, SnapshotEnd, GiveBack, SetAside, Ready, AskPages),
+    ),
 )
 MESSAGES: Final[dict[int, tuple[type[Message], Sender]]] = {
     message.CODE: (message, sender) for sender, messages in _SENDERS for message in messages

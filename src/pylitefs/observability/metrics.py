@@ -71,6 +71,7 @@ class Metrics:
                 "repair": ("litefs_repairs", "Gaps and doubts repaired by diff"),
                 "resync": ("litefs_resyncs", "Times this replica fetched the pages that differ"),
                 "snapshotSent": ("litefs_snapshots_sent", "Snapshots sent to replicas"),
+                "damaged": ("litefs_damage_found", "Times that pages did not match their checksums"),
                 "lost": ("litefs_branches_lost", "Branches moved to lost/"),
                 "primaryChange": ("litefs_primary_changes", "Times that the role or the primary changed, as seen here"),
                 "promoted": ("litefs_promotions", "Times this node became the primary"),
@@ -79,6 +80,8 @@ class Metrics:
             }.items()
         }
         self._lost = Counter("litefs_lost_transactions", "Transactions moved to lost/", registry=registry)
+        self._healed = Counter("litefs_pages_healed", "Damaged pages that were replaced", registry=registry)
+        self._scrubbed = Counter("litefs_scrubbed_bytes", "Read to look for damaged pages", registry=registry)
         self._events = Counter("litefs_events", "Events by type", ["type"], registry=registry)
         self._per_database = _PerDatabase()
         self._state = _StateCollector(store, replicas, self._per_database)
@@ -98,6 +101,10 @@ class Metrics:
         self._events.labels(event.type).inc()
         if event.type in self._counted:
             self._counted[event.type].inc()
+        if event.type == "scrubbed":
+            self._scrubbed.inc(event.data.get("bytes") or 0)
+        if event.type == "healed":
+            self._healed.inc(event.data.get("pages") or 0)
         if event.type == "lost":
             self._lost.inc(event.data.get("transactions") or 0)
         if event.type == "synced":

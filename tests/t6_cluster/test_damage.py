@@ -1,0 +1,146 @@
+"""Bits that flip in a database file, under real nodes: the scrub finds them, and they are gone without an operator."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from typing import Any
+
+import pytest
+
+from cluster_nodes import (
+    PASSTHROUGH,
+    Cluster,
+    Node,
+    assert_same_bytes,
+    assert_sound,
+    dump,
+    needs_root,
+    wait_same_position,
+    wait_until,
+)
+
+pytestmark = needs_root
+NAME = "app.db"
+
+
+def pair(cluster: Cluster, **data: Any) -> tuple[Node, Node]:
+    """Both look for damage all the time."""
+    primary = cluster.node("primary")
+    replica = cluster.node("replica", primary=primary)
+    for node in (primary, replica):
+        node.config["data"] |= {"scrub-interval": "500ms", "scrub-rate": 0, **data}
+        node.start()
+    return primary, replica
+
+
+def fill(node: Node, mode: str) -> dict[str, list[Any]]:
+    with contextlib.closing(node.connect(NAME)) as connection:
+        connection.execute(f"pragma journal_mode = {mode}")
+        connection.execute("create table t (id integer primary key, v text)")
+        connection.executemany("insert into t (v) values (?)", [(f"{i:04} " * 150,) for i in range(400)])
+        connection.execute("pragma wal_checkpoint(truncate)")
+        return dump(connection)
+
+
+def metric(node: Node, name: str) -> float:
+    for line in node.get("/metrics").decode().splitlines():
+        if line.startswith(f"{name}_total "):
+            return float(line.split()[1])
+    raise AssertionError(f"no metric {name}")
+
+
+def flip(node: Node, *pages: int) -> None:
+    """One letter in each of these pages, in the file that the node keeps."""
+    with open(node.data / "dbs" / NAME / "database", "r+b") as file:
+        for page in pages:
+            offset = (page - 1) * 4096 + 3000 + page
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 1 << page % 7]))
+
+
+def healed(node: Node, pages: int) -> None:
+    wait_until(lambda: metric(node, "litefs_pages_healed") >= pages, f"{pages} pages healed on {node.name}")
+
+
+def is_whole(node: Node, rows: dict[str, list[Any]]) -> None:
+    with contextlib.closing(node.connect(NAME)) as connection:
+        assert_sound(connection)
+        assert dump(connection) == rows
+
+
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+@pytest.mark.parametrize(("mode", "held"), [("wal", True), ("wal", False), ("delete", True), ("delete", False)])
+def test_bit_rot_on_the_primary(cluster: Cluster, passthrough: str, mode: str, held: bool) -> None:
+    """From its log. An application that had the database open, and has perhaps read the damage, sees what is right."""
+    primary, replica = pair(cluster)
+    rows = fill(primary, mode)
+    wait_same_position(primary, replica, NAME)
+    with contextlib.ExitStack() as stack:
+        connection: sqlite3.Connection | None = None
+        if held:
+            connection = stack.enter_context(contextlib.closing(primary.connect(NAME)))
+            connection.execute("select count(*) from t").fetchall()
+        flip(primary, 10, 11, 40)
+        if connection is not None:
+            connection.execute("select sum(length(v)) from t").fetchall()  # into its cache
+        healed(primary, 3)
+        if connection is not None:
+            assert dump(connection) == rows
+            connection.execute("update t set v = v || 'x' where id % 10 = 0")
+            rows = dump(connection)
+        is_whole(primary, rows)
+    with contextlib.closing(primary.connect(NAME)) as writer:
+        writer.execute("insert into t (v) values ('afterwards')")
+        rows = dump(writer)
+    wait_same_position(primary, replica, NAME)
+    is_whole(replica, rows)
+    assert_same_bytes([primary, replica], NAME)
+    assert metric(primary, "litefs_damage_found") >= 1 and "healed" in primary.log_text()
+    assert not (replica.data / "dbs" / NAME / "lost").exists()
+
+
+def test_bit_rot_on_the_primary_where_only_the_replica_has_the_page(cluster: Cluster) -> None:
+    primary, replica = pair(cluster, retention="100ms", **{"retention-monitor-interval": "100ms"})
+    rows = fill(primary, "wal")
+    with contextlib.closing(primary.connect(NAME)) as writer:
+        writer.execute("create table u (x)")
+        writer.execute("insert into u values (1)")
+        writer.execute("pragma wal_checkpoint(truncate)")
+        rows = dump(writer)
+    wait_same_position(primary, replica, NAME)
+    log = primary.data / "dbs" / NAME / "ltx"
+    wait_until(lambda: len([name for name in os.listdir(log) if name.endswith(".ltx")]) == 1, "the log is short")
+    flip(primary, 10, 11, 40)
+    healed(primary, 3)
+    assert "source=replica" in primary.log_text()
+    is_whole(primary, rows)
+    wait_same_position(primary, replica, NAME)
+    assert_same_bytes([primary, replica], NAME)
+
+
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+@pytest.mark.parametrize("held", [True, False])
+def test_bit_rot_on_a_replica(cluster: Cluster, passthrough: str, held: bool) -> None:
+    primary, replica = pair(cluster)
+    rows = fill(primary, "wal")
+    wait_same_position(primary, replica, NAME)
+    with contextlib.ExitStack() as stack:
+        connection: sqlite3.Connection | None = None
+        if held:
+            connection = stack.enter_context(contextlib.closing(replica.connect(NAME)))
+            connection.execute("select count(*) from t").fetchall()
+        file = replica.data / "dbs" / NAME / "database"
+        wait_until(lambda: file.read_bytes() == replica.export(NAME), "the replica has checkpointed")
+        flip(replica, 10, 11, 40)
+        if connection is not None:
+            connection.execute("select sum(length(v)) from t").fetchall()
+        healed(replica, 3)
+        if connection is not None:
+            assert dump(connection) == rows
+    is_whole(replica, rows)
+    assert_same_bytes([primary, replica], NAME)
+    assert not (replica.data / "dbs" / NAME / "lost").exists()

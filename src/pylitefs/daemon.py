@@ -104,7 +104,7 @@ class Daemon:
 
     async def _start(self) -> None:
         config = self._config
-        static = config.lease.type == "static"
+        static = config.lease.is_static
         http_socket = listen(config.http.host, config.http.port)
         self._stack.callback(http_socket.close)
         await self._lock_data_dir()
@@ -333,7 +333,7 @@ class Daemon:
     async def _promote(self) -> None:
         """`lease.promote`: this node is wanted as the primary."""
         lease = self._config.lease
-        if lease.promote and lease.type != "static" and not self._store.is_primary:
+        if lease.promote and not lease.is_static and not self._store.is_primary:
             if not lease.candidate:
                 log.info("lease.promote has no effect: this node is no candidate")
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,6 +27,8 @@ from pylitefs.status import ReplicaInfo, ReplicaProgress
 log = logging.getLogger("litefs")
 
 CATCH_UP_S = 10.0  # for a successor, while writes go on
+REFRESH_S = 1.0  # static lease: the primary is asked no more often, and given no longer, to say who there is
+FORGET_S = 30.0  # and what it has said is shown for so long
 DISK_S = 0.5  # between two looks at the room on the disk
 TAKE_OVER_S = 15.0  # for a successor to become the primary
 _NEAR_TXIDS = 200  # a successor that is so near is waited for with writes paused
@@ -39,6 +42,8 @@ class NodeControl:
         self._store = node.store
         self._switching = asyncio.Lock()
         self._reserve = Reserve(node.store.data_dir)
+        self._told: tuple[MemberView, ...] = ()  # static lease: by the primary
+        self._told_s = self._asked_s = -math.inf
 
     async def watch_disk(self) -> None:
         """Until cancelled: a node whose disk is full is no candidate, and as the primary passes the lease on."""
@@ -98,18 +103,44 @@ class NodeControl:
             self._node.node_id, self._node.hostname, self._node.url, "primary" if self._store.is_primary else "replica",
             candidate=self._node.config.lease.candidate, positions=self._node.positions(), seen_s=0.0,
         )  # fmt: skip
-        others = tuple(
-            self._with_progress(MemberView(node_id, info.hostname, f"//{info.address}", seen_s=0.0), info)
-            for node_id, info in connected.items()
-        )
-        primary: MemberView | None = me
-        if not self._store.is_primary:
-            leader = self._node.following
-            primary = None if leader is None else MemberView(leader.node_id, leader.hostname, leader.url, "primary")
+        if self._store.is_primary:
+            primary: MemberView | None = me
+            others = [
+                self._with_progress(
+                    MemberView(node_id, info.hostname, f"//{info.address}", candidate=False, seen_s=0.0), info
+                )
+                for node_id, info in connected.items()
+            ]
+        else:
+            me, primary, others = self._static_replica_view(me)
         return ClusterView(
             self._node.node_id, self._store.is_primary, self._node.cluster_id, self._store.epoch, primary,
             (me, *others), sync=self._node.config.replication.sync, problem=self._node.unhealthy() or "",
         )  # fmt: skip
+
+    def _static_replica_view(self, me: MemberView) -> tuple[MemberView, MemberView | None, list[MemberView]]:
+        """This node, the primary, and all but this node, as the primary has told."""
+        age_s = time.monotonic() - self._told_s
+        told = {
+            member.node_id: replace(member, seen_s=None if member.seen_s is None else member.seen_s + age_s)
+            for member in (self._told if age_s < FORGET_S else ())
+        }
+        state = told.pop(me.node_id, me).state
+        me = replace(me, state=state, lag_ms=self._store.lag_ms, lag_txids=self._node.lag_txids)
+        leader = self._node.following
+        primary = None if leader is None else MemberView(leader.node_id, leader.hostname, leader.url, "primary")
+        for member in told.values():
+            if primary is not None and member.role == "primary":
+                primary = replace(member, hostname=primary.hostname or member.hostname, url=primary.url)
+                told[member.node_id] = primary
+        return me, primary, list(told.values())
+
+    async def refresh(self) -> None:
+        url, now_s = self._node.primary_url, time.monotonic()
+        if self._node.leadership is None and url and now_s - self._asked_s > REFRESH_S:
+            self._asked_s = now_s
+            with contextlib.suppress(LitefsError):
+                self._told, self._told_s = await self._node.peers.members(url, REFRESH_S), now_s
 
     def _shown(self, member: Member, leader: Leader | None, info: ReplicaInfo | None, in_sync: bool) -> MemberView:
         leads = leader is not None and leader.node_id == member.node_id
@@ -362,5 +393,8 @@ class NodeControl:
 
     def _by_engine(self) -> Leadership:
         if self._node.leadership is None:
-            raise Ineligible("static lease: the primary is fixed by the configuration (lease.candidate)")
+            raise Ineligible(
+                "static lease: the configuration names the primary: to change it stop all nodes, set lease.candidate "
+                "and lease.advertise-url on each, and start them again"
+            )
         return self._node.leadership

@@ -187,7 +187,6 @@ UNDOCUMENTED: dict[str, set[str]] = {
     "cli/main.py": {"UnknownCommand"},
     "cluster/decisions.py": {"CaughtUp"},
     "cluster/ports.py": {"Closable", "Database", "Store", "Worker"},
-    "cluster/roles.py": {"Role"},
     "config.py": {"DataConfig", "FuseConfig", "HttpConfig", "LogConfig"},
     "config_yaml.py": {"Entry", "Mapping", "Scalar", "Sequence"},
     "engine/ltx_log.py": {"LtxLog"},

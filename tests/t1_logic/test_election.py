@@ -25,7 +25,6 @@ from pylitefs.cluster.election import (
     decide,
     decide_forced,
     gives_way_to,
-    is_ahead,
     known_from,
     lag,
     position_map,
@@ -237,6 +236,11 @@ def test_who_an_empty_primary_gives_way_to(
 )  # fmt: skip
 def test_what_a_member_announces_is_not_trusted(info: dict[str, Any]) -> None:
     assert positions_of(Member(1, info=info)) == {}
+
+
+def is_ahead(one: Positions, other: Positions) -> bool:
+    """Whether `one` has everything that `other` has, and more. Of two positions neither may be."""
+    return dict(one) != dict(other) and all(name in one and one[name] >= position for name, position in other.items())
 
 
 NODES = st.dictionaries(st.sampled_from(["a", "b", "c"]), st.tuples(st.integers(1, 3), st.integers(1, 4)), max_size=3)

@@ -16,7 +16,6 @@ from pylitefs.cluster.lease_port import Leader, now_s
 from pylitefs.config import LeaseConfig
 from pylitefs.errors import ConfigError
 from pylitefs.lease.open import open_engine, timeout_of, ttl_of
-from pylitefs.lease.static import StaticLease
 
 SECTIONS = {
     "consul": "url: 'https://:s3cret@consul:8501/team'\nkey: a",
@@ -84,12 +83,6 @@ def test_a_static_lease_has_no_engine() -> None:
     assert ttl_of(lease) == math.inf
     with pytest.raises(ConfigError, match="no engine"):
         open_engine(lease)
-
-
-def test_a_lease_of_an_engine_is_never_taken_as_static() -> None:
-    """It would make every candidate a primary."""
-    with pytest.raises(ValueError, match="static"):
-        StaticLease(lease_of("consul", MINIMAL["consul"]))
 
 
 @pytest.mark.parametrize("missing", ["ca: /no/such/ca.pem", "cert: /no/such/cert.pem\nkey: /no/such/key.pem"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import dataclass
 
@@ -28,13 +27,11 @@ from pylitefs.cluster.decisions import (
     branch_point,
     decide,
 )
-from pylitefs.cluster.roles import Grant, NodeIdentity, PrimaryInfo, Refused, accept, admit
-from pylitefs.config import LeaseConfig
+from pylitefs.cluster.roles import NodeIdentity, Refused, accept, admit
 from pylitefs.engine.epochs import passed
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 from pylitefs.formats.stream import PROTOCOL_VERSION, Hello, Welcome
 from pylitefs.formats.stream_fields import ErrorCode, ResyncReason
-from pylitefs.lease.static import StaticLease
 
 
 def at(txid: int, content: int = 0, epoch: int = 3) -> Position:
@@ -298,12 +295,3 @@ def test_a_clean_end_is_followed_at_once_and_only_once() -> None:
     assert backoff.after_failure() > 0
     assert backoff.after_session(clean=False) > 0
     assert backoff.after_refusal() == 10
-
-
-def test_the_static_lease_is_what_the_configuration_says() -> None:
-    primary = StaticLease(LeaseConfig(type="static", candidate=True))
-    replica = StaticLease(
-        LeaseConfig(type="static", candidate=False, hostname="db1", advertise_url="http://10.0.0.1:20202")
-    )
-    assert asyncio.run(primary.acquire()) == Grant(1)
-    assert asyncio.run(replica.acquire()) == PrimaryInfo("db1", "http://10.0.0.1:20202")

@@ -94,6 +94,9 @@ class FakeControl:
         self.views += 1
         return a_view(self.store, **self.changes)
 
+    async def refresh(self) -> None:
+        pass
+
     async def promote(self, node_id: int | None, force: bool = False) -> None:
         await self._called("promote", node_id, *(["force"] if force else []))
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
-from fake_control import ME, OTHER, FakeControl, FakeHalts, FencedStore
+from fake_control import ME, OTHER, FakeControl, FakeHalts, FencedStore, a_view
 from fake_store import CLUSTER_ID, node_info
 
 from pylitefs import errors
@@ -24,6 +25,7 @@ from pylitefs.cluster.lease_port import now_s
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 from pylitefs.http import cluster_routes, halts, health, peers, waiting
+from pylitefs.http.cluster_documents import cluster_document, members_from
 from pylitefs.http.cluster_routes import ClusterRoutes
 from pylitefs.http.peers import Peers
 from pylitefs.http.server import HttpServer, Route, build_app, listen
@@ -656,6 +658,29 @@ def test_a_peer_that_lies_about_positions(primary: FencedStore) -> None:
             node.control.announced = bad
             with pytest.raises(errors.Unavailable, match="strange"):
                 await node.peers.positions(node.url, LIMIT_S)
+
+    play(primary, scenario)
+
+
+def test_a_peer_that_lies_about_members(primary: FencedStore) -> None:
+    """What it says is believed whole or not at all, whatever it is."""
+    view = a_view(primary)
+    good = json.loads(json.dumps(cluster_document(view)))
+    told = members_from(good)
+    assert [(member.node_id, member.role) for member in told] == [(one.node_id, one.role) for one in view.members]
+    assert [member.positions for member in told] == [member.positions for member in view.members]
+    for key in good["members"][0]:
+        for value in (None, "x", -1.5, [], {"a": 1}, {"a": {"epoch": "1", "txid": "1"}}, "x" * 9999, float("nan")):
+            bad = {**good, "members": [{**good["members"][0], key: value}]}
+            with contextlib.suppress(ValueError):
+                (member,) = members_from(bad)
+                json.dumps(cluster_document(replace(view, members=(member,))), allow_nan=False)
+    for bad in ({}, {"members": {}}, {"members": [1]}, {"members": [{}]}, {"members": good["members"][:1] * 2000}):
+        with pytest.raises(ValueError, match="members"):
+            members_from(bad)
+
+    async def scenario(node: Node) -> None:
+        assert await node.peers.members(node.url, LIMIT_S) == told
 
     play(primary, scenario)
 

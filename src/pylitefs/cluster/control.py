@@ -76,6 +76,10 @@ class Control(Protocol):
     def view(self) -> ClusterView:
         """What is known now, without asking anybody."""
 
+    async def refresh(self) -> None:
+        """Before a `view` for people, ask for what this node cannot know: with a static lease only the primary sees all
+        nodes. Takes a second at most."""
+
     async def promote(self, node_id: int | None, force: bool = False) -> None:
         """Make `node_id` (None: this node) the primary by a switchover, and return when it is. With `force`, and only
         where nobody holds the lease, also one that may lack acknowledged commits."""

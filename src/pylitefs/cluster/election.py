@@ -273,12 +273,6 @@ def total(known: Known) -> Total:
     return Total(tuple(itertools.islice(counts, _MAX_EPOCHS)), sum(txid for _, txid in known.values()))
 
 
-def is_ahead(one: Positions, other: Positions) -> bool:
-    """Whether `one` has everything that `other` has, and more. Of two positions neither may be."""
-    one, other = _with_data(one), _with_data(other)
-    return dict(one) != dict(other) and all(name in one and one[name] >= position for name, position in other.items())
-
-
 def lag(positions: Positions, best: Positions) -> int:
     """How many transactions of `best` are missing in `positions`, by the TXIDs; those of a database that is as far in a
     later epoch are not."""

@@ -1,20 +1,13 @@
-"""Which node is which."""
+"""Which node is which, and who talks to whom."""
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
-from typing import Protocol
 
 from pylitefs.errors import ProtocolError
 from pylitefs.formats.stream import PROTOCOL_VERSION as VERSION
 from pylitefs.formats.stream import Error, Hello, Welcome
 from pylitefs.formats.stream_fields import ErrorCode
-
-
-class Role(enum.Enum):
-    PRIMARY = "primary"  # takes writes
-    REPLICA = "replica"  # follows a primary
 
 
 @dataclass(frozen=True)
@@ -23,32 +16,6 @@ class NodeIdentity:
 
     node_id: int
     hostname: str = ""
-
-
-@dataclass(frozen=True)
-class PrimaryInfo:
-    """Where the primary is. `url` is its base, such as http://10.0.0.1:20202."""
-
-    hostname: str
-    url: str
-
-
-@dataclass(frozen=True)
-class Grant:
-    """This node is the primary. Every acquisition has a higher `epoch`; `ttl_s` None means that it does not expire."""
-
-    epoch: int
-    ttl_s: float | None = None
-
-
-class Lease(Protocol):
-    """Who decides which node is the primary. At no time do two nodes hold a grant that has not expired."""
-
-    async def acquire(self) -> Grant | PrimaryInfo:
-        """Become the primary, or learn who is. Unavailable when neither is possible now."""
-
-    async def release(self) -> None:
-        """Give the role up, if it is held."""
 
 
 class Refused(ProtocolError):

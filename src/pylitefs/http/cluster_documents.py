@@ -12,6 +12,8 @@ from pylitefs.cluster.control import FAILOVER, ClusterView, HaltLock, HistoryEnt
 from pylitefs.formats.ltx.format import Position
 from pylitefs.status import ClusterNumbers, Json, rfc3339
 
+_MAX_MEMBERS = 1000
+_MAX_TEXT = 2048
 _LAST_MS = 253_402_300_799_999  # of the year 9999: what comes from another node may be anything
 
 
@@ -54,6 +56,53 @@ def member_document(member: MemberView) -> Json:
         "inSync": member.in_sync,
         "seenSeconds": _finite(member.seen_s),
     }
+
+
+def members_from(document: Json) -> tuple[MemberView, ...]:
+    """Of a `cluster_document`; ValueError for what is none."""
+    members = document.get("members")
+    if not isinstance(members, list) or len(members) > _MAX_MEMBERS:
+        raise ValueError("no members")
+    try:
+        return tuple(_member_from(member) for member in members)
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("no members") from None
+
+
+def _member_from(document: Json) -> MemberView:
+    shown = MemberView(
+        node_id=_number(document["nodeID"]),
+        hostname=document["hostname"],
+        url=document["url"],
+        role=document["role"],
+        state=document["state"],
+        candidate=document["candidate"],
+        priority=document["priority"],
+        tags={str(key): str(value) for key, value in document["tags"].items()},
+        positions={name: (at["epoch"], _number(at["txid"])) for name, at in document["positions"].items()},
+        lag_ms=document["lagMs"],
+        lag_txids=document["lagTXIDs"],
+        in_sync=document["inSync"],
+        seen_s=document["seenSeconds"],
+    )
+    texts = shown.hostname, shown.url, shown.role, shown.state
+    counts = shown.priority, *(epoch for epoch, _ in shown.positions.values())
+    measures = shown.lag_ms, shown.lag_txids, shown.seen_s
+    if (
+        not all(type(text) is str and len(text) <= _MAX_TEXT for text in texts)
+        or not all(type(count) is int for count in counts)
+        or not all(measure is None or type(measure) in (int, float) for measure in measures)
+        or not (type(shown.candidate) is bool and type(shown.in_sync) is bool)
+    ):
+        raise ValueError("a strange member")
+    return shown
+
+
+def _number(text: str) -> int:
+    """Of 16 hex digits."""
+    if len(text) != 16 or not text.isalnum():
+        raise ValueError("a strange number")
+    return int(text, 16)
 
 
 def history_document(view: ClusterView) -> list[Json]:

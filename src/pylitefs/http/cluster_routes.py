@@ -106,6 +106,11 @@ class ClusterRoutes:
         """The document of /cluster."""
         return cluster_document(self._control.view())
 
+    async def fresh_document(self) -> Json:
+        """… for people, who may wait for it."""
+        await self._control.refresh()
+        return self.document()
+
     def numbers(self) -> ClusterNumbers:
         """What metrics show."""
         view = self._control.view()
@@ -120,7 +125,7 @@ class ClusterRoutes:
     # --- what is known -----------------------------------------------------------------------------------------------
 
     async def cluster(self, _request: web.Request) -> web.Response:
-        return json_answer(self.document())
+        return json_answer(await self.fresh_document())
 
     async def history(self, _request: web.Request) -> web.Response:
         return json_answer(history_document(self._control.view()))

@@ -17,9 +17,10 @@ from typing import IO, Any
 
 import aiohttp
 
-from pylitefs.cluster.control import HaltLock
+from pylitefs.cluster.control import HaltLock, MemberView
 from pylitefs.errors import DatabaseNotFound, Ineligible, NotPrimary, Unavailable
 from pylitefs.formats.ltx.format import Position
+from pylitefs.http.cluster_documents import members_from
 from pylitefs.http.errors import PRIMARY_HEADER
 from pylitefs.http.halts import EPOCH_HEADER, ID_HEADER
 from pylitefs.http.queries import MAX_LOCK_ID, MAX_NAME_BYTES
@@ -79,6 +80,14 @@ class Peers:
         if not isinstance(positions, dict) or not all(map(_is_position_entry, positions.items())):
             raise answer.strange("no positions")
         return document
+
+    async def members(self, url: str, timeout_s: float) -> tuple[MemberView, ...]:
+        """What that node knows of the cluster's nodes."""
+        answer = await self._ask("GET", url, "/cluster", {}, timeout_s)
+        try:
+            return members_from(answer.document())
+        except ValueError as error:
+            raise answer.strange(str(error)) from None
 
     async def failsafe(self, url: str, leader_id: int, epoch: int, timeout_s: float) -> str:
         """Why that node does not promise to let nobody else lead; empty if it does, and follows this primary."""

@@ -128,7 +128,7 @@ class Api:
     async def status(self, _request: web.Request) -> web.Response:
         await self._barrier()
         replicas = self._replicas()
-        cluster = self._cluster.document() if self._cluster is not None else None
+        cluster = await self._cluster.fresh_document() if self._cluster is not None else None
         loop = asyncio.get_running_loop()
         document = await loop.run_in_executor(
             self._thread, status_document, self._store, self._node, replicas, time.time(), cluster

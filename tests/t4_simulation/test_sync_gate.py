@@ -16,7 +16,6 @@ from pylitefs.cluster.sync_gate import Mode, SyncGate, SyncRules
 from pylitefs.errors import Unavailable
 from pylitefs.events import Event
 
-NODES = (1, 2, 3, 4)
 NAMES = ("a", "b")
 
 
@@ -323,74 +322,116 @@ def test_when_commits_do_not_wait_any_more_is_told() -> None:
     assert here.acknowledged == [("a", 1), ("a", 2)]
 
 
+FEW = (1, 2, 3)
+
+
 class Anything(RuleBasedStateMachine):
-    """Replicas come, go, hold and report in any order; writes of the state succeed, fail, or fail and count."""
+    """Replicas come, go, hold and report in any order; writes of the state succeed, fail, or are not answered, and count
+    at any time until a later one has succeeded. Whichever set may stand there, its nodes hold what was acknowledged,
+    and with "wait" it has enough of them; and what waits is answered once all is well."""
 
     @initialize(
-        replicas=st.integers(1, 3),
-        degrade=st.booleans(),
-        written=st.one_of(st.none(), st.frozensets(st.sampled_from(NODES), max_size=3)),
+        replicas=st.integers(1, 2),
+        mode=st.sampled_from(Mode),
+        limited=st.booleans(),
+        written=st.one_of(st.none(), st.frozensets(st.sampled_from(FEW), max_size=2)),
+        present=st.frozensets(st.sampled_from(FEW)),
     )
-    def begin(self, replicas: int, degrade: bool, written: frozenset[int] | None) -> None:
-        rules = SyncRules(
-            replicas, Mode.DEGRADE if degrade else Mode.WAIT, timeout_s=2.0 if degrade else 0.0, take_in_s=0.5
+    def begin(
+        self, replicas: int, mode: Mode, limited: bool, written: frozenset[int] | None, present: frozenset[int]
+    ) -> None:
+        self.rules = SyncRules(
+            replicas, mode, timeout_s=2.0 if limited or mode is Mode.DEGRADE else 0.0, take_in_s=0.5
         )
         self.loop = asyncio.new_event_loop()
-        self.world = World(rules, written)
-        self.held = {node: dict.fromkeys(NAMES, 0) for node in NODES}  # durably, whether we were told or not
+        self.held = {node: dict.fromkeys(NAMES, 0) for node in FEW}  # durably, whether we were told or not
+        self.heads: dict[str, int] = {}
+        self.acknowledged: dict[str, int] = {}
+        self.begin_term(written)
+        for node in present:
+            self.join(node)
+
+    def begin_term(self, written: frozenset[int] | None) -> None:
+        self.world = World(self.rules, written)
+        self.world.heads = self.heads
+        self.unsure: list[frozenset[int]] = [frozenset(FEW)] if written is None else []  # writes that may count yet
         self.connected: set[int] = set()
         self.told = 0
         self.writing: asyncio.Future[None] | None = None
-        self.wanted: frozenset[int] = frozenset()
         self.task: asyncio.Task[None] | None = None
         self.world.gate._change = self.change
 
+    @property
+    def may_stand(self) -> list[frozenset[int]]:
+        return [self.world.document or frozenset(), *self.unsure]
+
     async def change(self, nodes: frozenset[int]) -> None:
         self.wanted, self.writing = nodes, self.loop.create_future()
+        self.unsure.append(nodes)
         await self.writing
 
     def pump(self) -> None:
         for _ in range(5):
             self.loop.run_until_complete(asyncio.sleep(0))
+            self.check()
 
-    @rule(name=st.sampled_from(NAMES))
-    def commit(self, name: str) -> None:
+    @rule(name=st.sampled_from(NAMES), holders=st.frozensets(st.sampled_from(FEW)))
+    def commit(self, name: str, holders: frozenset[int]) -> None:
         self.world.commit(name)
+        self.check()
+        for node in holders:
+            self.hold(node, name, report=True)
 
-    @rule(node=st.sampled_from(NODES), name=st.sampled_from(NAMES), report=st.booleans())
+    @rule(node=st.sampled_from(FEW), name=st.sampled_from(NAMES), report=st.booleans())
     def hold(self, node: int, name: str, report: bool) -> None:
         if node in self.connected:
-            self.held[node][name] = self.world.heads.get(name, 0)
+            self.held[node][name] = self.heads.get(name, 0)
             if report:
                 self.report(node)
 
-    @rule(node=st.sampled_from(NODES))
+    @rule(node=st.sampled_from(FEW))
     def report(self, node: int) -> None:
         if node in self.connected:
             for name in NAMES:
                 self.world.gate.holds(node, name, self.held[node][name])
+                self.check()
 
-    @rule(node=st.sampled_from(NODES))
-    def catch_up(self, node: int) -> None:
-        if node not in self.connected:
-            self.join(node)
+    @rule(node=st.sampled_from(FEW), looks=st.integers(1, 3))
+    def catch_up(self, node: int, looks: int) -> None:
+        self.join(node)
         for name in NAMES:
             self.hold(node, name, report=True)
         self.world.now_s += 0.6  # so that a pause is over
-        self.look()
+        for _ in range(looks):
+            self.look()
 
-    @rule(node=st.sampled_from(NODES))
+    @rule(node=st.sampled_from(FEW))
     def join(self, node: int) -> None:
         if node not in self.connected:
             self.connected.add(node)
             self.world.gate.joined(node)
 
-    @rule(node=st.sampled_from(NODES))
+    @rule(node=st.sampled_from(FEW))
     def leave(self, node: int) -> None:
         self.connected.discard(node)
         self.world.gate.left(node)
 
-    @rule(node=st.sampled_from(NODES), name=st.sampled_from(NAMES))
+    @rule(old=st.sampled_from(FEW), new=st.sampled_from(FEW), behind=st.booleans(), answered=st.booleans())
+    def replace(self, old: int, new: int, behind: bool, answered: bool) -> None:
+        """One is lost, another takes its place, or falls behind before it has."""
+        self.leave(old)
+        self.catch_up(new, 0)
+        if behind:
+            self.world.commit("a")
+        self.look()
+        self.look()
+        if self.is_writing:
+            self.write_ends(answered)
+        else:
+            self.world.now_s += 0.6  # it is not waited for any more
+            self.look()
+
+    @rule(node=st.sampled_from(FEW), name=st.sampled_from(NAMES))
     def stray(self, node: int, name: str) -> None:
         self.world.gate.strayed(node, name)
 
@@ -408,38 +449,85 @@ class Anything(RuleBasedStateMachine):
             self.loop.run_until_complete(asyncio.sleep(0.0025))  # it asks every 2 ms
         self.pump()
 
-    @precondition(lambda self: self.writing is not None and not self.writing.done())
-    @rule(counts=st.booleans(), answered=st.booleans())
-    def write_ends(self, counts: bool, answered: bool) -> None:
+    @property
+    def is_writing(self) -> bool:
+        return self.writing is not None and not self.writing.done()
+
+    @precondition(lambda self: self.is_writing)
+    @rule(answered=st.booleans())
+    def write_ends(self, answered: bool) -> None:
         assert self.writing is not None
-        if counts or answered:
-            self.world.document = self.wanted
         if answered:
+            self.world.document, self.unsure = self.wanted, []
             self.writing.set_result(None)
         else:
             self.writing.set_exception(Unavailable("no answer"))
         self.pump()
 
+    @rule(stands=st.integers(0, 9), refused=st.booleans())
+    def another_term(self, stands: int, refused: bool) -> None:
+        """This node is elected once more, on whichever set stands there. The end of its term is a write that is refused,
+        or comes without one."""
+        if refused and self.is_writing:
+            assert self.writing is not None
+            self.writing.set_exception(LeaseLost("another node leads"))
+            self.pump()
+            assert self.world.gate.is_closed
+        self.world.gate.close(Unavailable("demoted"))
+        self.check()
+        assert self.world.gate.waiting == 0
+        self.end()
+        self.begin_term(self.may_stand[stands % len(self.may_stand)])
+
+    def check(self) -> None:
+        answers = self.world.answers
+        fresh, self.told = answers[self.told :], len(answers)
+        for name, txid, error in fresh:
+            if error is not None:
+                assert self.rules.mode is Mode.WAIT and self.rules.timeout_s or self.world.gate.is_closed
+                continue
+            self.acknowledged[name] = max(txid, self.acknowledged.get(name, 0))
+            if self.rules.mode is Mode.WAIT:
+                assert sum(self.held[node][name] >= txid for node in FEW) >= self.rules.replicas
+                assert all(len(nodes) >= self.rules.replicas for nodes in self.may_stand), "nobody could take over"
+        for node in frozenset[int]().union(*self.may_stand):
+            for name, txid in self.acknowledged.items():
+                assert self.held[node][name] >= txid, f"node {node} may be elected and lacks {name} {txid}"
+
     @invariant()
     def who_may_be_elected_holds_what_was_acknowledged(self) -> None:
-        """What was acknowledged is as of now; a node that is written before it joined is behind until something is."""
-        document, rules = self.world.document, self.world.gate.rules
-        fresh, self.told = self.world.answers[self.told :], len(self.world.answers)
-        for name, txid, error in fresh:
-            assert error is None
-            holders = {node for node in NODES if self.held[node][name] >= txid}
-            if rules.mode is Mode.WAIT:
-                assert len(holders) >= rules.replicas
-        for node in document or ():
-            for name, txid in self.world.acknowledged:
-                assert self.held[node][name] >= txid, f"node {node} lacks {name} {txid}"
+        self.check()
 
-    def teardown(self) -> None:
+    @rule()
+    def all_is_well(self) -> None:
+        """Everybody is there and holds everything, and the state can be written: what waits is answered."""
+        for _ in range(4):
+            for node in FEW:
+                self.catch_up(node, 1)
+            if self.is_writing:
+                self.write_ends(answered=True)
+        gate = self.world.gate
+        assert gate.waiting == 0 and len(gate.in_sync) == self.rules.replicas and gate.in_sync == self.world.document
+        for name in NAMES:
+            txid = self.world.commit(name)
+            for node in gate.in_sync:
+                assert (name, txid, None) not in self.world.answers, "it does not wait for all that may be elected"
+                self.held[node][name] = txid
+                self.world.gate.holds(node, name, txid)
+            assert (name, txid, None) in self.world.answers, "it waits for others"
+        self.check()
+
+    def end(self) -> None:
         if self.task is not None and not self.task.done():
             self.task.cancel()
-            self.pump()
-        self.loop.close()
+            for _ in range(3):
+                self.loop.run_until_complete(asyncio.sleep(0))
+
+    def teardown(self) -> None:
+        if hasattr(self, "loop"):
+            self.end()
+            self.loop.close()
 
 
 TestAnything = Anything.TestCase
-TestAnything.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestAnything.settings = settings(max_examples=250, stateful_step_count=30, deadline=None)

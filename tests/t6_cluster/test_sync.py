@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -224,8 +225,10 @@ def test_degrade_goes_on_alone(cluster: Cluster) -> None:
 
 
 def test_ten_writers_share_the_round_trips(cluster: Cluster) -> None:
-    primary, replica, writer = gated_pair(cluster)
-    writer.close()
+    primary = cluster.node("primary")
+    primary.config["replication"] = {"sync": 1}
+    primary.start()
+    replica = cluster.node("replica", primary=primary).start()
     errors: list[BaseException] = []
 
     def write(number: int) -> None:
@@ -249,3 +252,7 @@ def test_ten_writers_share_the_round_trips(cluster: Cluster) -> None:
     for number in range(10):
         wait_same_position(primary, replica, f"db{number}")
         assert_same_bytes([primary, replica], f"db{number}")
+    metrics = primary.get("/metrics").decode()
+    (waited,) = re.findall(r"^litefs_sync_wait_seconds_count (.+)$", metrics, re.MULTILINE)
+    assert float(waited) >= 10 * 7
+    assert 'litefs_sync_failed_commits_total{reason="timeout"} 0.0' in metrics

@@ -52,18 +52,36 @@ class HaltFailed(LitefsError):
         self.errno = number
 
 
+class HaltLost(LitefsError):
+    """The lock was lost, or the primary did not get everything in time: what was not certain may be missing there."""
+
+    def __init__(self, path: str, number: int) -> None:
+        super().__init__(
+            f"the HALT lock of {path} was lost ({os.strerror(number).lower()}): commits with synchronous=NORMAL or OFF "
+            "may be missing on the primary: see this node's log, and litefs lost"
+        )
+        self.errno = number
+
+
 @contextlib.contextmanager
 def halt(path: str | os.PathLike[str], timeout_s: float | None = TIMEOUT_S) -> Iterator[int]:
     """Hold the HALT lock of the database at `path`, a file in the mount, for the time of the block; gives the
     descriptor of its lock file. Blocks for at most `timeout_s`, None: as long as it takes. Raises HaltFailed.
 
-    Commits of this node to that database go to the primary while it is held, and return when the primary has them.
+    Commits of this node to that database go to the primary while it is held; those with synchronous=FULL return when
+    the primary has them. At the end of the block it has all of them, or HaltLost is raised.
     """
     fd = take(os.fspath(path), timeout_s)
     try:
         yield fd
-    finally:
+    except BaseException:
+        with contextlib.suppress(OSError):
+            release(fd)
+        raise
+    try:
         release(fd)
+    except OSError as error:
+        raise HaltLost(os.fspath(path), error.errno or errno.EIO) from None
 
 
 def take(path: str, timeout_s: float | None) -> int:
@@ -84,13 +102,13 @@ def take(path: str, timeout_s: float | None) -> int:
 
 
 def release(fd: int) -> None:
-    """Give it back: at once what other processes of this machine wait for, the primary's with the last close."""
+    """Give it back: at once what other processes of this machine wait for, the primary's with the last close. OSError:
+    the primary does not have everything."""
     try:
         with contextlib.suppress(OSError):  # the mount is gone, and the lock with it
             fcntl.fcntl(fd, _F_OFD_SETLK, _flock(fcntl.F_UNLCK))
     finally:
-        with contextlib.suppress(OSError):
-            os.close(fd)
+        os.close(fd)
 
 
 class _TooLate(Exception):

@@ -387,3 +387,68 @@ def test_a_holder_that_was_away_for_longer_than_the_log_reaches(cluster: Cluster
     assert count(replica) == 5
     (branch,) = branches(str(replica.data), "app.db")
     assert branch.transactions == 3 and branch.path("tip.db") is not None
+
+
+LARGE_BYTES = 6 << 20
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_large_transaction(cluster: Cluster, mode: str) -> None:
+    """It goes through files. One that is larger than the primary takes is refused, with a line that says so."""
+    primary, replica = cluster.pair()
+    begin(primary, mode)
+    wait_same_position(primary, replica, "app.db")
+    with pylitefs.halt(replica.mount / "app.db"), contextlib.closing(replica.connect("app.db")) as connection:
+        connection.execute("insert into log values (randomblob(?), 1)", (LARGE_BYTES,))
+    settled(primary, replica)
+    primary.stop()
+    primary.config["http"]["max-import-size"] = "4MB"
+    primary.start()
+    wait_until(lambda: increment(primary, "primary") is None and replica.healthy(), "they are connected again")
+    wait_same_position(primary, replica, "app.db")
+    with (
+        pytest.raises(pylitefs.HaltLost),
+        pylitefs.halt(replica.mount / "app.db"),
+        contextlib.closing(replica.connect("app.db")) as connection,
+    ):
+        connection.execute("pragma synchronous=full")
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+            connection.execute("insert into log values (randomblob(?), 2)", (LARGE_BYTES,))
+    assert "http.max-import-size" in replica.log_text()
+    wait_until(lambda: increment(primary, "primary") is None, "the primary is written to")
+    settled(primary, replica)
+    with contextlib.closing(primary.connect("app.db")) as connection:
+        sizes = connection.execute("select length(who) from log where n < 3 and typeof(who) = 'blob'").fetchall()
+    assert sizes == [(LARGE_BYTES,)]
+
+
+STOP_AND_WRITE = """
+import os, signal, sqlite3, sys
+os.kill(int(sys.argv[2]), signal.SIGSTOP)
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("pragma synchronous=normal")
+db.execute("update counter set n = n + 1")
+os._exit(0)
+"""
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("by", ["library", "command"])
+def test_who_has_written_under_a_lock_that_was_lost_is_told(cluster: Cluster, by: str) -> None:
+    """The primary stands still, so it does not get what was committed; when it goes on it takes it."""
+    primary, replica = cluster.pair()
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    assert primary.process is not None
+    path = str(replica.mount / "app.db")
+    program = [sys.executable, "-c", STOP_AND_WRITE, path, str(primary.process.pid)]
+    if by == "library":
+        with pytest.raises(pylitefs.HaltLost, match="may be missing"), pylitefs.halt(path):
+            subprocess.run(program, check=True, timeout=60)
+    else:
+        done = replica.litefs("run", "-with-halt-lock-on", path, "--", *program)
+        assert done.returncode == 1 and "may be missing" in done.stderr
+    primary.resume()
+    wait_until(lambda: count(primary) == 1, "the primary has it")
+    settled(primary, replica)

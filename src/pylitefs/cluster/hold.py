@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import secrets
 import threading
 import time
@@ -34,7 +35,8 @@ log = logging.getLogger("litefs.halt")
 T = TypeVar("T")
 
 ASK_S = 5.0  # for an answer that takes the primary no work
-SEND_S = 60.0  # for a transaction
+SEND_S = 60.0  # for a transaction, and as long again as it takes at
+SLOWEST_BYTES_S = 1 << 20
 DEMOTE_S = 1.0  # a try to lock the writers out
 SHARE_S = 5.0
 """Who comes later waits for the next lock: else a busy node could keep it for ever."""
@@ -229,9 +231,11 @@ class Hold:
     async def _closed_well(self, ends: bool) -> None:
         """Return when the primary has everything, and its lock if that `ends`. OSError if it will not have it."""
         try:
-            async with asyncio.timeout(self._node.open_s):
+            async with asyncio.timeout(self._node.open_s) as limit:
                 if self._captures:
-                    await self._all_sent()
+                    position = await asyncio.wrap_future(self._database.flush())
+                    limit.reschedule(asyncio.get_running_loop().time() + self._node.open_s + self._unsent_s())
+                    await self._all_sent(position)
                 if ends or self.state is State.ENDING:
                     await asyncio.wait([self.task])
         except TimeoutError:
@@ -242,9 +246,13 @@ class Hold:
         if self._problem and self._acked.txid < self._gave_up_at:
             raise OSError(errno.EIO, self._problem)
 
-    async def _all_sent(self) -> None:
-        """Wait for everything that is committed now. Lost, if that is not possible any more."""
-        position = await asyncio.wrap_future(self._database.flush())
+    def _unsent_s(self) -> float:
+        """How long what the primary does not have may take on its way."""
+        entries = self._database.log.entries()
+        return sum(entry.size_bytes for entry in entries if entry.max_txid > self._acked.txid) / SLOWEST_BYTES_S
+
+    async def _all_sent(self, position: Position) -> None:
+        """Wait for everything up to there. Lost, if that is not possible any more."""
         while self._acked.txid < position.txid:
             if self._problem:
                 raise Lost(self._problem)
@@ -415,18 +423,20 @@ class Hold:
         return await self._post(entry.path, after)
 
     async def _post(self, data: bytes | str, after: Position) -> Position:
-        step, give_up_s = 0, time.monotonic() + self._node.ttl_s
+        size_bytes = len(data) if isinstance(data, bytes) else (await in_thread(os.stat, data)).st_size
+        step, give_up_s, send_s = 0, 0.0, SEND_S + size_bytes / SLOWEST_BYTES_S
         while True:
             began_s = time.monotonic()
             try:
                 with contextlib.ExitStack() as stack:
                     body = data if isinstance(data, bytes) else stack.enter_context(open(data, "rb"))
-                    position = await self._peers.transaction(self._url, self.name, self._id, self._epoch, body, SEND_S)
+                    position = await self._peers.transaction(self._url, self.name, self._id, self._epoch, body, send_s)
             except (NotPrimary, Ineligible, DatabaseNotFound) as error:
                 raise Lost(str(error)) from None
             except OSError as failure:
                 raise Lost(f"the log of this node cannot be read: {failure.strerror}") from None
             except Unavailable as error:
+                give_up_s = give_up_s or time.monotonic() + self._node.ttl_s
                 if time.monotonic() >= give_up_s:
                     raise Lost(f"the primary could not take a transaction in time: {error}") from None
                 if step == 0:

@@ -34,7 +34,7 @@ EPOCH_HEADER = "Litefs-Epoch"
 ID_HEADER = "Litefs-Id"
 HALT_TIMEOUT_S = 30.0
 SMALL_TIMEOUT_S = 30.0  # for the first megabyte of a transaction to arrive
-TRANSACTION_TIMEOUT_S = 120.0  # to apply it, once it is here
+TRANSACTION_TIMEOUT_S = 120.0  # to apply it, once it is here; not cut off then
 MEMORY_BYTES = 1 << 20
 """A larger transaction is received into a file."""
 MAX_TRANSACTIONS = 8

@@ -2,7 +2,7 @@
 
 Every call has a deadline and ends by it. An answer is read up to a limit and checked before anything of it is used: a
 peer may be another program, an older version, or lie. Errors are one line each: DatabaseNotFound (404), Ineligible
-(409), NotPrimary (421, with the URL of the primary if it knows it), and Unavailable for everything else.
+(409, 413), NotPrimary (421, with the URL of the primary if it knows it), and Unavailable for everything else.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 def _error_of(answer: _Answer, name: str) -> Exception:
     if answer.status == 404 and name:
         return DatabaseNotFound(name)
-    if answer.status == 409:
+    if answer.status in (409, 413):
         return Ineligible(answer.line)
     if answer.status == 421:
         try:

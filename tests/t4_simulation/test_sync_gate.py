@@ -160,6 +160,32 @@ def test_a_set_that_may_be_written_counts() -> None:
     assert here.acknowledged == [("a", 1)] and here.document == {2}
 
 
+def test_a_set_that_may_be_written_counts_when_a_third_node_has_not_caught_up() -> None:
+    here = world()
+    here.join(1)
+    here.step()
+    here.join(2)
+
+    def half(nodes: frozenset[int]) -> None:
+        here.document = nodes
+        raise Unavailable("no answer")
+
+    here.write = half
+    here.gate.left(1)
+    here.step(1)
+    assert here.document == {2}
+    here.join(3)
+    here.gate.left(2)
+    here.commit()
+    here.now_s += 1
+    here.step(1)
+    assert here.document == {2}, "the third one lacks the commit"
+    here.join(1)
+    assert here.answers == [], "the second one may be elected"
+    here.join(2)
+    assert here.acknowledged == [("a", 1)]
+
+
 def test_a_node_that_may_have_been_taken_in_is_waited_for() -> None:
     here = world(mode=Mode.DEGRADE)
     here.step()
@@ -326,9 +352,9 @@ FEW = (1, 2, 3)
 
 
 class Anything(RuleBasedStateMachine):
-    """Replicas come, go, hold and report in any order; writes of the state succeed, fail, or are not answered, and count
-    at any time until a later one has succeeded. Whichever set may stand there, its nodes hold what was acknowledged,
-    and with "wait" it has enough of them; and what waits is answered once all is well."""
+    """Replicas come, go, hold and report in any order; writes of the state succeed, fail, or are not answered, and
+    count at any time until a later one has succeeded. Whichever set may stand there, its nodes hold what was
+    acknowledged, and with "wait" it has enough of them; and what waits is answered once all is well."""
 
     @initialize(
         replicas=st.integers(1, 2),
@@ -349,7 +375,7 @@ class Anything(RuleBasedStateMachine):
         self.acknowledged: dict[str, int] = {}
         self.begin_term(written)
         for node in present:
-            self.join(node)
+            self.catch_up(node, 1, ends=True)
 
     def begin_term(self, written: frozenset[int] | None) -> None:
         self.world = World(self.rules, written)
@@ -396,14 +422,16 @@ class Anything(RuleBasedStateMachine):
                 self.world.gate.holds(node, name, self.held[node][name])
                 self.check()
 
-    @rule(node=st.sampled_from(FEW), looks=st.integers(1, 3))
-    def catch_up(self, node: int, looks: int) -> None:
+    @rule(node=st.sampled_from(FEW), looks=st.integers(1, 3), ends=st.sampled_from([None, True, False]))
+    def catch_up(self, node: int, looks: int, ends: bool | None) -> None:
         self.join(node)
         for name in NAMES:
             self.hold(node, name, report=True)
         self.world.now_s += 0.6  # so that a pause is over
         for _ in range(looks):
             self.look()
+        if ends is not None and self.is_writing:
+            self.write_ends(ends)
 
     @rule(node=st.sampled_from(FEW))
     def join(self, node: int) -> None:
@@ -420,7 +448,7 @@ class Anything(RuleBasedStateMachine):
     def replace(self, old: int, new: int, behind: bool, answered: bool) -> None:
         """One is lost, another takes its place, or falls behind before it has."""
         self.leave(old)
-        self.catch_up(new, 0)
+        self.catch_up(new, 0, None)
         if behind:
             self.world.commit("a")
         self.look()
@@ -466,8 +494,8 @@ class Anything(RuleBasedStateMachine):
 
     @rule(stands=st.integers(0, 9), refused=st.booleans())
     def another_term(self, stands: int, refused: bool) -> None:
-        """This node is elected once more, on whichever set stands there. The end of its term is a write that is refused,
-        or comes without one."""
+        """This node is elected once more, on whichever set stands there. The end of its term is a write that is
+        refused, or comes without one."""
         if refused and self.is_writing:
             assert self.writing is not None
             self.writing.set_exception(LeaseLost("another node leads"))
@@ -484,7 +512,7 @@ class Anything(RuleBasedStateMachine):
         fresh, self.told = answers[self.told :], len(answers)
         for name, txid, error in fresh:
             if error is not None:
-                assert self.rules.mode is Mode.WAIT and self.rules.timeout_s or self.world.gate.is_closed
+                assert (self.rules.mode is Mode.WAIT and self.rules.timeout_s) or self.world.gate.is_closed
                 continue
             self.acknowledged[name] = max(txid, self.acknowledged.get(name, 0))
             if self.rules.mode is Mode.WAIT:
@@ -503,9 +531,7 @@ class Anything(RuleBasedStateMachine):
         """Everybody is there and holds everything, and the state can be written: what waits is answered."""
         for _ in range(4):
             for node in FEW:
-                self.catch_up(node, 1)
-            if self.is_writing:
-                self.write_ends(answered=True)
+                self.catch_up(node, 1, ends=True)
         gate = self.world.gate
         assert gate.waiting == 0 and len(gate.in_sync) == self.rules.replicas and gate.in_sync == self.world.document
         for name in NAMES:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_nodes import Node, check_log, copy_of, new_primary, replay, rows_of
+from engine_nodes import NamedFiles, Node, check_log, copy_of, new_primary, replay, rows_of
 from recording_vfs import library
 from stepping_process import SteppingProcess, is_wal
 
@@ -203,6 +203,33 @@ def test_many_commits_each_once(live: Live) -> None:
     live.check()
     assert live.database.position.txid == before + 5
     assert live.gate.asked == list(range(before + 1, before + 6))
+    assert "gap" not in live.node.kinds()
+
+
+def test_an_index_that_only_the_mount_shows(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without passthrough. Until it is open there a commit must not be taken for a published one: it would be recorded
+    twice, and taken back between, while the first record is what its fsync waits for."""
+    before, opener, opens = live.database.position.txid, live.store.opener, []
+    monkeypatch.setattr(NamedFiles, "reads_shm_directly", property(lambda _: False))
+    really = opener.open
+    monkeypatch.setattr(opener, "open", lambda *call: opens.append(call))
+    with live.database.wal.mutex:
+        opener.close(live.database.wal._forget_shm())
+    assert is_wal(live.sql.start("INSERT INTO t (v) VALUES (1)"))
+    first = Fsync(live.hooks, live.ref(FileKind.WAL))
+    until(lambda: opens)
+    time.sleep(0.2)  # longer than what cannot be read in peace is tried
+    assert not live.gate.waiting and not first.answered.is_set()
+    monkeypatch.setattr(opener, "open", really)
+    for call in opens:
+        really(*call)
+    if not live.waits(first):  # of the WAL's header
+        assert is_wal(live.sql.answer(True))
+        first = Fsync(live.hooks, live.ref(FileKind.WAL))
+        assert live.waits(first)
+    assert live.finish(first) == []
+    live.check()
+    assert live.database.position.txid == before + 1
     assert "gap" not in live.node.kinds()
 
 

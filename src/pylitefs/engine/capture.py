@@ -284,6 +284,9 @@ class Capture(CommitPoints):
     def _wal_pass(self, database: Database) -> bool:
         """Record what was collected and what has been committed since. Small batches are taken into memory first, so
         that a checkpoint waits for their reading only; large ones are streamed."""
+        if database.wal.view.index_is_hidden():
+            self.open_shm(database)
+            raise UnstableSource(f"{database.name}: its wal-index is being opened")
         for attempt in range(_ATTEMPTS):
             wal = database.wal
             try:

@@ -92,8 +92,9 @@ class GatedCommits:
         try:
             txid = self._take(database, wait)
         except UnstableSource:
-            if tries:
-                self._store.worker.call_later(_AGAIN_S, self._find, database, wait, tries - 1)
+            hidden = database.wal.view.index_is_hidden()  # it is being opened: for as long as that takes
+            if tries or hidden:
+                self._store.worker.call_later(_AGAIN_S, self._find, database, wait, tries - (not hidden))
             else:
                 wait.done(OSError(errno.EIO, f"{database.name}: its WAL cannot be read in peace"))
         except OSError as error:

@@ -61,6 +61,7 @@ def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:
     if fds:  # now, and not before: who waits for WRITE goes on. The locks of -shm before SHARED
         for fd in reversed(fds):
             ofd_locks.unlock(fd, 0, 0)
+        wal.use_shm(fds.pop())  # else nobody could tell at first what is published, where only the mount shows it
         registry.opener.close(fds)
     return True
 

@@ -159,6 +159,11 @@ class WalView:
     def has_index(self) -> bool:
         return self._fd(FileKind.SHM) is not None and self._in_use()
 
+    def index_is_hidden(self) -> bool:
+        """Whether there is a -shm that only the mount shows, and it is not open there yet: what is whole in the WAL
+        need not be published, and what is not can still be taken back."""
+        return not self._files.reads_shm_directly and self._mount_shm < 0 and os.path.exists(self._files.shm)
+
     def wal_header(self) -> WalHeader | None:
         wal = self._fd(FileKind.WAL)
         if wal is None:

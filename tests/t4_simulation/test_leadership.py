@@ -149,6 +149,22 @@ async def test_one_promotion_at_a_time() -> None:
         assert cluster.document.state.epoch == 3
 
 
+@virtual
+async def test_a_leader_whose_successor_is_lost_can_lead_again() -> None:
+    """The successor was lost before it had anybody in sync: nobody else has what was acknowledged before."""
+    async with cluster_of(3, sync=1) as (cluster, first):
+        second, third = others(cluster, first)
+        second.log = list(first.log)
+        in_sync = frozenset([second.node_id])
+        await first.leadership.change_state(lambda state: replace(state, in_sync=in_sync))
+        await first.kill()
+        assert await next_leader(cluster, first) is second
+        await second.kill()
+        first.start()
+        assert await next_leader(cluster, second) is first
+        assert third.is_primary is False
+
+
 # --- handing over
 
 

@@ -115,7 +115,9 @@ class Office:
         """Take the lease, as of `view`. False: it could not be had. Unavailable: nobody knows. Where the reason is
         FORCED only this node is in sync with what begins now."""
         node, settings, state = self._node, self._settings, self._shared.document.state
-        in_sync = frozenset() if state.in_sync is None or reason == FORCED else state.in_sync - {node.node_id}
+        in_sync: frozenset[int] = frozenset()
+        if state.in_sync is not None and reason != FORCED:  # the last leader holds all it has acknowledged
+            in_sync = (state.in_sync | {state.last_leader}) - {node.node_id}
         positions = node.positions()
         txid = sum(txid for _, txid in positions.values())
         document = replace(

@@ -78,7 +78,7 @@ class SimNode:
         self.number = number
         self.hostname = f"n{number}"
         self.url = f"http://n{number}"
-        self.rate = cluster.world.rng.uniform(1 - cluster.setup.drift, 1 + cluster.setup.drift)
+        self.rate = 1 + cluster.setup.drift * cluster.world.rng.choice((-1, -1, 0, 1))
         self.candidate = number not in cluster.setup.witnesses
         self.priority = cluster.world.rng.choice((0, 0, 0, 1))
         self.disk = Disk(number)

@@ -23,11 +23,13 @@ TIMEOUT_S = 0.75
 
 
 class SimService(MemoryService):
-    """`terms`: who acquired the lease, and when. `deleted`: the epochs whose lease an operator deleted."""
+    """`terms`: who acquired the lease, and when. `deleted`: the epochs whose lease an operator deleted. `written` is
+    called when the state has changed."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, written: Callable[[], None]) -> None:
         super().__init__(clock=lambda: world.now_s)
         self._world = world
+        self._written = written
         self._looks: dict[Callable[[], None], None] = {}
         self.terms: list[tuple[float, Leader]] = []
         self.deleted: set[int] = set()
@@ -36,7 +38,13 @@ class SimService(MemoryService):
         held = super().acquire(leader, ttl_s, state, version)
         if held is not None:
             self.terms.append((self._world.now_s, leader))
+            self._written()
         return held
+
+    def update(self, state: bytes, version: str, held: Held | None) -> Versioned:
+        found = super().update(state, version, held)
+        self._written()
+        return found
 
     def drop(self) -> None:
         """An operator deletes the lease."""

@@ -3,7 +3,8 @@
 The observer knows what no client can, and says so at once:
 
     UNFENCED    a commit was found to be covered by the lease after another node had acquired it
-    SYNC        a commit was acknowledged that a node of the in-sync set, as it stands in the engine, does not hold
+    SYNC        a node that is elected, or stands in the in-sync set in the engine, lacks an acknowledged commit
+    WITNESS     a node was elected that is no candidate
     STALE-READ  a read after `litefs sync` lacks a commit that was acknowledged before
 """
 
@@ -20,6 +21,7 @@ from harness.history import Copy, History, Outcome, Read, Role, Write
 from pylitefs.cluster.state import Document
 
 WRITE_S = 0.12
+LAST_S = 0.002
 READ_S = 1.0
 FRESH_S = 0.7
 
@@ -52,7 +54,7 @@ class SimCluster:
     def __init__(self, world: World, setup: Setup) -> None:
         self.world, self.setup = world, setup
         world.stalls = setup.stalls
-        self.service = SimService(world)
+        self.service = SimService(world, self._written)
         self.history = History()
         self.observed: list[str] = []
         self.clients = world.process("clients")
@@ -60,6 +62,7 @@ class SimCluster:
         self.writing = True
         self._fresh: list[tuple[str, float, frozenset[str]]] = []
         self._acknowledged: dict[str, int] = {}  # in which epoch
+        self._newest: tuple[int, Entry] | None = None  # of FULL, acknowledged: its number, and what it is
         self._known = ("", Document())
         self._count = 0
 
@@ -104,11 +107,16 @@ class SimCluster:
     # -- clients
 
     async def _write(self, node: SimNode, name: str) -> None:
-        rng = self.world.rng
         while True:
-            await asyncio.sleep(WRITE_S * rng.uniform(0.3, 1.7))
+            await asyncio.sleep(self._pause_s(node))
             if self.writing and node.captures and not node.writes_paused and not node.disk_full:
                 await self._commit(node, name)
+
+    def _pause_s(self, node: SimNode) -> float:
+        """Till the next commit: a while, or until the lease is about to end."""
+        pause_s = WRITE_S * self.world.rng.uniform(0.3, 1.7)
+        left_s = (node.until_s - node.clock()) / node.rate - LAST_S if node.captures else 0.0
+        return left_s if 0.0 < left_s < pause_s else pause_s
 
     async def _commit(self, node: SimNode, name: str) -> None:
         self._count += 1
@@ -199,16 +207,30 @@ class SimCluster:
                     f"UNFENCED {value} was acknowledged in epoch {epoch} at {certain_s:.3f} s: {later[0][1].hostname} "
                     f"had acquired epoch {later[0][1].epoch} at {later[0][0]:.3f} s"
                 )
+        if self._newest is None or number > self._newest[0]:
+            self._newest = number, entry
+        if certain_s == self.world.now_s:
+            self._look_at_set()
+
+    def _written(self) -> None:
+        """The state in the engine has changed."""
+        leader = self.service.view().leader
+        if leader is not None and not self.at(leader.node_id).candidate:
+            self.observed.append(f"WITNESS {leader.hostname} has the lease, in epoch {leader.epoch}")
+        self._look_at_set()
+
+    def _look_at_set(self) -> None:
         state = self.document.state
-        if self.setup.sync and state.epoch == epoch and certain_s == self.world.now_s:
-            for node_id in state.in_sync or ():
-                other = self.node(node_id)
-                if other is not None and (
-                    other.disk.durable[FULL] < number or other.logs[FULL][number - 1 : number] != [entry]
-                ):
-                    self.observed.append(
-                        f"SYNC {value} at {certain_s:.3f} s is not on {other.hostname}, said to be in sync"
-                    )
+        if state.in_sync is None or self._newest is None:
+            return
+        number, (epoch, value) = self._newest
+        for node_id in {*state.in_sync, state.last_leader}:
+            node = self.node(node_id)
+            if node is None or epoch > state.epoch:
+                continue
+            if node.disk.durable[FULL] < number or node.logs[FULL][number - 1] != (epoch, value):
+                said = "in sync" if node_id in state.in_sync else "elected"
+                self.observed.append(f"SYNC {node.hostname} is {said} at {self.world.now_s:.3f} s, and lacks {value}")
 
     def stale_reads(self, final: frozenset[str]) -> list[str]:
         return [

@@ -41,7 +41,8 @@ class Nemesis:
         self._faults: list[Callable[[SimNode], None]] = [
             self.kill, self.kill, self.cut_power, self.pause, self.pause, self.isolate, self.isolate, self.cut_one_way,
             self.cut_from_engine, self.cut_engine, self.lose, self.slow, self.hand_over, self.hand_over, self.give_up,
-            self.stop, self.promote, self.drop_lease, self.pause_failover, self.fill_disk,
+            self.give_up_and_die, self.fade, self.fade, self.stop, self.promote, self.drop_lease, self.pause_failover,
+            self.fill_disk,
         ]  # fmt: skip
         if cluster.setup.wipes:
             self._faults += [self.lose_machine] * 2
@@ -133,6 +134,17 @@ class Nemesis:
     def cut_from_engine(self, victim: SimNode) -> None:
         self._cut({(victim.hostname, ENGINE), (ENGINE, victim.hostname)})
 
+    def fade(self, victim: SimNode) -> None:
+        """The engine's answers come later and later, then it is gone."""
+        way = ENGINE, victim.hostname
+        self.world.late_s[way] = self.rng.uniform(0.2, 0.7)
+
+        def cut() -> None:
+            self.world.late_s.pop(way, None)
+            self.cut_from_engine(victim)
+
+        self.world.after(self.rng.uniform(1.0, 4.0), cut)
+
     def cut_engine(self, _victim: SimNode) -> None:
         names = {node.hostname for node in self.cluster.nodes.values()}
         self._cut({(name, ENGINE) for name in names} | {(ENGINE, name) for name in names})
@@ -159,7 +171,14 @@ class Nemesis:
         """A switchover whose operator does not wait for it."""
         if leader := self._leader(victim):
             switching = leader.order(leader.hand_over(victim.node_id))
-            self.world.after(self.rng.uniform(0.0, 0.3), switching.cancel)
+            self.world.after(10 ** self.rng.uniform(-3.0, 0.0), switching.cancel)
+
+    def give_up_and_die(self, victim: SimNode) -> None:
+        """… and the one who was to take over falls behind, before the primary dies."""
+        if leader := self._leader(victim):
+            self.give_up(victim)
+            self.world.after(1.0, lambda: self.isolate(victim))
+            self.world.after(self.rng.uniform(1.5, 6.0), lambda: self.kill(leader))
 
     def stop(self, victim: SimNode) -> None:
         if victim.acts:
@@ -185,6 +204,7 @@ class Nemesis:
 
     def heal(self) -> None:
         self.world.cuts.clear()
+        self.world.late_s.clear()
         self.world.loss, self.world.latency_s, self.world.stalls = 0.0, 0.002, 0.0
         for node in self.cluster.nodes.values():
             node.disk_full = False
@@ -201,11 +221,13 @@ class Nemesis:
                 node.start()
             node.order(node.set_paused(False))
 
-    def force(self) -> None:
-        """With maximum-lag, when those who had more have lost it, it takes an operator."""
-        if self.cluster.setup.maximum_lag is not None and self.cluster.leader() is None:
+    def operate(self) -> None:
+        """What takes an operator: with maximum-lag, when those who had more have lost it; with failsafe, when a primary
+        that knew some of the nodes only is lost for good."""
+        setup = self.cluster.setup
+        if (setup.maximum_lag is not None or setup.failsafe) and self.cluster.leader() is None:
             for node in self.cluster.nodes.values():
-                node.order(node.take_over(force=True))
+                node.order(node.take_over(force=not setup.failsafe))
 
 
 def run(world: World, cluster: SimCluster, nemesis: Nemesis) -> list[str]:
@@ -219,7 +241,7 @@ def run(world: World, cluster: SimCluster, nemesis: Nemesis) -> list[str]:
     while not cluster.settled() and world.now_s < end_s:
         world.run(world.now_s + 1.0)
         if world.now_s > end_s - SETTLE_S / 2:
-            nemesis.force()
+            nemesis.operate()
     if not cluster.settled():
         nodes = cluster.nodes.values()
         return [

@@ -194,6 +194,7 @@ class World:
         self.latency_s = 0.002
         self.loss = 0.0
         self.stalls = 0.0  # how many of the messages take long
+        self.late_s: dict[tuple[str, str], float] = {}  # how much longer all take on some ways
         self._queue: list[tuple[float, int, Loop | None, _Handle]] = []
         self._count = 0
 
@@ -244,7 +245,7 @@ class World:
         """`call` happens at `receiver` a little later, or never."""
         way = sender, receiver
         if way not in self.cuts and (not self.loss or self.rng.random() >= self.loss):
-            self.after(self.latency(), lambda: way in self.cuts or call())
+            self.after(self.latency() + self.late_s.get(way, 0.0), lambda: way in self.cuts or call())
 
     def send(self, sender: str, receiver: Process, call: Callable[[], object]) -> None:
         """`call` runs in the process `receiver` a little later, or never."""

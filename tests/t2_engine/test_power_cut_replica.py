@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import random
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,6 +15,7 @@ from engine_nodes import Node, check_log, file_checksum, new_primary
 from power_cut import POLICIES, Recorder
 from sqlite_process import SqliteProcess
 
+from pylitefs.engine.fence import Fence
 from pylitefs.engine.files import write_at
 from pylitefs.engine.ltx_log import LtxLog
 from pylitefs.engine.spares import STORED
@@ -114,6 +116,46 @@ def test_what_was_acknowledged_survives(tmp_path: Path, seed: int, monkeypatch: 
             if max(states) <= found.log.head.txid:
                 assert state == positions[found.position.txid].checksum
                 check_log(found)
+        finally:
+            node.close(clean=False)
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_what_was_acknowledged_survives_a_promotion(
+    tmp_path: Path, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on the files count, not the log: the power fails before anything was written there."""
+    rng = random.Random(3)
+    files, _ = history(tmp_path / "primary", rng, 8)
+    root = tmp_path / "replica"
+    replica = Node(root, is_primary=False)
+    with closing(replica):
+        database = replica.database()
+        database.apply(files[0])
+        assert database.durable() == 1
+        recorder = Recorder(root)
+        with recording(recorder, monkeypatch):
+            for data in files[1:]:
+                database.apply(data)
+            promised = database.log_durable()
+            assert promised == database.position.txid
+            since = len(recorder.ops)
+            replica.store.start()
+            database.app_handles += 1  # an application reads it
+            if all_of_them:
+                replica.store.promote(2)
+            else:
+                replica.store.promote_database(database.name, Fence(math.inf))
+            assert database.captures
+    for number in range(4 * len(POLICIES)):
+        folder, policy = tmp_path / f"image{number}", POLICIES[number % len(POLICIES)]
+        recorder.image(rng.randrange(since, len(recorder.ops) + 1), rng, policy, folder)
+        node = Node(folder, is_primary=False)
+        try:
+            found = node.database()
+            with open(found.files.database, "r+b") as file:
+                file.truncate(found.size_bytes)
+            assert file_checksum(found.files.database) == database.log.head.checksum, policy
         finally:
             node.close(clean=False)
 

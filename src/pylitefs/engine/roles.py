@@ -119,6 +119,7 @@ class Roles:
         with self._one:
             registry = self._registry
             registry.note_epoch(epoch)
+            self._on_worker(takeover.sync_applied, *list(registry.databases.values()))
             registry.marker.write(epoch, None)
             registry.epoch = epoch
             self._wanted.clear()
@@ -154,11 +155,11 @@ class Roles:
         """One database: on the holder of its HALT lock (`fence`: until when), or on the primary that has it back.
         Raises DatabaseNotFound, OSError."""
         with self._one:
-            registry = self._registry
-            database = registry.find(name)
+            registry, database = self._registry, self._registry.find(name)
             if fence is None and not registry.is_primary:
                 return  # it had it back too late: by now all of them are taken over
             if not registry.is_primary:
+                self._on_worker(takeover.sync_applied, database, database=name)
                 names = {other.name for other in list(registry.databases.values()) if other.captures}
                 registry.marker.write(epoch_of_loans(registry), names | {name})
             self._wanted.discard(name)

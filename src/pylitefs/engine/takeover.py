@@ -28,6 +28,14 @@ def in_use(database: Database) -> bool:
         return database.app_handles > 0 or database.opening > 0
 
 
+def sync_applied(*databases: Database) -> None:
+    """Before the marker: from then on the files count, and what was durable by the log alone must be in them. Raises
+    OSError."""
+    for database in databases:
+        if database.replica is not None:
+            database.replica.sync()
+
+
 def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:
     """Applications write from now on. The capture goes on right behind the daemon's last frame. False: not now, it is
     just being made active."""

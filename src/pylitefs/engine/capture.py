@@ -32,6 +32,7 @@ from pylitefs.ports import FileKind
 log = logging.getLogger("litefs.capture")
 
 _LOOK_AGAIN_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_FSYNC_S = 0.002  # where an fsync is to follow what was written: it looks itself
 _PACE = 3.0
 _PAUSE_S = 0.0005  # for each transaction of the last pass: above 2,000/s batches grow to the longest pause
 _MAX_PAUSE_S = 0.05
@@ -72,7 +73,7 @@ class Capture(CommitPoints):
         """Something was written: look soon. Returns how long that may take, in seconds."""
         schedule = self._schedules.setdefault(database.name, _Schedule())
         schedule.step = 0
-        delay = schedule.not_before_s - time.monotonic()
+        delay = max(schedule.not_before_s - time.monotonic(), _FSYNC_S if database.fsync_follows else 0.0)
         if delay <= 0:
             self._look(database)
             return 0.0
@@ -125,7 +126,7 @@ class Capture(CommitPoints):
             return
         took = time.monotonic() - started
         if found:
-            schedule.step = 0
+            schedule.step, database.fsync_follows = 0, False
             transactions = database.position.txid - before
             pause = min(max(took * _PACE, _PAUSE_S * transactions), _MAX_PAUSE_S)
             schedule.not_before_s = started + took + pause

@@ -93,6 +93,7 @@ class Database(LiveFiles):
         self.settled_stamp = (0, 0)  # of the file when unseen writes were last looked for
         self.durable_txid = 0  # replica: what is known to be on disk
         self.log_durable_txid = 0  # replica: up to where the log is on disk, from `durable_txid` on
+        self.fsync_follows = False  # primary: what is written to the WAL was followed by an fsync that waits, last time
         self._services: Services | None = None
         self.failing: str | None = None  # why the log cannot be written (disk full)
 

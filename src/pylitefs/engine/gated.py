@@ -16,6 +16,7 @@ in it tells.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from typing import TYPE_CHECKING
@@ -144,6 +145,7 @@ class GatedCommits:
         wal.collected.commit = None
         txid = database.position.txid
         wal.pending = Pending(tail, txid, before.salts, waits)
+        database.fsync_follows = True
         self._store.opener.do(database.log.make_spare)
         worker.call_later(_WATCH_S[0], self._watch, database, wal.pending, 1)
         return txid
@@ -159,7 +161,8 @@ class GatedCommits:
         wal, opener = database.wal, self._store.opener
         pending.quiet = False
         if wal.pending is pending:
-            self._store.capture.wake(database)
+            with contextlib.suppress(OSError):  # the next look tells of it
+                self._store.capture.flush_if_possible(database)
         if wal.pending is not pending:
             return
         self._store.worker.call_later(_WATCH_S[min(step, len(_WATCH_S) - 1)], self._watch, database, pending, step + 1)

@@ -147,7 +147,8 @@ class Node:
 
     @property
     def cluster_id(self) -> str:
-        return self.store.cluster_id or ""
+        """Whose data is here; "" where there is none."""
+        return (self.store.cluster_id or "") if self.store.has_databases else ""
 
     @property
     def seen_epoch(self) -> int:

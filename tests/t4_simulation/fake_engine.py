@@ -287,8 +287,12 @@ class FakeStore:
         assert self.databases[name].demoted
         return self.give_back(name, data)
 
+    @property
+    def has_databases(self) -> bool:
+        return bool(self.databases)
+
     def adopt_cluster_id(self, cluster_id: str) -> None:
-        if self.cluster_id not in (None, cluster_id):
+        if self.cluster_id not in (None, cluster_id) and self.has_databases:
             raise ClusterMismatch("another cluster")
         self.cluster_id = cluster_id
 

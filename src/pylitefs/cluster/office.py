@@ -120,12 +120,13 @@ class Office:
             in_sync = (state.in_sync | {state.last_leader}) - {node.node_id}
         positions = node.positions()
         txid = sum(txid for _, txid in positions.values())
+        ours = node.cluster_id if txid and not state.has_data else ""  # what led without data was no cluster yet
         document = replace(
             self._shared.document,
             state=replace(
                 state,
                 epoch=epoch,
-                cluster_id=state.cluster_id or node.cluster_id,
+                cluster_id=ours or state.cluster_id or node.cluster_id,
                 has_data=state.has_data or any(txid for _, txid in positions.values()),
                 last_leader=node.node_id,
                 in_sync=in_sync if settings.sync else None,

@@ -199,6 +199,10 @@ class Store(Protocol):
     @property
     def cluster_id(self) -> str | None: ...
     @property
+    def has_databases(self) -> bool:
+        """Whether there is any, or was."""
+
+    @property
     def events(self) -> EventBus: ...
     @property
     def worker(self) -> Worker: ...
@@ -212,7 +216,7 @@ class Store(Protocol):
         """Keep it durably. Blocking. OSError."""
 
     def adopt_cluster_id(self, cluster_id: str, /) -> None:
-        """Keep the id durably. ClusterMismatch if another one is set."""
+        """Keep the id durably. ClusterMismatch if another one is set, and there are databases."""
 
     def demote_database(self, name: str, timeout_s: float, /) -> bool:
         """On a primary that takes writes: lock the writers of one database out, capture everything. False if a

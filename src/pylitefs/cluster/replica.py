@@ -279,11 +279,12 @@ class ReplicaLink:
             if (database := store.get(name)) is not None
         }
         has_data = any(position.txid for position in positions.values())
+        cluster_id = store.cluster_id if store.has_databases else None
         wanted = replica.databases
         told = sorted((name, at) for name, at in positions.items() if at.txid and (not wanted or name in wanted))
         hello = Hello(
             PROTOCOL_VERSION,
-            store.cluster_id or "",
+            cluster_id or "",
             replica.node.node_id,
             replica.node.hostname,
             replica.epoch,
@@ -298,8 +299,8 @@ class ReplicaLink:
                 welcome = await self._channel.expect(Welcome, self._timings.handshake_s)
         except TimeoutError:
             raise Refused(ErrorCode.TOO_SLOW, f"no handshake within {self._timings.handshake_s:g} s") from None
-        accept(welcome, has_data, replica.node, store.cluster_id, replica.epoch)
-        if store.cluster_id is None:
+        accept(welcome, has_data, replica.node, cluster_id, replica.epoch)
+        if cluster_id is None:
             await asyncio.to_thread(store.adopt_cluster_id, welcome.cluster_id)
         await asyncio.to_thread(store.note_epoch, welcome.epoch)  # before anything of that epoch is applied
         self.epoch = welcome.epoch

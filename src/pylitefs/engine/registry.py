@@ -74,6 +74,7 @@ class Registry:
         self.lock = threading.RLock()
         self.databases: dict[str, Database] = {}
         self.cluster_id: str | None = None
+        self._has_databases = False
         self.notifier: Notifier | None = None
         self.mount_dir: str | None = None
         self.passthrough = True
@@ -186,10 +187,18 @@ class Registry:
         assert self.cluster_id is not None
         return self.cluster_id
 
+    @property
+    def has_databases(self) -> bool:
+        """Whether there is any, or was: also one that cannot be opened. Without, the cluster's id binds to nothing."""
+        if not self._has_databases:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.databases_dir) as entries:
+                self._has_databases = any(True for _ in entries)
+        return self._has_databases
+
     def adopt_cluster_id(self, cluster_id: str) -> None:
         if self.cluster_id == cluster_id:
             return
-        if self.cluster_id is not None:
+        if self.cluster_id is not None and self.has_databases:
             raise ClusterMismatch(
                 f"this node belongs to cluster {self.cluster_id}, the primary to {cluster_id}: "
                 "point lease.advertise-url at the right primary, or give this node an empty data directory"

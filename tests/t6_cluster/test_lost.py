@@ -153,7 +153,7 @@ def test_mistakes_are_told_in_one_line_and_change_nothing(parted: tuple[Node, No
     for words, text in [
         (["show", "-data-dir", data, "app.db/nothing"], "no such branch"),
         (["show", "-data-dir", data, branch], "litefs runs on"),
-        (["apply", "-write", "-db", str(replica.mount / NAME), folder], "readonly database"),
+        (["apply", "-write", "-db", str(replica.mount / NAME), folder], "nothing was changed: write on the primary"),
         (["apply", "-write", "-db", str(primary.mount / "none.db"), folder], "unable to open"),
         (["show", "-data-dir", data, "-db", "/dev/null", data], "no lost transactions"),
     ]:

@@ -124,8 +124,8 @@ def apply(config_path: str | None, data_dir: str, db: str, write: bool, force: b
     """Do to the database what BRANCH has done: print the SQL, or with -write execute it as one transaction.
 
     Only rows that are still as they were before the branch are touched; others are conflicts, which are counted and
-    left alone, or with -force overwritten. Write on the primary: -db is the database in its mount. The branch itself
-    stays as it is, and is marked.
+    left alone, or with -force overwritten. Write on the primary, -db is the database in its mount; or on a replica
+    under `litefs run -with-halt-lock-on`. The branch itself stays as it is, and is marked.
 
     \b
     Examples:

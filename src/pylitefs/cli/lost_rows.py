@@ -231,7 +231,9 @@ def write(connection: sqlite3.Connection, tip: str, base: str | None, *, force: 
             raise DatabaseError("rows would refer to rows that are not there (foreign keys): nothing was changed")
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        raise DatabaseError(f"{error}: nothing was changed") from None
+        readonly = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY
+        hint = ": write on the primary, or here under litefs run -with-halt-lock-on" if readonly else ""
+        raise DatabaseError(f"{error}: nothing was changed{hint}") from None
     finally:
         if connection.in_transaction:
             connection.rollback()

@@ -144,6 +144,9 @@ class FileHooks(Protocol):
         and the filesystem, in `then`, unlinks nothing but forgets its nodes. On a replica only the daemon itself may
         remove files of a database."""
 
+    def unlinked(self, ref: FileRef) -> None:
+        """After UNLINK was done, before the caller is answered. Raises OSError."""
+
     def before_rename(self, old: FileRef, new: FileRef, then: Then) -> None:
         """RENAME. If neither is a database or part of one, and `old` has no SQLite header, calls `then(None)` and the
         filesystem renames the backing files itself. Otherwise the engine performs the whole rename before calling

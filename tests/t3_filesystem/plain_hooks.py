@@ -139,6 +139,9 @@ class PlainHooks:
                     os.unlink(os.path.join(self.directory, name))
         self._go_on("before_unlink", ref, then)
 
+    def unlinked(self, ref: FileRef) -> None:
+        assert not os.path.exists(ref.path), "asked before it was done"
+
     def before_rename(self, old: FileRef, new: FileRef, then: Then) -> None:
         self._go_on("before_rename", old, then)
 

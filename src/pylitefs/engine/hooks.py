@@ -16,6 +16,7 @@ from pylitefs.engine.apply import Apply
 from pylitefs.engine.commit_hooks import CommitHooks
 from pylitefs.engine.commit_points import finish, wal_in_use
 from pylitefs.engine.database import Database
+from pylitefs.engine.files import sync_folder
 from pylitefs.engine.store import Store
 from pylitefs.engine.wal_seed import seed
 from pylitefs.errors import FormatError
@@ -273,6 +274,13 @@ class EngineHooks(CommitHooks):
             self._on_worker(database, lambda: self._drop(database), then)
         else:
             self._store.worker.post(self._remove_side, database, ref.kind, then, database=database.name)
+
+    def unlinked(self, ref: FileRef) -> None:
+        """SQLite makes it durable with synchronous=EXTRA only that a journal has gone: one that is there again after a
+        power cut takes its commit back, and replicas have it already."""
+        database = self._capturing(ref) if ref.kind is FileKind.JOURNAL else None
+        if database is not None and self._gated.gate_of(database) is not None:
+            sync_folder(database.files.folder)
 
     def _drop(self, database: Database) -> None:
         with contextlib.suppress(OSError):  # a full disk must not keep anybody from making room

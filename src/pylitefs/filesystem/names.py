@@ -231,6 +231,7 @@ class NameRequests:
                 os.unlink(backing_path(ref))
                 self._name_changed(backing_path(ref))
             self._tree.remove(name)
+            self._hooks.unlinked(ref)
             return b""
 
         self._hooks.before_unlink(ref, self._volume.by_daemon(rq.pid), self._volume.after(rq, act))

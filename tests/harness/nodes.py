@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,13 @@ class Member(Node):
         self.disk.cut_off()
 
     def plug_in(self) -> None:
-        """The disk is there again, as the power left it."""
+        """The disk is there again, as the power left it; and the machine is one that was started anew."""
         assert isinstance(self.disk, RealDisk)
         self.disk.wait_released()
         self.disk.attach()
+        boot = self.data / "boot"
+        if boot.exists() and (text := boot.read_text()):
+            boot.write_text(str(uuid.uuid4()) + text[36:])
 
     def remove(self) -> None:
         super().remove()

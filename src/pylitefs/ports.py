@@ -37,6 +37,7 @@ SUFFIXES: dict[str, FileKind] = {
     "-lock": FileKind.LOCK,
 }
 VIRTUAL_KINDS = frozenset({FileKind.POSITION, FileKind.LOCK, FileKind.PRIMARY, FileKind.LAG})
+VIRTUAL_SUFFIXES = tuple(suffix for suffix, kind in SUFFIXES.items() if kind in VIRTUAL_KINDS)
 SIDE_KINDS = frozenset({FileKind.WAL, FileKind.SHM, FileKind.JOURNAL})
 
 

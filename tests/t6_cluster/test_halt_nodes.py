@@ -270,6 +270,20 @@ def test_the_lock_file(cluster: Cluster) -> None:
     assert count(primary) == 1
 
 
+def test_the_lock_of_a_database_that_was_not_there_yet(cluster: Cluster) -> None:
+    """The kernel remembers what does not exist."""
+    primary, replica = cluster.pair()
+    for node in (primary, replica):
+        with pytest.raises(pylitefs.HaltFailed, match="no such database"), pylitefs.halt(node.mount / "app.db"):
+            pass
+    begin(primary)
+    wait_same_position(primary, replica, "app.db")
+    for node in (primary, replica):
+        with pylitefs.halt(node.mount / "app.db"):
+            increment(node, node.name)
+    assert count(primary) == 2
+
+
 def test_an_open_that_waits_can_be_interrupted(cluster: Cluster) -> None:
     """A process that waits for the lock can be killed at once, and does not get it afterwards."""
     primary, first, second = trio(cluster)

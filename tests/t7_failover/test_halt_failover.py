@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def strike(cluster: HaCluster, what: str, victim: Member) -> None:
     match what:
         case "kill":
             victim.kill()
+        case "lose":
+            victim.kill()
+            victim.unmount()
+            shutil.rmtree(victim.data)
         case "stop":
             victim.pause()
         case "cut":
@@ -98,6 +103,7 @@ def strike(cluster: HaCluster, what: str, victim: Member) -> None:
     [
         ("kill", "primary", 0), ("stop", "primary", 1), ("cut", "primary", 0), ("handoff", "primary", 0),
         ("promote", "holder", 0), ("kill", "holder", 1), ("stop", "holder", 0), ("cut", "holder", 1),
+        ("lose", "primary", 1), ("lose", "holder", 1),
     ],
 )  # fmt: skip
 def test_faults(new_cluster: New, what: str, whom: str, sync: int) -> None:
@@ -115,7 +121,7 @@ def test_faults(new_cluster: New, what: str, whom: str, sync: int) -> None:
             cluster.wait_primary([old])
         survivor = other if victim is holder else next(one for one in (holder, other) if not one.takes_writes())
         wait_by(clients, survivor, 20)
-        if what == "kill":
+        if what in ("kill", "lose"):
             victim.start()
         cluster.heal()
         wait_by(clients, holder, 10)

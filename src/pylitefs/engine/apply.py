@@ -33,7 +33,7 @@ from pylitefs.errors import DatabaseBusy, FormatError, PositionMismatch
 from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.decoder import Reader, decode
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, Trailer
-from pylitefs.ports import FileKind, Notifier, Then
+from pylitefs.ports import VIRTUAL_SUFFIXES, FileKind, Notifier, Then
 
 log = logging.getLogger("litefs.apply")
 
@@ -272,7 +272,8 @@ class Apply:
         if self.notifier is not None:
             for suffix in SUFFIX_OF.values():
                 self.notifier.forget_file(database.name + suffix)
-            self.notifier.invalidate_entry(database.name + "-pos")
+            for suffix in VIRTUAL_SUFFIXES:
+                self.notifier.invalidate_entry(database.name + suffix)
 
     def _create_files(self, database: Database, entry: LogEntry) -> None:
         """The first state of a database that is not here: written aside, then given its name."""

@@ -19,7 +19,7 @@ from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.rollback_capture import is_complete_database
 from pylitefs.engine.transaction import Change
 from pylitefs.events import Event
-from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef
+from pylitefs.ports import SIDE_KINDS, SUFFIXES, VIRTUAL_SUFFIXES, FileKind, FileRef
 
 
 @contextlib.contextmanager
@@ -68,7 +68,8 @@ class Naming:
         if self._registry.notifier is not None:
             for suffix in SUFFIX_OF.values():
                 self._registry.notifier.renamed_backing(name + suffix)
-            self._registry.notifier.invalidate_entry(name + "-pos")
+            for suffix in VIRTUAL_SUFFIXES:
+                self._registry.notifier.invalidate_entry(name + suffix)
 
     def _move_to_database(self, name: str, *, leave_journal: bool = False) -> None:
         folder = os.path.join(self._registry.databases_dir, name)
@@ -136,7 +137,8 @@ class Naming:
         if self._registry.notifier is not None:
             for suffix in ("", "-wal", "-shm", "-journal"):
                 self._registry.notifier.forget_file(database.name + suffix)
-            self._registry.notifier.invalidate_entry(database.name + "-pos")
+            for suffix in VIRTUAL_SUFFIXES:
+                self._registry.notifier.invalidate_entry(database.name + suffix)
 
     def rename(self, old: FileRef, new: FileRef) -> None:
         """A rename in which a database takes part. On the worker."""

@@ -97,7 +97,7 @@ class Nemesis:
         disk = victim.disk.copy()
 
         def restore() -> None:
-            if victim.runs and self.cluster.may_lose_disk(victim):
+            if victim.runs and victim.node_id == disk.node_id and self.cluster.may_lose_disk(victim):
                 self.told.append(f"{self.world.now_s:6.2f} {victim.hostname} is restored")
                 victim.put(disk)
                 self._again(victim)

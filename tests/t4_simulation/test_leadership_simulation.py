@@ -141,9 +141,11 @@ class Nemesis:
 
         def cut() -> None:
             self.world.late_s.pop(way, None)
-            self.cut_from_engine(victim)
+            ways = {way, way[::-1]}
+            self.world.cuts |= ways
+            self.world.after(self.rng.choice((2.0, 6.0)), lambda: self.world.cuts.difference_update(ways))
 
-        self.world.after(self.rng.uniform(1.0, 4.0), cut)
+        self.world.after(self.rng.uniform(1.5, 4.0), cut)
 
     def cut_engine(self, _victim: SimNode) -> None:
         names = {node.hostname for node in self.cluster.nodes.values()}

@@ -27,8 +27,9 @@ from pylitefs.status import ReplicaInfo, ReplicaProgress
 log = logging.getLogger("litefs")
 
 CATCH_UP_S = 10.0  # for a successor, while writes go on
-REFRESH_S = 1.0  # static lease: the primary is asked no more often, and given no longer, to say who there is
-FORGET_S = 30.0  # and what it has said is shown for so long
+REFRESH_S = 1.0  # the primary is asked no more often, and given no longer, to say how far the others are
+FORGET_S = 30.0  # and what it has said is shown for so long with a static lease, where nobody else knows the members
+_RECENT_S = 3.0  # and with an engine
 DISK_S = 0.5  # between two looks at the room on the disk
 TAKE_OVER_S = 15.0  # for a successor to become the primary
 _NEAR_TXIDS = 200  # a successor that is so near is waited for with writes paused
@@ -42,7 +43,8 @@ class NodeControl:
         self._store = node.store
         self._switching = asyncio.Lock()
         self._reserve = Reserve(node.store.data_dir)
-        self._told: tuple[MemberView, ...] = ()  # static lease: by the primary
+        self._told: tuple[MemberView, ...] = ()  # by the primary, at this URL
+        self._told_by = ""
         self._told_s = self._asked_s = -math.inf
 
     async def watch_disk(self) -> None:
@@ -137,10 +139,23 @@ class NodeControl:
 
     async def refresh(self) -> None:
         url, now_s = self._node.primary_url, time.monotonic()
-        if self._node.leadership is None and url and now_s - self._asked_s > REFRESH_S:
+        if url and now_s - self._asked_s > REFRESH_S:
             self._asked_s = now_s
             with contextlib.suppress(LitefsError):
-                self._told, self._told_s = await self._node.peers.members(url, REFRESH_S), now_s
+                self._told = await self._node.peers.members(url, REFRESH_S)
+                self._told_by, self._told_s = url, now_s
+
+    def _as_told(self, shown: MemberView) -> MemberView:
+        """How far it is, which the primary knows; what it is stands in the engine."""
+        if self._told_by == self._node.primary_url and time.monotonic() - self._told_s < _RECENT_S:
+            for told in self._told:
+                if told.node_id == shown.node_id and shown.role == told.role == "replica":
+                    if shown.node_id == self._node.node_id:
+                        return replace(shown, state=told.state)
+                    return replace(
+                        shown, state=told.state, lag_ms=told.lag_ms, lag_txids=told.lag_txids, positions=told.positions
+                    )
+        return shown
 
     def _shown(self, member: Member, leader: Leader | None, info: ReplicaInfo | None, in_sync: bool) -> MemberView:
         leads = leader is not None and leader.node_id == member.node_id
@@ -162,7 +177,7 @@ class NodeControl:
             lag_ms=self._store.lag_ms if mine else None,
             lag_txids=self._node.lag_txids if mine else None,
         )
-        return shown if info is None else self._with_progress(shown, info)
+        return self._as_told(shown) if info is None else self._with_progress(shown, info)
 
     def _with_progress(self, shown: MemberView, info: ReplicaInfo) -> MemberView:
         positions, behind = {}, 0

@@ -31,8 +31,8 @@ def status(url: str, as_json: bool, watch: bool) -> int:
     """Show a node with its databases, and the whole cluster as this node knows it.
 
     Of every member: its role, the epoch it has data of, how far it is behind, whether commits wait for it (in sync) and
-    its tags; "*" is the node that answers. How far members are behind is known to the primary, and to others as far as
-    members have told. TXIDs and checksums are hexadecimal, as in NAME-pos and in the names of the log's files.
+    its tags; "*" is the node that answers. How far members are behind is known to the primary, which every other node
+    asks. TXIDs and checksums are hexadecimal, as in NAME-pos and in the names of the log's files.
 
     \b
     Examples:

@@ -77,8 +77,8 @@ class Control(Protocol):
         """What is known now, without asking anybody."""
 
     async def refresh(self) -> None:
-        """Before a `view` for people, ask for what this node cannot know: with a static lease only the primary sees all
-        nodes. Takes a second at most."""
+        """Before a `view` for people, ask for what this node cannot know: only the primary knows how far all nodes are,
+        and with a static lease who they are. Takes a second at most."""
 
     async def promote(self, node_id: int | None, force: bool = False) -> None:
         """Make `node_id` (None: this node) the primary by a switchover, and return when it is. With `force`, and only

@@ -301,6 +301,9 @@ class Node:
     async def confirm(self, member: Member, epoch: int, timeout_s: float) -> str:
         return await self.peers.failsafe(member.url, self.node_id, epoch, timeout_s)
 
+    async def has_promised(self, member: Member, timeout_s: float) -> bool:
+        return (await self.peers.positions(member.url, timeout_s)).get("promised") is True
+
     # --- what a role has ----------------------------------------------------------------------------------------
 
     def member(self, node_id: int) -> Member | None:

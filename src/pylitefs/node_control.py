@@ -403,6 +403,7 @@ class NodeControl:
             "instance": self._node.instance,
             "cluster-id": self._node.cluster_id,
             "epoch": self._store.epoch,
+            "promised": self._node.leadership is not None and self._node.leadership.has_promised,
             "positions": {name: list(position) for name, position in self._node.positions().items()},
         }
 

@@ -168,6 +168,12 @@ class FakeNode:
             return "it does not follow"
         return node.leadership.promise(self.node_id, epoch)
 
+    async def has_promised(self, member: Member, timeout_s: float) -> bool:
+        node = self.cluster.nodes[member.node_id]
+        if not self.cluster.can_talk(self, node):
+            raise Unavailable("no answer")
+        return node.leadership.has_promised
+
 
 class Cluster:
     """Nodes 1 to `count`. `acknowledged` has (epoch, node, value)."""

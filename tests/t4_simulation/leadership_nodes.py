@@ -241,6 +241,10 @@ class SimNode:
         other = self.cluster.at(member.node_id)
         return await self.question(other, lambda: other.confirms(self.node_id, epoch), timeout_s)
 
+    async def has_promised(self, member: Member, timeout_s: float) -> bool:
+        other = self.cluster.at(member.node_id)
+        return await self.question(other, lambda: other.leadership.has_promised, timeout_s)
+
     def confirms(self, leader_id: int, epoch: int) -> str:
         if self.following is None or self.following.node_id != leader_id:
             return "it does not follow"

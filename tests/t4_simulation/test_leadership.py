@@ -446,6 +446,35 @@ async def test_force_does_nothing_while_somebody_leads_or_could() -> None:
 
 
 @virtual
+@pytest.mark.parametrize("force", [False, True])
+async def test_nobody_is_promoted_beside_a_primary_that_leads_on_in_failsafe(force: bool) -> None:
+    """It has lost the engine, and does not know the node that came later: one that it knows says that it is there."""
+    cluster = Cluster(3, failsafe=True)
+    cluster.start(1, 2)
+    await cluster.until(lambda: cluster.leader and any(node.leader for node in cluster.nodes.values()))
+    first = cluster.leader
+    assert first is not None and first.write("x")
+    cluster.replicate()
+    await asyncio.sleep(TTL_S)
+    late = cluster.nodes[3]
+    (other,) = (node for node in cluster.nodes.values() if node not in (first, late))
+    first.engine.cut, other.follows = True, False
+    assert first.write("z")
+    await asyncio.sleep(2 * TTL_S)
+    late.log, late.cluster_id = list(first.log), first.cluster_id  # more than the other has
+    cluster.start(3)
+    await cluster.until(lambda: "does not know this node yet" in late.leadership.problem)
+    with pytest.raises(Unavailable, match=r"node-[12] follows a primary that leads on"):
+        async with asyncio.timeout(60):
+            await late.leadership.take(force=force)
+    assert cluster.leader is first and first.write("y")
+    await first.kill()
+    await asyncio.sleep(2 * TTL_S)
+    assert cluster.leader is other, "it was known, and leads when its promise has ended"
+    await cluster.stop()
+
+
+@virtual
 async def test_force_that_is_given_up_is_forgotten() -> None:
     """The engine cannot be reached at that moment, and whoever wanted it does not wait: it does not come true later."""
     async with one_of_three_is_left() as (cluster, first, _, third):

@@ -75,3 +75,19 @@ def test_promote_by_force(new_cluster: Callable[..., HaCluster]) -> None:
     for member in (primary, standby):
         listed = litefs("lost", "list", "-data-dir", str(member.data))
         assert name in listed.stdout, f"{member.name}: {listed.stdout} {listed.stderr}"
+
+
+def test_any_node_passes_a_promotion_on_where_nobody_leads(new_cluster: Callable[..., HaCluster]) -> None:
+    """Automatic failover is paused, the primary gone: there is nobody to hand over, so the node itself is asked."""
+    cluster = new_cluster("directory")
+    cluster.start()
+    old = cluster.primary()
+    assert litefs("pause", "-url", old.url).returncode == 0
+    asked, wanted = cluster.replicas()
+    old.kill()
+    wait_until(lambda: "paused" in asked.cluster()["problem"], "the lease has ended")
+    wait_until(lambda: "paused" in wanted.cluster()["problem"], "the lease has ended")
+    done = litefs("promote", "-url", asked.url, "-node", wanted.name)
+    assert done.returncode == 0, done.stderr
+    assert wanted.takes_writes()
+    assert json.loads(wanted.get("/history"))[-1]["reason"] == "promoted"

@@ -69,8 +69,8 @@ class Leaving:
 
 
 class Node(Protocol):
-    """What a node does when its role changes. Everything runs on the event loop, one call at a time, but `ask` and
-    `confirm`. `promote` may raise LitefsError or OSError: the lease is let go of then."""
+    """What a node does when its role changes. Everything runs on the event loop, one call at a time, but `ask`,
+    `confirm` and `has_promised`. `promote` may raise LitefsError or OSError: the lease is let go of then."""
 
     node_id: int
     hostname: str
@@ -112,6 +112,9 @@ class Node(Protocol):
 
     async def confirm(self, member: Member, epoch: int, timeout_s: float) -> str:
         """Failsafe: "" if that node follows us and promises not to lead. Raises LitefsError."""
+
+    async def has_promised(self, member: Member, timeout_s: float) -> bool:
+        """Failsafe: whether that node has promised a leader not to take the lease. Raises LitefsError."""
 
 
 async def ask_all(node: Node, view: View, timeout_s: float) -> dict[int, Positions]:

@@ -103,8 +103,8 @@ class Control(Protocol):
         lease's time; otherwise why not."""
 
     def positions(self) -> dict[str, Any]:
-        """For an election among the nodes: {"node-id", "instance", "cluster-id", "epoch", "positions": {name: [epoch,
-        txid]}}."""
+        """For an election among the nodes: {"node-id", "instance", "cluster-id", "epoch", "promised" (failsafe: not to
+        lead), "positions": {name: [epoch, txid]}}."""
 
     def nudge(self) -> None:
         """Another node says that something has changed in the lease engine: look now."""

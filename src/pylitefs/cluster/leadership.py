@@ -157,6 +157,10 @@ class Leadership:
         self._promised_until_s = self._clock() + self._settings.ttl_s
         return ""
 
+    @property
+    def has_promised(self) -> bool:
+        return self._clock() < self._promised_until_s
+
     async def change_state(self, change: Callable[[ClusterState], ClusterState]) -> None:
         """As the leader: replace the shared state by what `change` makes of it. Unavailable; LeaseLost."""
         await self._shared.change(change, lambda: self._office.held)
@@ -199,7 +203,12 @@ class Leadership:
         reachable = await ask_all(node, view, self._settings.ask_s) if asked else {}
         me = Self(node.node_id, node.cluster_id, node.positions(), self._is_candidate, self._settings.priority)
         if wanted is not None and leaderless:
-            state = replace(state, paused=False, voters=None)
+            if other := await self._bound(view) if state.voters is not None else "":
+                text = f"{other} follows a primary that leads on without the lease engine (lease.failsafe), or did"
+                wanted.refuse(Unavailable(f"{text}: try again in {self._settings.ttl_s:g} s"))
+                wanted = None
+            else:
+                state = replace(state, paused=False, voters=None)
         decide = election.decide_forced if wanted is not None and wanted.force else election.decide
         since_s = self._clock() if self._leaderless_since_s is None else self._leaderless_since_s
         decision = decide(view, state, me, reachable, self._rules, self._clock(), since_s)
@@ -211,7 +220,7 @@ class Leadership:
                 await node.follow(leader)
                 await self._wait_for_change(view, LONG_WAIT_S)
             case Acquire(forced):
-                if self._stopping or self._clock() < self._promised_until_s or self._may_have_promised(state):
+                if self._stopping or self.has_promised or self._may_have_promised(state):
                     await self._wait_for_change(view, LOOK_S * 5)
                 elif not await self._try_to_lead(view, reachable, self._reason(wanted is not None, forced)):
                     await self._nudge.pause(LOOK_S)
@@ -223,6 +232,17 @@ class Leadership:
                     wanted.refuse(Ineligible(text))
                 self._shared.has_problem(text)
                 await self._wait_for_change(view, LOOK_S * 10)
+
+    async def _bound(self, view: View) -> str:
+        """Failsafe: who of those that answer has promised a leader not to take the lease; "" if nobody has."""
+        if self.has_promised:
+            return "this node"
+        for member in view.members:
+            if member.node_id != self._node.node_id and member.url:
+                with contextlib.suppress(LitefsError, OSError):
+                    if await self._node.has_promised(member, self._settings.ask_s):
+                        return member.hostname or member.url
+        return ""
 
     def _may_have_promised(self, state: ClusterState) -> bool:
         """Failsafe: whether this node may have promised something before it was restarted."""

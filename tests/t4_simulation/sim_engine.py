@@ -23,7 +23,7 @@ TIMEOUT_S = 0.75
 
 
 class SimService(MemoryService):
-    """`terms`: who acquired the lease, and when. `deleted`: the epochs whose lease an operator deleted. `written` is
+    """`terms`: who acquired the lease, and when. `deleted`: the epochs whose lease an operator deleted, and when. `written` is
     called when the state has changed."""
 
     def __init__(self, world: World, written: Callable[[], None]) -> None:
@@ -32,7 +32,7 @@ class SimService(MemoryService):
         self._written = written
         self._looks: dict[Callable[[], None], None] = {}
         self.terms: list[tuple[float, Leader]] = []
-        self.deleted: set[int] = set()
+        self.deleted: dict[int, float] = {}
 
     def acquire(self, leader: Leader, ttl_s: float, state: bytes, version: str) -> Held | None:
         held = super().acquire(leader, ttl_s, state, version)
@@ -50,7 +50,7 @@ class SimService(MemoryService):
         """An operator deletes the lease."""
         leader = self.view().leader
         if leader is not None:
-            self.deleted.add(leader.epoch)
+            self.deleted[leader.epoch] = self._world.now_s
             self.delete_lease()
 
     def _changed(self) -> str:

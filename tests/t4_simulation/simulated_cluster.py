@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from leadership_nodes import FULL, MACHINES, NORMAL, Entry, SimNode
+from leadership_nodes import FULL, MACHINES, NORMAL, TTL_S, Entry, SimNode
 from sim_engine import SimService
 from worlds import World
 
@@ -179,7 +179,7 @@ class SimCluster:
         return {value for value, epoch in self._acknowledged.items() if self.setup.sync or epoch == newest}
 
     async def _sync(self, node: SimNode) -> None:
-        before, process = self._certain(), node.process
+        before, process, start_s = self._certain(), node.process, self.world.now_s
         assert process is not None
         answer: asyncio.Future[tuple[str, ...] | None] = self.clients.loop.create_future()
 
@@ -188,6 +188,8 @@ class SimCluster:
 
         process.loop.call_soon(lambda: process.spawn(ask()))
         await asyncio.wait({answer}, timeout=10.0)
+        if any(at_s > start_s - TTL_S for at_s in self.service.deleted.values()):
+            return  # the holder of a lease that was deleted does not know
         if answer.done() and (seen := answer.result()) is not None and (lacking := before.difference(seen)):
             self._fresh.append((node.hostname, self.world.now_s, frozenset(lacking)))
 

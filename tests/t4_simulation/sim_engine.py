@@ -23,8 +23,8 @@ TIMEOUT_S = 0.75
 
 
 class SimService(MemoryService):
-    """`terms`: who acquired the lease, and when. `deleted`: the epochs whose lease an operator deleted, and when. `written` is
-    called when the state has changed."""
+    """`terms`: who acquired the lease, and when. `deleted`: the epochs whose lease an operator deleted, and when.
+    `written` is called when the state has changed."""
 
     def __init__(self, world: World, written: Callable[[], None]) -> None:
         super().__init__(clock=lambda: world.now_s)

@@ -4,6 +4,7 @@ The observer knows what no client can, and says so at once:
 
     UNFENCED    a commit was found to be covered by the lease after another node had acquired it
     SYNC        a node that is elected, or stands in the in-sync set in the engine, lacks an acknowledged commit
+    FEW         a commit was acknowledged that fewer replicas hold than `sync` says
     WITNESS     a node was elected that is no candidate
     STALE-READ  a read after `litefs sync` lacks a commit that was acknowledged before
 """
@@ -213,6 +214,20 @@ class SimCluster:
             self._newest = number, entry
         if certain_s == self.world.now_s:
             self._look_at_set()
+            self._look_at_replicas(node)
+
+    def _look_at_replicas(self, primary: SimNode) -> None:
+        setup = self.setup
+        if setup.mode != "wait" or setup.wipes or setup.old_disks or self._newest is None:
+            return  # with those, what had held it may be gone by now
+        holders = [node.number for node in self.nodes.values() if node is not primary and self._has_newest(node)]
+        if len(holders) < setup.sync:
+            self.observed.append(f"FEW nodes hold {self._newest[1][1]} at {self.world.now_s:.3f} s: {holders}")
+
+    def _has_newest(self, node: SimNode) -> bool:
+        assert self._newest is not None
+        number, entry = self._newest
+        return node.disk.durable[FULL] >= number and node.logs[FULL][number - 1] == entry
 
     def _written(self) -> None:
         """The state in the engine has changed."""
@@ -225,12 +240,12 @@ class SimCluster:
         state = self.document.state
         if state.in_sync is None or self._newest is None:
             return
-        number, (epoch, value) = self._newest
+        epoch, value = self._newest[1]
         for node_id in {*state.in_sync, state.last_leader}:
             node = self.node(node_id)
             if node is None or epoch > state.epoch:
                 continue
-            if node.disk.durable[FULL] < number or node.logs[FULL][number - 1] != (epoch, value):
+            if not self._has_newest(node):
                 said = "in sync" if node_id in state.in_sync else "elected"
                 self.observed.append(f"SYNC {node.hostname} is {said} at {self.world.now_s:.3f} s, and lacks {value}")
 

@@ -13,18 +13,26 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from cluster_nodes import needs_root, wait_until
+from cluster_nodes import SCALE, needs_root, wait_until
+from harness.branches import lost_values
 from harness.cluster import ALL_DBS, DELETE_DB, FULL_DB, NORMAL_DB, HaCluster, gaps, wait_more
-from harness.disks import RamDisk
+from harness.disks import RamDisk, RealDisk
 from harness.history import History, Outcome
 from harness.nodes import Member
 
 pytestmark = [needs_root, pytest.mark.timeout(150)]
 New = Callable[..., HaCluster]
 SMALL_DISK = 48 << 20
+LONGER = pytest.mark.skipif(SCALE < 2, reason="with PYLITEFS_TEST_SCALE=2")
+
+
+def engines(*names: str, longer: tuple[str, ...] = ()) -> Any:
+    """On each of these; on some only where there is time."""
+    return pytest.mark.parametrize("engine", [*names, *(pytest.param(name, marks=LONGER) for name in longer)])
 
 
 def report(what: str, seen: History, outcome: Outcome) -> None:
@@ -42,7 +50,7 @@ def lost(seen: History, outcome: Outcome) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("engine", ["etcd", "directory", "s3", "consul"])
+@engines("etcd", "directory", "consul", "kubernetes", longer=("s3",))
 def test_kill_9(new_cluster: New, engine: str) -> None:
     cluster = new_cluster(engine, databases=ALL_DBS)
     cluster.start()
@@ -79,23 +87,44 @@ def test_an_application_notices_that_the_daemon_was_killed(new_cluster: New) -> 
     cluster.wait_primary([old])
 
 
-def test_kill_9_and_the_machine_is_lost(new_cluster: New) -> None:
-    """With sync: 1 no acknowledged FULL commit is missing though the primary's disk is gone."""
-    cluster = new_cluster(sync=1, databases=FULL_DB | DELETE_DB)
-    cluster.start()
+@pytest.mark.parametrize(("nodes", "sync"), [(3, 1), (5, 2)])
+def test_machines_are_lost(new_cluster: New, nodes: int, sync: int) -> None:
+    """With sync: N no acknowledged FULL commit is missing though the primary and N - 1 others are gone for good."""
+    cluster = new_cluster(sync=sync, databases=FULL_DB | DELETE_DB)
+    cluster.start(nodes)
+    with cluster.workload() as clients:
+        wait_more(clients, 100)
+        gone = [cluster.primary(), *cluster.replicas()[: sync - 1]]
+        for member in gone:
+            member.kill()
+            member.unmount()
+        cluster.wait_primary(gone)
+        wait_more(clients, 50)
+    for path in (path for member in gone for path in member.data.iterdir()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    report(f"{len(gone)} of {nodes} machines lost, sync {sync}", *cluster.judge())
+
+
+@pytest.mark.parametrize(("sync", "which"), [(0, "primary"), (1, "all")])
+def test_power_cut(new_cluster: New, sync: int, which: str) -> None:
+    """Whatever was not synced is gone, also on all nodes at once; every acknowledged FULL commit is there."""
+    cluster = new_cluster(sync=sync, databases=ALL_DBS)
+    cluster.start(disk=RealDisk)
     with cluster.workload() as clients:
         wait_more(clients, 100)
         old = cluster.primary()
-        old.kill()
-        old.unmount()
-        cluster.wait_primary([old])
+        dark = [old] if which == "primary" else cluster.members
+        cluster.lose_power(dark)
+        if which == "primary":
+            cluster.wait_primary([old])
+            wait_more(clients, 50)
+        cluster.plug_in(dark)
+        cluster.wait_primary()
         wait_more(clients, 50)
-    for path in old.data.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    report("kill -9 and disk lost, sync 1", *cluster.judge())
+    report(f"power cut of {which}, sync {sync}", *cluster.judge())
 
 
-@pytest.mark.parametrize("engine", ["etcd", "directory"])
+@engines("etcd", "s3", "consul", longer=("directory", "kubernetes"))
 def test_sigterm_hands_over(new_cluster: New, engine: str) -> None:
     """Nothing is lost, also of what is not waited for, and nobody has to notice that the primary is gone."""
     cluster = new_cluster(engine, databases=ALL_DBS)
@@ -115,19 +144,30 @@ def test_sigterm_hands_over(new_cluster: New, engine: str) -> None:
 
 @pytest.mark.parametrize("sync", [0, 1])
 def test_stopped_for_longer_than_the_lease(new_cluster: New, sync: int) -> None:
-    """SIGSTOP, SIGCONT: nothing of FULL is acknowledged afterwards, and NORMAL is kept in lost/."""
+    """SIGSTOP, SIGCONT: nothing of FULL is acknowledged afterwards, and NORMAL is kept in lost/, and reported."""
     cluster = new_cluster(sync=sync, databases=ALL_DBS)
     cluster.start()
-    with cluster.workload() as clients:
+    cluster.create("late.db", "wal")
+    old = cluster.primary()
+    with cluster.workload() as clients, contextlib.closing(old.connect("late.db")) as late:
+        late.execute("pragma synchronous = normal")
+        late.execute("pragma wal_autocheckpoint = 0")
+        late.execute("insert into log (value) values ('before')")
         wait_more(clients, 100)
-        old = cluster.primary()
         old.pause()
         cluster.wait_primary([old])
+        with contextlib.closing(cluster.primary().connect("late.db")) as other:
+            other.execute("insert into log (value) values ('of another')")
         wait_more(clients, 100)
+        late.execute("insert into log (value) values ('much too late')")
         old.resume()
         wait_until(lambda: old.role() is not None and not old.takes_writes(), "the old primary knows that it is none")
         wait_more(clients, 50)
     report(f"SIGSTOP, sync {sync}", *cluster.judge())
+    for member in cluster.members:
+        assert member.copy("late.db").values == ("before", "of another")
+    assert lost_values([old.data], "late.db", ["much too late"])
+    assert [line for line in old.log_text().splitlines() if "msg=lost database=late.db" in line]
 
 
 @pytest.mark.parametrize("sync", [0, 1])
@@ -192,9 +232,10 @@ def test_engine_gone_for_everybody(new_cluster: New) -> None:
     report("engine cut from everybody", *cluster.judge())
 
 
-def test_hung_engine(new_cluster: New) -> None:
-    """etcd is stopped with SIGSTOP: connections stay, nothing answers."""
-    cluster = new_cluster(databases=ALL_DBS)
+@engines("etcd", "kubernetes", longer=("s3", "consul"))
+def test_hung_engine(new_cluster: New, engine: str) -> None:
+    """It is stopped with SIGSTOP: connections stay, nothing answers."""
+    cluster = new_cluster(engine, databases=ALL_DBS)
     members = cluster.start()
     with cluster.workload() as clients:
         wait_more(clients, 100)
@@ -204,7 +245,7 @@ def test_hung_engine(new_cluster: New) -> None:
         cluster.heal()
         cluster.wait_primary()
         wait_more(clients, 50)
-    report("hung etcd", *cluster.judge())
+    report(f"hung {engine}", *cluster.judge())
 
 
 def assert_reads_go_on(cluster: HaCluster, members: list[Member]) -> None:
@@ -314,6 +355,42 @@ def test_clocks_differ(new_cluster: New) -> None:
         cluster.wait_primary([old])
         wait_more(clients, 50)
     report("clocks that differ", *cluster.judge())
+
+
+def test_clocks_jump(new_cluster: New) -> None:
+    """The wall clock of the primary goes back by a month, and another one's forward, while both run: nobody notices."""
+    cluster = new_cluster(databases=ALL_DBS)
+    cluster.start()
+    with cluster.workload() as clients:
+        wait_more(clients, 50)
+        old = cluster.primary()
+        old.skew(-2_600_000)
+        cluster.replicas()[0].skew(2_600_000)
+        wait_more(clients, 200)
+        assert cluster.primary() is old
+        old.post("/handoff")
+        cluster.wait_primary([old])
+        wait_more(clients, 50)
+    seen, outcome = cluster.judge()
+    report("clocks that jump", seen, outcome)
+    assert not any(lost(seen, outcome).values()), "a clean handover lost commits"
+
+
+def test_slow_network(new_cluster: New) -> None:
+    """What the primary sends takes a tenth of a second; what waits for replicas takes as long, and is not lost."""
+    cluster = new_cluster(network=True, sync=1, databases=ALL_DBS)
+    cluster.start()
+    assert cluster.network is not None
+    with cluster.workload() as clients:
+        wait_more(clients, 50)
+        old = cluster.primary()
+        cluster.network.delay([old.name], 100, 50)
+        wait_more(clients, 100)
+        old.kill()
+        cluster.wait_primary([old])
+        cluster.network.heal()
+        wait_more(clients, 50)
+    report("slow network", *cluster.judge())
 
 
 def test_lossy_network(new_cluster: New) -> None:

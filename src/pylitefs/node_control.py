@@ -258,6 +258,8 @@ class NodeControl:
         """A switchover up to the moment when this node is not the primary any more; the successor's id."""
         async with self._switching:
             info = await self._successor(node_id, catch_up_s)
+            if problem := self._by_engine().problem:  # failsafe: to let go of the lease would be the end of writes
+                raise Unavailable(f"nothing has changed: {problem}")
             async with self._node.halts.paused(PAUSE_S):
                 await self._pass_on(info, reason)
             return int(info.node_id, 16)

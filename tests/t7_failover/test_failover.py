@@ -269,6 +269,8 @@ def test_failsafe(new_cluster: New) -> None:
         cluster.cut_engine()
         for _ in range(3):  # each takes longer than a third of the lease
             wait_more(clients, round(60 * cluster.ttl_s))
+        with pytest.raises(OSError, match="nothing has changed: the lease cannot be renewed"):
+            old.post("/handoff")
         assert old.takes_writes()
         cluster.network.isolate(cluster.replicas()[0].name)
         cluster.wait_no_primary()

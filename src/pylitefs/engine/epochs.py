@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from bisect import bisect_right
 
 from pylitefs.engine.files import publish_file
@@ -82,6 +83,7 @@ class SeenEpoch:
     def __init__(self, data_dir: str) -> None:
         self._path = os.path.join(data_dir, "epoch")
         self.value = 0
+        self._lock = threading.Lock()
 
     def load(self) -> None:
         """FormatError if the file is damaged."""
@@ -92,7 +94,9 @@ class SeenEpoch:
             self.value = int(text)
 
     def note(self, epoch: int) -> None:
-        """Durable on return, before anything of that epoch is done here. Raises OSError."""
-        if epoch > self.value:
-            publish_file(self._path, f"{epoch}\n".encode())
-            self.value = epoch
+        """Durable on return, before anything of that epoch is done here. Any thread: that of a session that has ended
+        may still be at an earlier epoch. Raises OSError."""
+        with self._lock:
+            if epoch > self.value:
+                publish_file(self._path, f"{epoch}\n".encode())
+                self.value = epoch

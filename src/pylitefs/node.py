@@ -93,8 +93,15 @@ class Node:
         """Static lease: this is the primary."""
         self.store.ensure_cluster_id()
         self._open_gate()
+        await blocking(self.store.begin_epoch, self.store.seen_epoch)
         await self._open_replicas(self.store.epoch, recovery)
         self.ready.set()
+
+    async def _begin_anew(self, seen: int) -> None:
+        """Static lease: what the configuration says counts, and replicas follow nobody of an earlier epoch."""
+        await blocking(self.store.begin_epoch, seen)
+        if self._replicas is not None:
+            self._replicas.epoch = self.store.epoch
 
     async def start_replica(self, hostname: str, url: str) -> None:
         """Static lease: follow the primary at `url`."""
@@ -317,9 +324,12 @@ class Node:
 
     def _superseded(self, epoch: int) -> None:
         """A replica has followed a later primary than us."""
+        if self.leadership is None:
+            log.warning("a replica has followed a primary of epoch %d: this one goes on in a later one", epoch)
+            self._start(self._begin_anew(epoch))
+            return
         log.error("epoch %d has begun, this node leads in an older one: it steps down", epoch)
-        if self.leadership is not None:
-            self.leadership.supersede(f"epoch {epoch} has begun")
+        self.leadership.supersede(f"epoch {epoch} has begun")
 
     def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

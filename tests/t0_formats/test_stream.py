@@ -45,6 +45,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         u32,
         positions,
         st.lists(positions, max_size=4).map(tuple),
+        epochs,
     ),
     st.builds(stream.Checksums, names, u32, st.integers(1, 2**32 - 1), chunks.map(lambda data: data * 8)),
     st.builds(stream.TailEnd, names, st.booleans()),

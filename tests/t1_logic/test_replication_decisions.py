@@ -121,13 +121,20 @@ class Chain:
     first_txid: int
     shared: int
     lines: tuple[tuple[int, int], ...] = ((3, 1),)
-    head: int = 100
+    last: int = 100
+
+    @property
+    def head(self) -> Position:
+        return at(self.last)
+
+    def epochs(self) -> tuple[tuple[int, int], ...]:
+        return self.lines
 
     def holds(self, position: Position) -> bool:
         return position in [at(txid) for txid in range(self.first_txid - 1, self.shared + 1)]
 
     def passed(self, position: Position) -> bool:
-        return passed(self.lines, at(self.head), position)
+        return passed(self.lines, self.head, position)
 
 
 TURNS = ((2, 1), (3, 40), (5, 61))
@@ -160,7 +167,30 @@ TURNS = ((2, 1), (3, 40), (5, 61))
 def test_the_branch_of_a_replica_begins_where_the_histories_part(
     position: Position, history: list[Position], ours: Chain, point: int | None
 ) -> None:
-    assert branch_point(position, history, ours) == point
+    assert branch_point(position, history, (), ours) == point
+
+
+@pytest.mark.parametrize(
+    ("position", "history", "epochs", "ours", "point"),
+    [
+        # It has lost its log further back than the histories part: its epochs tell.
+        (at(65, 1, 4), [at(63, 1, 4)], ((2, 1), (3, 40), (4, 61)), Chain(80, 100, TURNS), 60),
+        (at(65, 1, 4), [at(63, 1, 4)], ((2, 1), (4, 40)), Chain(80, 100, TURNS), 39),
+        (at(65, 1, 4), [at(63, 1, 4)], ((2, 1), (3, 40), (4, 50)), Chain(80, 100, TURNS), 49),
+        (at(65, 1, 4), [at(63, 1, 4)], ((4, 1),), Chain(80, 100, TURNS), 0),  # they have nothing in common
+        (at(45, 1, 2), [at(41, 1, 2)], ((2, 1),), Chain(80, 100, TURNS), 39),  # the end of epoch 2 was lost
+        (at(12, 1), [at(11, 1)], ((3, 1),), Chain(1, 10), 0),  # two chains in one epoch: nothing is certain
+        (at(90, 1), [at(89, 1)], ((2, 1), (3, 40)), Chain(80, 100, ((2, 1), (3, 40))), 0),
+    ],
+)
+def test_epochs_tell_where_histories_part(
+    position: Position,
+    history: list[Position],
+    epochs: tuple[tuple[int, int], ...],
+    ours: Chain,
+    point: int,
+) -> None:
+    assert branch_point(position, history, epochs, ours) == point
 
 
 @given(st.data())
@@ -186,6 +216,10 @@ def test_what_is_not_in_the_history_is_always_in_the_branch(data: st.DataObject)
 
     class Log:
         first_txid = first
+        head = position_in(ours, len(ours))
+
+        def epochs(self) -> tuple[tuple[int, int], ...]:
+            return lines
 
         def holds(self, known: Position) -> bool:
             return first - 1 <= known.txid <= len(ours) and known.is_at(position_in(ours, known.txid))
@@ -194,7 +228,9 @@ def test_what_is_not_in_the_history_is_always_in_the_branch(data: st.DataObject)
             return passed(lines, position_in(ours, len(ours)), known)
 
     history = [position_in(theirs, txid) for txid in range(len(theirs), 0, -1)]
-    point = branch_point(history[0], history[1:], Log())
+    kept = data.draw(st.integers(1, len(history)))
+    own = tuple((epoch, [e for e, _ in theirs].index(epoch) + 1) for epoch in sorted({e for e, _ in theirs}))
+    point = branch_point(history[0], history[1:kept], data.draw(st.sampled_from([(), own])), Log())
     if branch and branch != [e for e, _ in ours[parting : parting + len(branch)]]:
         assert point is not None and point <= parting
     elif not branch:

@@ -26,7 +26,7 @@ from typing import TypeAlias
 import numpy as np
 
 from pylitefs.cluster.ends import OwnFile, ends_of, is_here
-from pylitefs.cluster.ports import IncomingFile, PageSums, Resync, Store
+from pylitefs.cluster.ports import Epochs, IncomingFile, PageSums, Resync, Store
 from pylitefs.errors import DatabaseBusy, FormatError, LitefsError, PositionMismatch, Unavailable
 from pylitefs.events import Event
 from pylitefs.formats import stream
@@ -262,8 +262,9 @@ class Sink:
         database = self._store.get(self.name)
         position, page_size = Position(0, 0), 0
         history: list[Position] = []
+        epochs: Epochs = ()
         if database is not None:
-            history = database.log.positions(MAX_HISTORY - 1)
+            history, epochs = database.log.positions(MAX_HISTORY - 1), database.log.epochs()
         if database is not None and database.set_aside_reason is not None:
             position, sums = database.log.head, None  # its files are of no use, but what its log has may be a branch
         elif database is not None:
@@ -274,7 +275,9 @@ class Sink:
         self._request += 1
         if sums is None or not len(sums):
             page_size, sums = 0, _NO_SUMS
-        message = stream.Resync(self.name, self._request, reason, page_size, len(sums), position, tuple(history))
+        message = stream.Resync(
+            self.name, self._request, reason, page_size, len(sums), position, tuple(history), epochs
+        )
         return Prepared(message, sums)
 
     def _begin_snapshot(self, item: SnapshotBegin) -> None:

@@ -21,12 +21,13 @@ has a copy                         never had it                         SetAside
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from pylitefs.formats.ltx.format import Position
-from pylitefs.formats.stream_fields import ResyncReason
+from pylitefs.formats.stream_fields import Epochs, ResyncReason
 
 NOTHING = Position(0, 0)
 
@@ -141,26 +142,39 @@ class History(Protocol):
     """The primary's log, and what it knows of the time before."""
 
     @property
+    def head(self) -> Position: ...
+    @property
     def first_txid(self) -> int: ...
     def holds(self, position: Position) -> bool: ...
     def passed(self, position: Position) -> bool: ...
+    def epochs(self) -> Epochs: ...
 
 
-def branch_point(position: Position, history: Iterable[Position], ours: History) -> int | None:
+def branch_point(position: Position, history: Iterable[Position], epochs: Epochs, ours: History) -> int | None:
     """The TXID after which the replica's log holds what the primary's history does not; None if there is no such thing.
 
-    `position` and `history` are the replica's. Where the primary's log no longer reaches back to anything the replica
-    has, the epochs tell: within one, one node has written one chain. Only a node whose role is fixed may have written
-    two in its only epoch (it lost its tail, and went on); then what the log shows to be different counts.
+    `position`, `history` and `epochs` are the replica's. Where the primary's log no longer reaches back to anything the
+    replica has, the epochs tell: within one, one node has written one chain. Only in the first epoch a node whose role
+    is fixed may have written two, in an earlier version; then what the log shows to be different counts.
     """
     if position.txid == 0 or ours.holds(position):
         return None
-    differs = False
+    differs = position.txid + 1  # from here on, or earlier
     for known in sorted({position, *history}, key=lambda known: known.txid, reverse=True):
         if known.txid + 1 >= ours.first_txid:
             if ours.holds(known):
                 return known.txid
-            differs = True
-        elif ours.passed(known) and (not differs or known.epoch > 1):
+            differs = known.txid
+        elif ours.passed(known) and (differs > position.txid or known.epoch > 1):
             return known.txid if known != position else None
-    return 0
+    parting = _parting(epochs, ours)
+    return parting if parting < min(differs, position.txid) else 0
+
+
+def _parting(theirs: Epochs, history: History) -> int:
+    """Up to where two histories are the same for certain, by their epochs alone; 0 if nothing is certain."""
+    ours = history.epochs()
+    common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(theirs, ours, strict=False))))
+    if not common:
+        return 0
+    return min([history.head.txid, *(lines[common][1] - 1 for lines in (theirs, ours) if common < len(lines))])

@@ -560,7 +560,7 @@ class Feed:
 
 
 def _branch(resync: Resync, entries: Log) -> int | None:
-    return branch_point(resync.position, resync.history, entries)
+    return branch_point(resync.position, resync.history, resync.epochs, entries)
 
 
 def _next_pages(name: str, reader: SnapshotReader) -> list[SnapshotPages] | None:

@@ -28,7 +28,7 @@ Lines = tuple[tuple[int, int], ...]
 """(epoch, its first TXID), both ascending."""
 
 FIRST = 1
-"""The epoch of a node whose role is fixed, and of every history that says nothing else."""
+"""The epoch of every history that says nothing else."""
 
 
 def passed(lines: Lines, head: Position, position: Position) -> bool:

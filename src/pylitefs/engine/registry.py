@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from dataclasses import dataclass
 
 from pylitefs.engine.apply import Apply
@@ -210,7 +211,7 @@ class Registry:
 
     @property
     def epoch(self) -> int:
-        """What this node writes with: the epoch of its lease, or where the role is fixed the highest it has seen."""
+        """What this node writes with: the epoch of its lease, or where the role is fixed the one of its start."""
         return self._services.epoch
 
     @epoch.setter
@@ -226,6 +227,14 @@ class Registry:
         """An epoch has begun, and something of it will be done here: durable on return. Blocking. Raises OSError."""
         self._seen_epoch.note(epoch)
         self.epoch = max(epoch, self.epoch)
+
+    def begin_epoch(self, seen: int) -> None:
+        """Where no engine counts epochs: one that nobody has seen begins, `seen` or before. It is not told whether this
+        node is a copy of what it once was, so it goes by the clock. Blocking."""
+        epoch = max(seen + 1, self.epoch + 1, int(time.time()))
+        with contextlib.suppress(OSError):  # the disk is full: what is written in it says so, and the next is later
+            self._seen_epoch.note(epoch)
+        self.epoch = epoch
 
     def read_epoch(self) -> None:
         """Raises FormatError if the file is damaged."""

@@ -240,7 +240,11 @@ class Startup:
             raise PositionMismatch(f"{name}: {position} is not the state here, {database.position}")
         found = self._unsettled.get(name)
         if found is not None and found.outcome is Outcome.DIFFERS and not found.not_ahead:
-            record_difference(database, found.previous, position.txid)
+            before, database.term = database.term, position.epoch  # it is what was committed then
+            try:
+                record_difference(database, found.previous, position.txid)
+            finally:
+                database.term = before
             found.outcome = Outcome.VERIFIED  # but not proven to have seen nothing more
         return database.position
 

@@ -150,7 +150,8 @@ class Ack:
 class Resync:
     """The replica's copy of a database: `commit` pages of `page_size` bytes (both 0 if it has none), at `position`.
 
-    `history` are positions that its log passed through, newest first. CHECKSUMS for all its pages follow, if any.
+    `history` are positions that its log passed through, newest first, `epochs` (epoch, its first TXID) of what led
+    there. CHECKSUMS for all its pages follow, if any.
     """
 
     CODE: ClassVar[int] = 13
@@ -161,6 +162,7 @@ class Resync:
     commit: U32
     position: At
     history: History = ()
+    epochs: Epochs = ()
 
 
 @dataclass(frozen=True, slots=True)

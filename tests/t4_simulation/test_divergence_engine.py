@@ -12,6 +12,7 @@ import pytest
 from real_nodes import Application, open_store
 from test_replication_engine import Nodes
 
+from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.engine.lost import BASE, PAGES, TIP, Branch, branches
 from pylitefs.engine.store import Store
 from pylitefs.engine.verifier import verify
@@ -138,6 +139,38 @@ async def test_what_follows_the_head_is_given_back_while_the_primary_takes_write
             after = await asyncio.to_thread(rows_of, nodes.primary, tmp_path)
         assert after == left and app.database.captures and not app.database.yields
         assert app.database.epoch == 1, "the giver's"
+        assert branches(nodes.replica.data_dir) == []
+
+
+async def test_what_only_the_log_has_lost_is_adopted_with_its_epoch(tmp_path: Path) -> None:
+    """A power cut of a primary whose starts have epochs: the database has all of it, and so has the replica."""
+    with two(tmp_path) as nodes:
+        app = Application(nodes.primary, "a.db")
+        app.insert(300)
+        nodes.primary.begin_epoch(0)
+        app.insert(300)
+        app.insert(400)
+        first = nodes.primary.epoch
+        async with nodes.running(epoch=first):
+            await nodes.until_equal()
+        head, lost = app.database.position, app.database.log.entries()[-2:]
+        nodes.primary.close(clean=False)
+        for entry in lost:
+            os.unlink(entry.path)
+        (tmp_path / "primary" / "boot").write_text("another boot of the machine\n")
+        nodes.primary = open_store(tmp_path / "primary", is_primary=True)
+        nodes.primary.begin_epoch(nodes.primary.seen_epoch)
+        assert nodes.primary.epoch > first
+        app = application(nodes.primary)
+        app.database.term = 0
+        recovery = RecoveryWait(["a.db"], 10.0)
+        async with nodes.running(recovery, epoch=nodes.primary.epoch):
+            await recovery.wait()
+            await asyncio.to_thread(nodes.primary.worker.submit(nodes.primary.settle).result)
+            assert app.database.log.holds(head), "the epoch included"
+            await asyncio.to_thread(app.insert, 100)
+            await nodes.until_equal()
+        assert app.database.epoch == nodes.primary.epoch
         assert branches(nodes.replica.data_dir) == []
 
 

@@ -237,7 +237,6 @@ class Capture(CommitPoints):
     def flush_later(self, database: Database) -> Future[Position]:
         """`flush` from any thread; also settles writes in rollback modes that no hook saw the end of."""
         result: Future[Position] = Future()
-
         tries = iter(range(_ATTEMPTS))
 
         def work(_: object) -> None:

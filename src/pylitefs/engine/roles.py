@@ -119,7 +119,7 @@ class Roles:
         with self._one:
             registry = self._registry
             registry.note_epoch(epoch)
-            self._on_worker(takeover.sync_applied, *list(registry.databases.values()))
+            takeover.sync_applied(registry, *list(registry.databases.values()))
             registry.marker.write(epoch, None)
             registry.epoch = epoch
             self._wanted.clear()
@@ -159,7 +159,7 @@ class Roles:
             if fence is None and not registry.is_primary:
                 return  # it had it back too late: by now all of them are taken over
             if not registry.is_primary:
-                self._on_worker(takeover.sync_applied, database, database=name)
+                takeover.sync_applied(registry, database)
                 names = {other.name for other in list(registry.databases.values()) if other.captures}
                 registry.marker.write(epoch_of_loans(registry), names | {name})
             self._wanted.discard(name)

@@ -1,4 +1,4 @@
-"""The worker's part in a change of who writes a database, see `roles`. Everything here runs on the worker."""
+"""The worker's part in a change of who writes a database, see `roles`: what does not say otherwise runs there."""
 
 from __future__ import annotations
 
@@ -28,12 +28,17 @@ def in_use(database: Database) -> bool:
         return database.app_handles > 0 or database.opening > 0
 
 
-def sync_applied(*databases: Database) -> None:
-    """Before the marker: from then on the files count, and what was durable by the log alone must be in them. Raises
-    OSError."""
-    for database in databases:
+def sync_applied(registry: Registry, *databases: Database) -> None:
+    """Before the marker: from then on the files count, and what was durable by the log alone must be in them. Not on
+    the worker. Raises OSError."""
+
+    def work(database: Database) -> None:
         if database.replica is not None:
             database.replica.sync()
+
+    active = [database for database in databases if database.replica is not None]
+    for done in [registry.worker.submit(work, database, database=database.name) for database in active]:
+        done.result()
 
 
 def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:

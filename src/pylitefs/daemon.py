@@ -21,13 +21,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from pylitefs import __version__
 from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.recovery_wait import RecoveryWait
+from pylitefs.cluster.tasks import cancel, in_thread
 from pylitefs.config import Config
 from pylitefs.engine.hooks import EngineHooks
 from pylitefs.engine.store import Store, StoreOptions
@@ -117,7 +118,7 @@ class Daemon:
             await self._begin_as_primary()
         elif not static:
             await self._settle()
-        await _blocking(self._store.note_boot)
+        await in_thread(self._store.note_boot)
         await self._mount()
         self._stack.push_async_callback(self._leave)
         if not static:
@@ -128,7 +129,7 @@ class Daemon:
             )  # fmt: skip
             engine, name = open_engine(lease)
             await self._node.start_member(engine, name, settings)
-            self._stack.push_async_callback(_cancel, asyncio.create_task(self._control.watch_disk()))
+            self._stack.push_async_callback(cancel, asyncio.create_task(self._control.watch_disk()))
         elif not self._store.is_primary:
             await self._node.start_replica(config.lease.hostname, config.lease.advertise_url)
 
@@ -143,7 +144,7 @@ class Daemon:
         await self._settle()
 
     async def _settle(self) -> None:
-        await self._unless_stopped(_blocking(self._store.worker.submit(self._store.settle).result))
+        await self._unless_stopped(in_thread(self._store.worker.submit(self._store.settle).result))
 
     async def _leave(self) -> None:
         """Before the mount goes: pass the lease on, follow nobody."""
@@ -208,9 +209,9 @@ class Daemon:
         )
         self._stack.callback(self._events.subscribe(_log_event))
         self._stack.callback(self._events.subscribe(self._heard))
-        await self._unless_stopped(_blocking(self._store.load))
+        await self._unless_stopped(in_thread(self._store.load))
         self._store.start()
-        self._stack.push_async_callback(_blocking, self._close_store)
+        self._stack.push_async_callback(in_thread, self._close_store)
 
     def _heard(self, event: Event) -> None:
         """In the emitting thread."""
@@ -284,11 +285,11 @@ class Daemon:
         )
         folder = os.path.join(self._config.data.dir, "lost", time.strftime("%Y%m%dT%H%M%S"))
         with contextlib.suppress(OSError):  # then the mount says what is in the way
-            for path in await _blocking(put_away_side_files, fuse.dir, folder):
+            for path in await in_thread(put_away_side_files, fuse.dir, folder):
                 log.warning("left behind by an application where nothing was mounted, kept as %s", path)
         guard = MountGuard(fuse.dir, "" if self._config.lease.is_static else os.path.realpath(self._config.data.dir))
         self._stack.callback(guard.stop)
-        await _blocking(session.start)
+        await in_thread(session.start)
         self._stack.push_async_callback(self._unmount)
         guard.hold(session.device_fd, session.mount_device)
         self._mounted = True
@@ -298,7 +299,7 @@ class Daemon:
 
     async def _unmount(self) -> None:
         self._mounted = False
-        await _blocking(self._unmount_now)
+        await in_thread(self._unmount_now)
         await self._node.send_the_rest()
 
     def _unmount_now(self) -> None:
@@ -356,8 +357,8 @@ class Daemon:
                 return 0
             return status
         finally:
-            await _cancel(stop)
-            await _cancel(commands)
+            await cancel(stop)
+            await cancel(commands)
 
     @staticmethod
     async def _commands(supervisor: Supervisor) -> int | None:
@@ -399,15 +400,6 @@ def _copy_into(path: str, target: str) -> None:
             f"import failed, nothing was changed: {reason[0]} (a database in WAL mode cannot change its page size; "
             "one that is being written cannot be replaced)"
         )
-
-
-async def _blocking(call: Callable[..., T], *args: object) -> T:
-    return await asyncio.get_running_loop().run_in_executor(None, call, *args)
-
-
-async def _cancel(task: asyncio.Task[T]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def _keep_memory_small() -> None:

@@ -14,9 +14,9 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.election import INFO_CLUSTER_ID, Positions, position_map
@@ -31,6 +31,7 @@ from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.cluster.replica import Replica
 from pylitefs.cluster.roles import NodeIdentity, Refused
 from pylitefs.cluster.sync_gate import Mode, SyncGate, SyncRules
+from pylitefs.cluster.tasks import blocking, cancel
 from pylitefs.config import Config
 from pylitefs.engine.files import publish_file
 from pylitefs.engine.store import Store
@@ -48,7 +49,6 @@ from pylitefs.role_hooks import RoleHooks
 from pylitefs.status import ReplicaInfo
 
 log = logging.getLogger("litefs")
-T = TypeVar("T")
 
 PAUSE_S = 2.0  # to find a moment without a writer
 LAST_S = 2.0  # for what was committed last to reach the others, while nobody can write
@@ -130,7 +130,7 @@ class Node:
         """Lead no more, follow nobody."""
         if self.leadership is not None:
             await self.leadership.stop("the node is stopping")
-        await _cancel(self._running)
+        await cancel(self._running)
         await self.halting.close()
         await self.halts.end_all("the node is stopping")
         await self._stop_following()
@@ -139,7 +139,7 @@ class Node:
         """After `stop`, when nothing is mounted any more."""
         await self._hooks.close()
         for task in list(self._background):
-            await _cancel(task)
+            await cancel(task)
         await self._close_gate(Unavailable("this node is stopping"))
         await self._close_replicas()
         if self._engine is not None:
@@ -373,7 +373,7 @@ class Node:
         gate, self.gate = self.gate, None
         if gate is not None:
             gate.close(error)
-            await _cancel(self._gating)
+            await cancel(self._gating)
 
     async def _close_replicas(self) -> None:
         replicas, self._replicas = self._replicas, None
@@ -401,13 +401,13 @@ class Node:
         try:
             await replica.run()
         finally:
-            await _cancel(telling)
+            await cancel(telling)
 
     async def _stop_following(self) -> None:
         self.following = None
         await self.halting.end_all("this node does not follow that primary any more")
         follower, self._follower = self._follower, None
-        await _cancel(follower)
+        await cancel(follower)
         self._replica = None
 
 
@@ -434,25 +434,3 @@ def read_node_id(data_dir: str) -> int:
     except OSError as error:
         raise LitefsError(f"cannot write {path}: {error.strerror}") from None
     return node_id
-
-
-async def blocking(call: Callable[..., T], *args: object) -> T:
-    """Run `call` in a thread, to its end: whoever is cancelled meanwhile hears of that afterwards, for what it does to
-    the node is done, and has to be undone by the next who looks."""
-    running = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(None, call, *args))
-    cancelled: asyncio.CancelledError | None = None
-    while not running.done():
-        try:
-            await asyncio.wait({running})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        running.exception()
-        raise cancelled
-    return running.result()
-
-
-async def _cancel(task: asyncio.Task[Any] | None) -> None:
-    if task is not None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

@@ -16,12 +16,13 @@ from pylitefs.cluster.decisions import NOTHING
 from pylitefs.cluster.election import Total, positions_of
 from pylitefs.cluster.leadership import Leadership
 from pylitefs.cluster.lease_port import Leader, Member
+from pylitefs.cluster.tasks import blocking
 from pylitefs.engine.epochs import FIRST
 from pylitefs.engine.reserve import Reserve
 from pylitefs.errors import DatabaseNotFound, Ineligible, LitefsError, NotPrimary, Unavailable
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import Position
-from pylitefs.node import LAST_S, PAUSE_S, Node, blocking
+from pylitefs.node import LAST_S, PAUSE_S, Node
 from pylitefs.status import ReplicaInfo, ReplicaProgress
 
 log = logging.getLogger("litefs")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.lease_port import now_s
+from pylitefs.cluster.tasks import blocking
 from pylitefs.config import parse
 from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.events import EventBus
 from pylitefs.lease.memory import MemoryEngine, MemoryService
-from pylitefs.node import Node, blocking
+from pylitefs.node import Node
 
 TTL_S = 0.6
 

@@ -102,20 +102,6 @@ def unexpected(message: Message) -> Refused:
     return Refused(ErrorCode.PROTOCOL, f"unexpected {type(message).__name__}")
 
 
-async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` to its end: whoever is cancelled meanwhile hears of that afterwards."""
-    running = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not running.done():
-        try:
-            await asyncio.wait({running})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    running.result()
-    if cancelled is not None:
-        raise cancelled
-
-
 class TaskSet:
     """Tasks of one connection: the first that fails ends them all."""
 

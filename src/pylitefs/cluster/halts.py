@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 from pylitefs.cluster.control import HaltLock
 from pylitefs.cluster.ends import ends_of, has_transaction
 from pylitefs.cluster.ports import Store
+from pylitefs.cluster.tasks import finished, in_thread
 from pylitefs.errors import (
     DatabaseBusy,
     DatabaseNotFound,
@@ -240,7 +241,7 @@ class HaltLocks:
                 raise DatabaseNotFound(name)
             epoch = store.epoch
             left_s = max(0.1, until_s - time.monotonic())
-            if not await self._run(_in_thread(store.demote_database, name, left_s)):
+            if not await self._run(in_thread(store.demote_database, name, left_s)):
                 raise DatabaseBusy(f'"{name}" is in the middle of a transaction on the primary: try again')
             self._check_office()
             if store.epoch != epoch:
@@ -347,7 +348,7 @@ class HaltLocks:
         if not self._store.is_primary:
             return
         try:
-            await _in_thread(self._store.promote_database, name)
+            await in_thread(self._store.promote_database, name)
         except (OSError, LitefsError) as error:
             log.error("%s: cannot be written after a HALT lock: %s", name, error)
 
@@ -379,22 +380,12 @@ class HaltLocks:
         return task
 
     async def _run(self, work: Any) -> Any:
-        """To its end, also if the caller is cancelled meanwhile."""
-        task = self._start(work)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if not task.done():
-                await asyncio.wait([task])
-            raise
+        """To its end, also if the caller is cancelled meanwhile; `end_all` waits for it too."""
+        return await finished(self._start(work))
 
 
 def _not_held(name: str) -> Ineligible:
     return Ineligible(f'the HALT lock of "{name}" is not held any more: take it again')
-
-
-async def _in_thread(call: Callable[..., T], *args: object) -> T:
-    return await asyncio.get_running_loop().run_in_executor(None, call, *args)
 
 
 async def _of_worker(store: Store, name: str, call: Callable[..., T], *args: object) -> T:

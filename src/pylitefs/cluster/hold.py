@@ -15,13 +15,14 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from enum import Enum
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Protocol
 
 from pylitefs.cluster.control import HaltLock
 from pylitefs.cluster.ends import ends_of
 from pylitefs.cluster.ports import Database, LogEntry, Store
+from pylitefs.cluster.tasks import blocking, in_thread
 from pylitefs.cluster.transfer import COMPACT_MIN, merge, small_run
 from pylitefs.engine.fence import Fence
 from pylitefs.engine.loan import Loan
@@ -32,7 +33,6 @@ from pylitefs.formats.stream_fields import MAX_CHUNK
 from pylitefs.ports import Then
 
 log = logging.getLogger("litefs.halt")
-T = TypeVar("T")
 
 ASK_S = 5.0  # for an answer that takes the primary no work
 SEND_S = 60.0  # for a transaction, and as long again as it takes at
@@ -320,10 +320,10 @@ class Hold:
         self._acked = database.position
         self._gate = Gate(self.name, self._acked)
         self._set_until(self._until_s)
-        await finished(in_thread(database.log.agreed.begin, lock.epoch, self._acked))
+        await blocking(database.log.agreed.begin, lock.epoch, self._acked)
         self._database.loan = Loan(lock.epoch, self._gate)
         self._captures = True
-        await finished(in_thread(self._store.promote_database, self.name, self._fence))
+        await blocking(self._store.promote_database, self.name, self._fence)
         if database.log.agreed.position is None or database.position.txid < lock.position.txid:
             raise Unavailable(f"{self.name} has left {lock.position}")
 
@@ -463,7 +463,7 @@ class Hold:
         transaction."""
         told = False
         while not self._store.is_primary:  # else it is written here by right
-            if await finished(in_thread(self._store.demote_database, self.name, DEMOTE_S)) or self._hurried:
+            if await blocking(self._store.demote_database, self.name, DEMOTE_S) or self._hurried:
                 return
             if not told:
                 log.warning("%s: its HALT lock cannot be given back before the open transaction ends", self.name)
@@ -532,18 +532,3 @@ def _as_errno(error: BaseException) -> BaseException:
 def _read(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
-
-
-async def in_thread(call: Callable[..., T], *args: object) -> T:
-    return await asyncio.get_running_loop().run_in_executor(None, call, *args)
-
-
-async def finished(work: Coroutine[Any, Any, T]) -> T:
-    """To its end, also if we are cancelled meanwhile: a thread cannot be stopped."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait([task])
-        raise

@@ -11,13 +11,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from pylitefs.cluster.channel import Channel, TaskSet, Timings, to_the_end, unexpected
+from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
 from pylitefs.cluster.feed import Feed
 from pylitefs.cluster.healing import ANSWER_S, Healing
 from pylitefs.cluster.ports import Link, LinkClosed, Store
 from pylitefs.cluster.recovery_wait import RecoveryOutcome, RecoveryWait
 from pylitefs.cluster.roles import NodeIdentity, Refused, StaleEpoch, admit
 from pylitefs.cluster.sync_gate import SyncGate
+from pylitefs.cluster.tasks import finished
 from pylitefs.errors import LitefsError
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import Position
@@ -277,7 +278,7 @@ class ReplicaSession:
             self._replicas.on_newer_epoch(error.seen)
         if known:  # before anything that waits, and could be cancelled
             self._replicas.remove(self, reason)
-        await to_the_end(self._close(error))
+        await finished(self._close(error))
         if isinstance(error, asyncio.CancelledError):
             raise error
 

@@ -9,16 +9,17 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from pylitefs.cluster.acks import Acks
 from pylitefs.cluster.applier import Applied, Applier, Item, Outcome, Prepared, PrepareResync, Stuck, Unfit, Violation
 from pylitefs.cluster.backoff import Backoff
-from pylitefs.cluster.channel import Channel, TaskSet, Timings, to_the_end, unexpected
+from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
 from pylitefs.cluster.ports import Database, Link, LinkClosed, Store
 from pylitefs.cluster.roles import LASTING, NodeIdentity, Refused, StaleEpoch, accept
+from pylitefs.cluster.tasks import finished, in_thread
 from pylitefs.cluster.transfer import send_entry
 from pylitefs.errors import FormatError, LitefsError
 from pylitefs.events import Event
@@ -62,7 +63,6 @@ CALM_S = 60.0
 
 RESYNC_MAX_DELAY_S = 30.0
 
-T = TypeVar("T")
 Connect = Callable[[], Awaitable[Link]]
 """Opens a connection to the primary. LinkClosed or ProtocolError when it cannot."""
 
@@ -255,7 +255,7 @@ class ReplicaLink:
             if not isinstance(failure, (LitefsError, OSError)):
                 log.exception("replication failed")
         finally:
-            await to_the_end(self._close(told))
+            await finished(self._close(told))
         return error
 
     async def _close(self, told: BaseException | None) -> None:
@@ -472,7 +472,7 @@ class ReplicaLink:
             given = True
             while given and entry is not None:
                 try:
-                    await send_entry(self._channel.send, _blocking, name, entry)
+                    await send_entry(self._channel.send, in_thread, name, entry)
                 except (FormatError, OSError) as error:
                     log.warning("%s: cannot give back: %s", name, error)
                     given = False
@@ -483,7 +483,7 @@ class ReplicaLink:
         """Those that the primary wants, as far as they are sound here."""
         pages: list[tuple[int, bytes]] = []
         try:
-            pages = await _blocking(self._store.sound_pages, asked.name, asked.pgnos)
+            pages = await in_thread(self._store.sound_pages, asked.name, asked.pgnos)
         except (LitefsError, OSError) as error:
             log.warning("%s: pages that the primary asks for cannot be read: %s", asked.name, error)
         room = MAX_PAGES_SIZE // len(pages[0][1]) if pages else 0
@@ -501,10 +501,6 @@ def _follows(database: Database, after: Position, limit_bytes: int) -> bool:
     """Whether the log goes on from exactly there to where the database is, with no more than so many bytes."""
     size = sum(entry.size_bytes for entry in database.log.entries() if entry.min_txid > after.txid)
     return size <= limit_bytes and database.log.reaches(after) and database.position == database.log.head
-
-
-async def _blocking(call: Callable[..., T], /, *args: Any) -> T:
-    return await asyncio.to_thread(call, *args)
 
 
 def _now_ms() -> int:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Coroutine
+from typing import Any
 
 from aiohttp import web
 
 from pylitefs.cluster.control import Control, Halts
+from pylitefs.cluster.tasks import blocking
 from pylitefs.errors import Ineligible, NotPrimary, UsageError
 from pylitefs.formats.ltx.format import Position
 from pylitefs.http.cluster_documents import halt_document, position_answer
@@ -27,8 +28,6 @@ from pylitefs.http.queries import checked_name, parse_epoch, parse_lock_id, pars
 from pylitefs.http.route import Route, json_answer
 from pylitefs.http.transfers import check_size, read_chunk, temporary_file, write_all
 from pylitefs.http.waiting import Waiting
-
-T = TypeVar("T")
 
 EPOCH_HEADER = "Litefs-Epoch"
 ID_HEADER = "Litefs-Id"
@@ -128,15 +127,15 @@ class HaltRoutes:
         return data, True
 
     async def _receive_rest(self, request: web.Request, path: str, start: bytearray) -> None:
-        fd = await _in_thread(os.open, path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = await blocking(os.open, path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            await _in_thread(write_all, fd, start)
+            await blocking(write_all, fd, start)
             received = len(start)
             start.clear()
             while chunk := await read_chunk(request):
                 received += len(chunk)
                 check_size(received, self._max_body_bytes)
-                await _in_thread(write_all, fd, chunk)
+                await blocking(write_all, fd, chunk)
         finally:
             os.close(fd)
 
@@ -149,13 +148,3 @@ class HaltRoutes:
     async def _apply_file(self, name: str, lock_id: int, epoch: int, path: str, file: contextlib.ExitStack) -> Position:
         with file:
             return await self._halts.transaction(name, lock_id, epoch, path)
-
-
-async def _in_thread(function: Callable[..., T], *args: object) -> T:
-    """Call it on a thread. Not left before the thread is done, for it uses our file."""
-    future = asyncio.get_running_loop().run_in_executor(None, function, *args)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        raise

@@ -294,7 +294,7 @@ class NodeControl:
                 if node_id and number != node_id:
                     continue
                 if member is None or not member.candidate:
-                    if node_id:
+                    if node_id and member is not None:  # else it has not been seen in the register yet
                         raise Ineligible(f"{info.hostname or info.node_id} cannot become the primary: no candidate")
                     continue
                 able.append((self._behind(info), -member.priority, number, info))

@@ -1,4 +1,4 @@
-"""The whole cluster is seen from any node."""
+"""The whole cluster is seen from any node, and a node that has just come is seen by the primary."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def test_every_node_tells_how_far_all_others_are(new_cluster: New) -> None:
             )
 
         wait_until(seen, f"{member.name} knows how far everybody is")
+
+
+def test_a_node_that_wants_to_lead_does_so_once_it_has_caught_up(new_cluster: New) -> None:
+    """Also where the primary has not seen it in the register yet, which is looked at now and then."""
+    cluster = new_cluster("directory")
+    cluster.start(1)
+    eager = cluster.member("eager", lease={"promote": True}).start()
+    wait_until(eager.takes_writes, "it leads")
+    assert eager.cluster()["history"][-1]["reason"] == "handed over"

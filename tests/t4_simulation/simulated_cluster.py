@@ -5,6 +5,7 @@ The observer knows what no client can, and says so at once:
     UNFENCED    a commit was found to be covered by the lease after another node had acquired it
     SYNC        a node that is elected, or stands in the in-sync set in the engine, lacks an acknowledged commit
     FEW         a commit was acknowledged that fewer replicas hold than `sync` says
+    EMPTY       a node without data was elected, unless an operator forced it, where there is some
     WITNESS     a node was elected that is no candidate
     STALE-READ  a read after `litefs sync` lacks a commit that was acknowledged before
 """
@@ -19,6 +20,7 @@ from sim_engine import SimService
 from worlds import World
 
 from harness.history import Copy, History, Outcome, Read, Role, Write
+from pylitefs.cluster.control import FORCED
 from pylitefs.cluster.state import Document
 
 WRITE_S = 0.12
@@ -65,6 +67,7 @@ class SimCluster:
         self._acknowledged: dict[str, int] = {}  # in which epoch
         self._newest: tuple[int, Entry] | None = None  # of FULL, acknowledged: its number, and what it is
         self._known = ("", Document())
+        self._terms = 0
         self._count = 0
 
     def start(self) -> None:
@@ -234,6 +237,12 @@ class SimCluster:
         leader = self.service.view().leader
         if leader is not None and not self.at(leader.node_id).candidate:
             self.observed.append(f"WITNESS {leader.hostname} has the lease, in epoch {leader.epoch}")
+        node = self.node(leader.node_id) if leader is not None else None
+        document = self.document
+        if len(self.service.terms) > self._terms and node is not None and document.state.has_data:
+            if not node.positions() and document.history[-1].reason != FORCED:
+                self.observed.append(f"EMPTY {node.hostname} leads in epoch {document.state.epoch}")
+        self._terms = len(self.service.terms)
         self._look_at_set()
 
     def _look_at_set(self) -> None:

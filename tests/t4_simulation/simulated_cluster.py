@@ -238,10 +238,10 @@ class SimCluster:
         if leader is not None and not self.at(leader.node_id).candidate:
             self.observed.append(f"WITNESS {leader.hostname} has the lease, in epoch {leader.epoch}")
         node = self.node(leader.node_id) if leader is not None else None
-        document = self.document
-        if len(self.service.terms) > self._terms and node is not None and document.state.has_data:
-            if not node.positions() and document.history[-1].reason != FORCED:
-                self.observed.append(f"EMPTY {node.hostname} leads in epoch {document.state.epoch}")
+        document, is_new = self.document, len(self.service.terms) > self._terms
+        forced = bool(document.history) and document.history[-1].reason == FORCED
+        if is_new and node is not None and document.state.has_data and not forced and not node.positions():
+            self.observed.append(f"EMPTY {node.hostname} leads in epoch {document.state.epoch}")
         self._terms = len(self.service.terms)
         self._look_at_set()
 

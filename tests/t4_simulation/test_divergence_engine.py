@@ -14,9 +14,10 @@ from test_replication_engine import Nodes
 
 from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.engine.lost import BASE, PAGES, TIP, Branch, branches
-from pylitefs.engine.store import Store
+from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.engine.verifier import verify
 from pylitefs.errors import DatabaseError
+from pylitefs.events import EventBus
 from pylitefs.formats.ltx.decoder import decode
 
 
@@ -172,6 +173,46 @@ async def test_what_only_the_log_has_lost_is_adopted_with_its_epoch(tmp_path: Pa
             await nodes.until_equal()
         assert app.database.epoch == nodes.primary.epoch
         assert branches(nodes.replica.data_dir) == []
+
+
+async def test_what_a_start_recorded_is_kept_though_its_txid_and_epoch_are_others_too(tmp_path: Path) -> None:
+    """A power cut took the log's entries of an epoch, not the database: the start records the difference under the
+    first TXID of that epoch. The new primary went through another one, to which its log does not reach back."""
+    with two(tmp_path) as nodes:
+        app = Application(nodes.primary, "a.db")
+        app.insert(300)
+        nodes.primary.note_epoch(2)
+        app.database.term = 2
+        for _ in range(5):
+            app.insert(300)
+        async with nodes.running(epoch=2):
+            await nodes.until_equal()
+        app.insert(200)
+        left = rows_of(nodes.primary, tmp_path)
+        lost = [entry for entry in app.database.log.entries() if entry.header().epoch == 2]
+        nodes.primary.close(clean=False)
+        nodes.replica.close(clean=True)
+        old, new = Path(nodes.primary.data_dir), Path(nodes.replica.data_dir)
+        for entry in lost:
+            os.unlink(entry.path)
+        (old / "boot").write_text("another boot of the machine\n")
+        (old / "primary").write_text('{"epoch": 2, "databases": null}\n')
+        nodes.primary = open_store(new, is_primary=True)
+        nodes.primary.note_epoch(3)
+        app = application(nodes.primary)
+        app.insert(100)
+        app.database.log.retain(0, 1)
+        nodes.replica = Store(str(old), EventBus(), StoreOptions(is_primary=False, role_from_marker=True))
+        nodes.replica.load()
+        nodes.replica.settle()
+        nodes.replica.start()
+        recorded = nodes.replica.find("a.db").position
+        assert len(lost) == 6 and recorded.epoch == 2 and app.database.log.passed(recorded)
+        async with nodes.running(epoch=3):
+            await nodes.until_equal()
+        (branch,) = branches(nodes.replica.data_dir)
+        tip = branch.path(TIP)
+        assert tip is not None and rows(tip) == left
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -289,6 +289,9 @@ class Sink:
         shared = database.log.shared()
         if shared != database.log.head:  # rather too much than too little: an epoch does not tell these apart
             keep = shared.txid if keep is None else min(keep, shared.txid)
+        recorded = database.log.agreed.recorded_after
+        if recorded is not None:
+            keep = recorded if keep is None else min(keep, recorded)
         self._resync = database.resync(item.page_size, keep)
         self._page_size, self._void = item.page_size, False
 

@@ -39,6 +39,9 @@ class Agreed:
         self._path = path
         self._epoch = 0
         self.position: Position | None = None
+        self.recorded_after: int | None = None
+        """What the log has beyond this TXID was recorded at the start, in the place of what the log had lost. It has
+        TXIDs of an epoch in which others may have got something else under them."""
 
     def load(self) -> None:
         self.position = None
@@ -66,6 +69,7 @@ class Agreed:
 
     def end(self) -> None:
         """All of the log is history. A crash may bring the file back."""
+        self.recorded_after = None
         if self.position is not None:
             self.position = None
             with contextlib.suppress(OSError):

@@ -179,6 +179,7 @@ class Startup:
             return True
         try:
             if not found.not_ahead and found.outcome is not Outcome.CLEAN:
+                database.log.agreed.recorded_after = database.log.head.txid
                 if found.outcome is Outcome.VERIFIED:
                     begin_branch(database)
                 elif os.path.exists(database.files.database):

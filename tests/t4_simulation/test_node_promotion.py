@@ -34,7 +34,8 @@ async def test_a_lease_that_is_lost_while_the_worker_promotes(tmp_path: Path) ->
     store = Store(str(tmp_path / "data"), EventBus(), StoreOptions(is_primary=False, role_from_marker=True))
     store.load()
     store.start()
-    marker = tmp_path / "data" / "primary"
+    told: list[str] = []
+    store.events.subscribe(lambda event: told.append(event.type) if event.type.endswith("moted") else None)
     service = MemoryService(clock=now_s)
     engine = MemoryEngine(service, timeout_s=0.1, clock=now_s)
     node = Node(parse(json.dumps(document)), store, "n1", 1)
@@ -43,15 +44,18 @@ async def test_a_lease_that_is_lost_while_the_worker_promotes(tmp_path: Path) ->
         store.worker.submit(lambda: (begun.set(), busy.wait(60)), database="/")
         await until(begun.is_set)
         await node.start_member(engine, "memory", Settings(ttl_s=TTL_S))
-        await until(marker.exists)  # the promotion waits for the worker
+        await until(lambda: store.seen_epoch == 1)  # the promotion has begun, and waits for the worker
         engine.cut = True
         await until(lambda: service.view().leader is None)
         await until(lambda: "renewed" in node.leadership.problem if node.leadership else False)
         await asyncio.sleep(TTL_S)  # also the leader's own patience has ended by now, or ends soon
         assert not store.is_primary and not store.fence.holds()
+        assert not told
         busy.set()
-        await until(lambda: not marker.exists())
+        await until(lambda: told)
+        assert told == ["demoted"]
         assert not store.is_primary and not store.fence.holds()
+        await until(lambda: not (tmp_path / "data" / "primary").exists())
         engine.cut = False
         await until(store.fence.holds)
         assert store.is_primary and node.leadership is not None and node.leadership.document.state.epoch == 2

@@ -247,15 +247,16 @@ class SimCluster:
 
     def _look_at_set(self) -> None:
         state = self.document.state
-        if state.in_sync is None or self._newest is None:
+        if not self.setup.sync or self._newest is None:
             return
         epoch, value = self._newest[1]
-        for node_id in {*state.in_sync, state.last_leader}:
+        in_sync = state.in_sync or frozenset()
+        for node_id in {*in_sync, state.last_leader}:
             node = self.node(node_id)
             if node is None or epoch > state.epoch:
                 continue
             if not self._has_newest(node):
-                said = "in sync" if node_id in state.in_sync else "elected"
+                said = "in sync" if node_id in in_sync else "elected"
                 self.observed.append(f"SYNC {node.hostname} is {said} at {self.world.now_s:.3f} s, and lacks {value}")
 
     def stale_reads(self, final: frozenset[str]) -> list[str]:

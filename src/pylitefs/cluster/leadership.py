@@ -18,7 +18,7 @@ from typing import Any
 from pylitefs.cluster import election
 from pylitefs.cluster.candidate import Node, Nudge, Settings, ask_all
 from pylitefs.cluster.control import FAILOVER, FORCED
-from pylitefs.cluster.election import Acquire, ClusterState, Follow, Positions, Rules, Self, StandAside, Wait
+from pylitefs.cluster.election import Acquire, ClusterState, Follow, Positions, Rules, Self, StandAside, Wait, Why
 from pylitefs.cluster.lease_port import Clock, Engine, Member, View, now_s
 from pylitefs.cluster.office import LONG_WAIT_S, LOOK_S, RETRY_S, Office
 from pylitefs.cluster.shared_state import SharedState
@@ -224,8 +224,9 @@ class Leadership:
                     await self._wait_for_change(view, LOOK_S * 5)
                 elif not await self._try_to_lead(view, reachable, self._reason(wanted is not None, forced)):
                     await self._nudge.pause(LOOK_S)
-            case Wait(_, text, _):
-                self._shared.has_problem(f"no primary: {text}")
+            case Wait(why, text, _):
+                level = logging.INFO if why is Why.HANDOFF else logging.WARNING
+                self._shared.has_problem(f"no primary: {text}", level)
                 await self._wait_for_change(view, LOOK_S)
             case StandAside(_, text):
                 if wanted is not None:
@@ -296,14 +297,18 @@ class Leadership:
         """Keep this node's entry among the members."""
         node, settings = self._node, self._settings
         while True:
-            info: dict[str, Any] = election.announced(node.positions(), node.cluster_id)
-            member = Member(
-                node.node_id, node.hostname, node.url, self._is_candidate, settings.priority, dict(settings.tags), info
-            )
             try:
+                info: dict[str, Any] = election.announced(node.positions(), node.cluster_id)
+                member = Member(
+                    node.node_id, node.hostname, node.url, self._is_candidate,
+                    settings.priority, dict(settings.tags), info,
+                )  # fmt: skip
                 await self._engine.announce(member, settings.ttl_s)
             except LitefsError as error:
                 log.debug("this node could not be announced: %s", error)
                 await asyncio.sleep(RETRY_S)
+            except Exception:  # whatever it is: a node that nobody knows cannot be elected, nor waited for
+                log.exception("this node cannot be announced")
+                await asyncio.sleep(settings.renewal_s)
             else:
                 await asyncio.sleep(settings.renewal_s)

@@ -29,12 +29,12 @@ class SharedState:
         self.document = Document()
         self.problem = "looking at the lease engine for the first time"
 
-    def has_problem(self, text: str) -> None:
-        """"" if there is none."""
+    def has_problem(self, text: str, level: int = logging.WARNING) -> None:
+        """"" if there is none. `level` of the line in the log."""
         if text != self.problem:
             self.problem = text
             if text:
-                log.warning("%s", text)
+                log.log(level, "%s", text)
             self._changed()
 
     async def look(self) -> View:

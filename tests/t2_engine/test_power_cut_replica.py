@@ -206,3 +206,23 @@ def test_a_log_that_was_begun_anew_is_not_taken_for_the_one_before(tmp_path: Pat
     found = LtxLog(str(tmp_path / "image" / "ltx"))
     found.open(verify=True)
     assert found.head == log.head and found.count == 1
+
+
+def test_a_name_that_was_lost_is_given_again_also_after_a_start_that_had_to_wait(tmp_path: Path) -> None:
+    """Somebody reads the database file just then, a backup say."""
+    files, _ = history(tmp_path / "primary", random.Random(3), 6)
+    replica = Node(tmp_path / "replica", is_primary=False)
+    with closing(replica):
+        database = replica.database()
+        for data in files:
+            database.apply(data)
+            assert database.log_durable() or database.durable()
+            database.log.make_spare()
+        promised, newest = database.log.head, Path(database.log.entries()[-1].path)
+        replica.close(clean=False)
+    newest.rename(newest.with_name(f"9{STORED}"))  # what a power cut may leave
+    with open(database.files.database, "rb"), closing(Node(tmp_path / "replica", is_primary=False)) as node:
+        assert node.database().is_busy
+        node.close(clean=False)
+    with closing(Node(tmp_path / "replica", is_primary=False)) as again:
+        assert again.database().log.head == promised

@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -100,8 +100,9 @@ class LtxLog:
 
     # -- start -----------------------------------------------------------------------------------------------
 
-    def open(self, *, verify: bool) -> list[str]:
+    def open(self, *, verify: bool, tidy: bool = True) -> list[str]:
         """List the folder and find the head. `verify`: also check the newest entries byte by byte (after a crash).
+        `tidy`: remove what is of no use; not before it is known whether that was a crash.
 
         Returns the names of the files that were dropped because they are torn, or do not follow the others.
         """
@@ -110,27 +111,24 @@ class LtxLog:
         self.agreed.load()
         found: list[LogEntry] = []
         stored: list[str] = []
+        useless: list[str] = []
         for item in os.scandir(self.folder):
             span = parse_file_name(item.name)
             if span is None:
                 if item.name.endswith(STORED):
                     stored.append(item.path)
                 elif item.name.endswith(LEFTOVER):
-                    with contextlib.suppress(OSError):
-                        os.unlink(item.path)
+                    useless.append(item.path)
                 continue
             status = item.stat()
             found.append(LogEntry(*span, status.st_size, status.st_mtime, item.path))
         found.sort(key=lambda entry: (entry.max_txid, entry.min_txid))
         kept, dropped = self._chain(found, verify)
-        for entry in dropped:
-            with contextlib.suppress(OSError):
-                os.unlink(entry.path)
+        useless += [entry.path for entry in dropped]
+        self._remove(useless if tidy else ())
         if kept and verify:
             kept += self._name_again(stored, kept[-1])
-        for path in stored:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        self._remove(stored if tidy else ())
         self._entries = kept
         self.size_bytes = sum(entry.size_bytes for entry in kept)
         self.head = EMPTY
@@ -138,6 +136,12 @@ class LtxLog:
             newest = kept[-1]
             self.head = Position(newest.max_txid, newest.trailer().post_apply_checksum, newest.header().epoch)
         return [os.path.basename(entry.path) for entry in dropped]
+
+    @staticmethod
+    def _remove(paths: Iterable[str]) -> None:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def _chain(self, found: list[LogEntry], verify: bool) -> tuple[list[LogEntry], list[LogEntry]]:
         """Walk back from the newest: drop torn files at the end, and stop at the first hole."""
@@ -328,10 +332,8 @@ class LtxLog:
                 self.head = position
 
     def _drop(self, entries: list[LogEntry]) -> None:
-        for entry in entries:
-            self.size_bytes -= entry.size_bytes
-            with contextlib.suppress(OSError):
-                os.unlink(entry.path)
+        self.size_bytes -= sum(entry.size_bytes for entry in entries)
+        self._remove(entry.path for entry in entries)
         self._spares.changed()
 
     def beyond(self, after_txid: int) -> list[LogEntry]:

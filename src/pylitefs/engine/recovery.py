@@ -113,7 +113,7 @@ def recover(database: Database, start: Circumstances) -> Recovered:
     """Bring one database to a known state; see the table above. Raises FormatError, OSError if it cannot be read."""
     files = database.files
     if is_in_use(files):
-        database.log.open(verify=False)
+        database.log.open(verify=False, tidy=False)
         database.position = database.log.head
         return Recovered(Outcome.BUSY, [])
     state = database.table.read_state()

@@ -132,6 +132,26 @@ async def test_a_node_that_may_have_promised_before_its_restart_waits_for_the_le
 
 
 @virtual
+@pytest.mark.parametrize("force", [False, True])
+async def test_an_operator_cannot_undo_what_a_node_may_have_promised_before_its_restart(force: bool) -> None:
+    """It alone sees the engine again, and is asked to lead. The leader counts on the promise still."""
+    async with cluster_of(2, failsafe=True) as (cluster, first):
+        await asyncio.sleep(TTL_S)
+        (other,) = others(cluster, first)
+        for node in cluster.nodes.values():
+            node.engine.cut = True
+        await asyncio.sleep(2 * TTL_S)
+        assert cluster.leader is first, "failsafe"
+        await other.kill()
+        other.engine.cut = False
+        other.start()
+        wanted = asyncio.create_task(other.leadership.take(force=force))
+        await cluster.until(lambda: cluster.leader is other)  # `until` has seen that there were never two
+        await wanted
+        assert not first.is_primary
+
+
+@virtual
 async def test_one_promotion_at_a_time() -> None:
     """Failsafe while the node is still being promoted: the term that the lease's end begins must not begin there."""
     async with cluster_of(2, failsafe=True) as (cluster, first):

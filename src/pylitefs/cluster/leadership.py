@@ -220,7 +220,7 @@ class Leadership:
                 await node.follow(leader)
                 await self._wait_for_change(view, LONG_WAIT_S)
             case Acquire(forced):
-                if self._stopping or self.has_promised or self._may_have_promised(state):
+                if self._stopping or self.has_promised or self._may_have_promised():
                     await self._wait_for_change(view, LOOK_S * 5)
                 elif not await self._try_to_lead(view, reachable, self._reason(wanted is not None, forced)):
                     await self._nudge.pause(LOOK_S)
@@ -245,8 +245,9 @@ class Leadership:
                         return member.hostname or member.url
         return ""
 
-    def _may_have_promised(self, state: ClusterState) -> bool:
-        """Failsafe: whether this node may have promised something before it was restarted."""
+    def _may_have_promised(self) -> bool:
+        """Failsafe: whether this node may have promised something before it was restarted, whoever wants it to lead."""
+        state = self.document.state
         asked = state.voters is not None and state.last_leader != self._node.node_id
         return asked and self._clock() < self._started_s + self._settings.ttl_s
 

@@ -19,10 +19,9 @@ import pytest
 
 from cluster_nodes import SCALE, needs_root, wait_until
 from harness.branches import lost_values
-from harness.cluster import ALL_DBS, DELETE_DB, FULL_DB, NORMAL_DB, HaCluster, gaps, wait_more
+from harness.cluster import ALL_DBS, DELETE_DB, FULL_DB, HaCluster, gaps, wait_more
 from harness.disks import RamDisk, RealDisk
-from harness.history import History, Outcome
-from harness.nodes import Member
+from harness.reports import assert_reads_go_on, lost, report
 
 pytestmark = [needs_root, pytest.mark.timeout(150)]
 New = Callable[..., HaCluster]
@@ -35,22 +34,7 @@ def engines(*names: str, longer: tuple[str, ...] = ()) -> Any:
     return pytest.mark.parametrize("engine", [*names, *(pytest.param(name, marks=LONGER) for name in longer)])
 
 
-def report(what: str, seen: History, outcome: Outcome) -> None:
-    """What was measured."""
-    longest = {db: f"{gaps(seen, db)[0][1]:.2f} s" for db in outcome.copies[outcome.primary] if gaps(seen, db)}
-    commits = {db: len(seen.acknowledged(db)) for db in longest}
-    print(f"\n{what}: longest write gaps {longest}; commits {commits}; lost {lost(seen, outcome)}")
-
-
-def lost(seen: History, outcome: Outcome) -> dict[str, int]:
-    """How many acknowledged commits the history lacks, by database."""
-    found = {}
-    for db, copy in outcome.copies[outcome.primary].items():
-        found[db] = len({write.value for write in seen.acknowledged(db)} - set(copy.values))
-    return found
-
-
-@engines("etcd", "directory", "consul", "kubernetes", longer=("s3",))
+@engines("etcd", "consul", "kubernetes", longer=("directory", "s3"))
 def test_kill_9(new_cluster: New, engine: str) -> None:
     cluster = new_cluster(engine, databases=ALL_DBS)
     cluster.start()
@@ -170,68 +154,6 @@ def test_stopped_for_longer_than_the_lease(new_cluster: New, sync: int) -> None:
     assert [line for line in old.log_text().splitlines() if "msg=lost database=late.db" in line]
 
 
-@pytest.mark.parametrize("sync", [0, 1])
-def test_network_cut(new_cluster: New, sync: int) -> None:
-    """The primary reaches nobody: it steps down by its own clock, and another one takes over."""
-    cluster = new_cluster(network=True, sync=sync, databases=ALL_DBS)
-    cluster.start()
-    assert cluster.network is not None
-    with cluster.workload() as clients:
-        wait_more(clients, 100)
-        old = cluster.primary()
-        cluster.network.isolate(old.name)
-        wait_until(lambda: old.role() is not None and not old.takes_writes(), "the old primary steps down")
-        cluster.wait_primary([old])
-        wait_more(clients, 100)
-    report(f"cut from everybody, sync {sync}", *cluster.judge())
-
-
-@pytest.mark.parametrize(("sender", "receiver"), [("primary", "engine"), ("engine", "primary")])
-def test_one_way_cut_from_the_engine(new_cluster: New, sender: str, receiver: str) -> None:
-    cluster = new_cluster(network=True, databases=ALL_DBS)
-    cluster.start()
-    assert cluster.network is not None
-    with cluster.workload() as clients:
-        wait_more(clients, 100)
-        old = cluster.primary()
-        names = {"primary": old.name, "engine": "engine"}
-        cluster.network.cut_one_way(names[sender], names[receiver])
-        wait_until(lambda: old.role() is not None and not old.takes_writes(), "the old primary steps down")
-        cluster.wait_primary([old])
-        wait_more(clients, 100)
-    report(f"one-way cut {sender} → {receiver}", *cluster.judge())
-
-
-def test_one_way_cut_between_nodes(new_cluster: New) -> None:
-    """What the primary sends to its replicas does not arrive; the lease is not touched. Afterwards they catch up."""
-    cluster = new_cluster(network=True, databases=ALL_DBS)
-    cluster.start()
-    assert cluster.network is not None
-    with cluster.workload() as clients:
-        wait_more(clients, 50)
-        old = cluster.primary()
-        for replica in cluster.replicas():
-            cluster.network.cut_one_way(old.name, replica.name)
-        wait_more(clients, 200)
-        assert old.takes_writes()
-    report("one-way cut primary → replicas", *cluster.judge())
-
-
-def test_engine_gone_for_everybody(new_cluster: New) -> None:
-    """Reads go on; the primary steps down before its lease ends; when the engine is back there is a primary."""
-    cluster = new_cluster(network=True, databases=ALL_DBS)
-    members = cluster.start()
-    with cluster.workload() as clients:
-        wait_more(clients, 100)
-        cluster.cut_engine()
-        cluster.wait_no_primary()
-        assert_reads_go_on(cluster, members)
-        cluster.heal()
-        cluster.wait_primary()
-        wait_more(clients, 50)
-    report("engine cut from everybody", *cluster.judge())
-
-
 @engines("etcd", "kubernetes", longer=("s3", "consul"))
 def test_hung_engine(new_cluster: New, engine: str) -> None:
     """It is stopped with SIGSTOP: connections stay, nothing answers."""
@@ -248,38 +170,6 @@ def test_hung_engine(new_cluster: New, engine: str) -> None:
     report(f"hung {engine}", *cluster.judge())
 
 
-def assert_reads_go_on(cluster: HaCluster, members: list[Member]) -> None:
-    for member in members:
-        for name in cluster.databases:
-            connection = member.connect(name)
-            try:
-                assert connection.execute("select count(*) from log").fetchone()[0] > 0
-            finally:
-                connection.close()
-
-
-def test_failsafe(new_cluster: New) -> None:
-    """The engine is gone, but every node confirms the primary: writes go on. One that is cut off as well ends that."""
-    cluster = new_cluster(network=True, lease={"failsafe": True}, databases=ALL_DBS)
-    cluster.start()
-    assert cluster.network is not None
-    with cluster.workload() as clients:
-        wait_more(clients, 100)
-        old = cluster.primary()
-        cluster.cut_engine()
-        for _ in range(3):  # each takes longer than a third of the lease
-            wait_more(clients, round(60 * cluster.ttl_s))
-        with pytest.raises(OSError, match="nothing has changed: the lease cannot be renewed"):
-            old.post("/handoff")
-        assert old.takes_writes()
-        cluster.network.isolate(cluster.replicas()[0].name)
-        cluster.wait_no_primary()
-        cluster.heal()
-        cluster.wait_primary()
-        wait_more(clients, 50)
-    report("failsafe", *cluster.judge())
-
-
 def test_full_disk(new_cluster: New) -> None:
     """Nothing can be written on the primary any more: another one takes over."""
     cluster = new_cluster(databases=ALL_DBS)
@@ -293,29 +183,6 @@ def test_full_disk(new_cluster: New) -> None:
         old.empty()
         wait_more(clients, 50)
     report("full disk", *cluster.judge())
-
-
-def test_a_branch_is_kept(new_cluster: New) -> None:
-    """What only the old primary had goes to lost/ when it comes back after others have gone on, and is reported."""
-    cluster = new_cluster(network=True, databases=FULL_DB | NORMAL_DB)
-    cluster.start()
-    assert cluster.network is not None
-    with cluster.workload() as clients:
-        wait_more(clients, 100)
-        old = cluster.primary()
-        cluster.network.cut([old.name], [replica.name for replica in cluster.replicas()])
-        wait_more(clients, 100)
-        old.kill()
-        cluster.wait_primary([old])
-        wait_more(clients, 100)
-    seen, outcome = cluster.judge()
-    report("a branch", seen, outcome)
-    assert all(lost(seen, outcome).values()), "there was a branch, but nothing of it is missing"
-    for name in cluster.databases:
-        branches = [path for path in old.data.glob(f"dbs/{name}/lost/*") if path.is_dir()]
-        assert len(branches) == 1, f"{name}: {branches}"
-    told = [line for line in old.log_text().splitlines() if "msg=lost" in line]
-    assert len(told) == len(cluster.databases), told
 
 
 def test_switchover_under_load(new_cluster: New) -> None:
@@ -376,34 +243,3 @@ def test_clocks_jump(new_cluster: New) -> None:
     seen, outcome = cluster.judge()
     report("clocks that jump", seen, outcome)
     assert not any(lost(seen, outcome).values()), "a clean handover lost commits"
-
-
-def test_slow_network(new_cluster: New) -> None:
-    """What the primary sends takes a tenth of a second; what waits for replicas takes as long, and is not lost."""
-    cluster = new_cluster(network=True, sync=1, databases=ALL_DBS)
-    cluster.start()
-    assert cluster.network is not None
-    with cluster.workload() as clients:
-        wait_more(clients, 50)
-        old = cluster.primary()
-        cluster.network.delay([old.name], 100, 50)
-        wait_more(clients, 100)
-        old.kill()
-        cluster.wait_primary([old])
-        cluster.network.heal()
-        wait_more(clients, 50)
-    report("slow network", *cluster.judge())
-
-
-def test_lossy_network(new_cluster: New) -> None:
-    """A fifth of all packets to and from the primary is lost for a while; whoever leads, the histories hold."""
-    cluster = new_cluster(network=True, sync=1, databases=ALL_DBS)
-    cluster.start()
-    assert cluster.network is not None
-    with cluster.workload() as clients:
-        wait_more(clients, 50)
-        cluster.network.lose([cluster.primary().name], 20)
-        wait_more(clients, 100)
-        cluster.network.heal()
-        wait_more(clients, 50)
-    report("lossy network", *cluster.judge())

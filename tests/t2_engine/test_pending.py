@@ -208,23 +208,31 @@ def test_many_commits_each_once(live: Live) -> None:
 
 
 @pytest.mark.parametrize("active", [True, False])
-def test_a_journal_has_gone_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, active: bool) -> None:
-    """With synchronous=FULL SQLite itself does not see to it: after a power cut it would take back a commit that was
-    acknowledged when replicas had it."""
-    live, folders = Live(tmp_path, mode="DELETE"), list[int]()
+@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE"])
+def test_a_journal_has_gone_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, active: bool
+) -> None:
+    """SQLite itself does not see to it with synchronous=FULL, NORMAL: after a power cut it would take back a commit
+    that was acknowledged when replicas had it."""
+    live, synced = Live(tmp_path, mode=mode), list[int]()
     really = os.fsync
 
     def fsync(fd: int) -> None:
-        folders.append(os.fstat(fd).st_ino)
+        synced.append(os.fstat(fd).st_ino)
         really(fd)
 
     try:
         live.gate.active = active
-        folder = os.stat(live.database.files.folder).st_ino
+        files = live.database.files
+        Path(files.journal).touch()
+        wanted = os.stat(files.folder if mode == "DELETE" else files.journal).st_ino
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fsync)
-            live.hooks.unlinked(live.ref(FileKind.JOURNAL))
-        assert (folder in folders) == active
+            if mode == "DELETE":
+                live.hooks.unlinked(live.ref(FileKind.JOURNAL))
+            else:
+                live.hooks.after_truncate(live.ref(FileKind.JOURNAL), 0)
+        assert (wanted in synced) == active
     finally:
         live.close()
 

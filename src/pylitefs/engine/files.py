@@ -86,6 +86,15 @@ def sync_folder(path: str) -> None:
         os.close(fd)
 
 
+def sync_file(path: str) -> None:
+    """Make a file's content and size durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def file_chunks(path: str) -> Iterator[bytes]:
     """The bytes of a file, which may be renamed meanwhile (it is opened at once)."""
     file = open(path, "rb")  # noqa: SIM115 - closed when the generator ends

@@ -16,7 +16,7 @@ from pylitefs.engine.apply import Apply
 from pylitefs.engine.commit_hooks import CommitHooks
 from pylitefs.engine.commit_points import finish, wal_in_use
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import sync_folder
+from pylitefs.engine.files import sync_file, sync_folder
 from pylitefs.engine.store import Store
 from pylitefs.engine.wal_seed import seed
 from pylitefs.errors import FormatError
@@ -245,9 +245,13 @@ class EngineHooks(CommitHooks):
         self._gated.wal_goes(database, size_bytes)
 
     def after_truncate(self, ref: FileRef, size_bytes: int) -> None:
-        database = self._database(ref) if ref.kind is FileKind.SHM else None
-        if database is not None and database.captures:
+        database = self._capturing(ref)
+        if database is None:
+            return
+        if ref.kind is FileKind.SHM:
             database.wal.after_index_truncate()
+        elif ref.kind is FileKind.JOURNAL and not size_bytes and self._gated.gate_of(database) is not None:
+            sync_file(database.files.journal)  # see `unlinked`: with TRUNCATE SQLite does it from FULL on
 
     # -- names that go -----------------------------------------------------------------------------------------
 

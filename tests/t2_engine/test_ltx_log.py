@@ -250,3 +250,29 @@ def test_an_entry_that_does_not_follow_replaces_the_log(chain: Chain) -> None:
     assert spans(chain.log) == [(10, 10)]
     log, dropped = reopened(chain)
     assert spans(log) == [(10, 10)] and dropped == []
+
+
+def in_store(chain: Chain) -> int:
+    return sum(path.suffix == ".next" for path in Path(chain.log.folder).iterdir())
+
+
+def test_files_are_in_store_only_while_entries_are_made_durable(chain: Chain) -> None:
+    """Each time an fsync of the folder: a node that was a replica, and is the primary now, has no use for them."""
+    for _ in range(40):
+        chain.log.sync([chain.add()])
+        chain.log.make_spare()
+        assert in_store(chain) >= 3
+    for _ in range(40):
+        chain.add()
+        chain.log.make_spare()
+    assert in_store(chain) == 0
+
+
+def test_files_that_cannot_all_be_made_leave_nothing(chain: Chain) -> None:
+    """No inode is left, say: the commits that go on meanwhile must not use up what little comes free."""
+    chain.log.sync([chain.add()])
+    (Path(chain.log.folder) / "9.next").mkdir()
+    chain.log.make_spare()
+    assert in_store(chain) == 1
+    chain.log.make_spare()
+    assert in_store(chain) > 1, "the next try"

@@ -51,16 +51,21 @@ class Spares:
         self._changes += not source.endswith(STORED)
 
     def make(self) -> None:
-        """See to it that there are some."""
+        """See to it that there are some; in store only if an entry was made durable since the last time."""
         if len(self._ready) >= (_LEAST if self._stores else 1):
             return
-        stores = self._stores
-        with contextlib.suppress(OSError):
-            paths = [self.new_name(STORED if stores else LEFTOVER) for _ in range(_COUNT if stores else 1)]
+        stores, self._stores = self._stores, False
+        paths = [self.new_name(STORED if stores else LEFTOVER) for _ in range(_COUNT if stores else 1)]
+        try:
             for path in paths:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
             if stores:
                 sync_folder(self._folder)
+        except OSError:  # who writes an entry will see; until then nothing stays that takes room
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        else:
             self._ready.extend(paths)
 
     def sync(self, paths: Iterable[str]) -> None:

@@ -62,6 +62,7 @@ class Spares:
             if stores:
                 sync_folder(self._folder)
         except OSError:  # who writes an entry will see; until then nothing stays that takes room
+            self._stores |= stores
             for path in paths:
                 with contextlib.suppress(OSError):
                     os.unlink(path)

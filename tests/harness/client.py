@@ -18,6 +18,7 @@ it looks whether it still has the mount it thinks it has, as a supervisor would 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -48,9 +49,10 @@ class Client:
         pause_ms: str,
         history: str,
         refused_ms: str = REFUSED_MS,
+        journal: str = "wal",
     ) -> None:
         self.path = Path(mount) / db
-        self.node, self.db, self.synchronous = node, db, synchronous
+        self.node, self.db, self.synchronous, self.journal = node, db, synchronous, journal
         self.reads = synchronous in ("ro", "rw")
         self.pause_s, self.refused_s = float(pause_ms) / 1000, float(refused_ms) / 1000
         self.out = os.open(history, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -81,6 +83,7 @@ class Client:
             connection = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, cached_statements=0)
             try:
                 if not self.reads:
+                    self.choose_journal(connection)
                     connection.execute(f"pragma synchronous={self.synchronous}")
                     connection.execute("pragma wal_autocheckpoint=300")
             except BaseException:
@@ -88,6 +91,13 @@ class Client:
                 raise
             self.connection = connection
         return self.connection
+
+    def choose_journal(self, connection: sqlite3.Connection) -> None:
+        """Only WAL is kept in the file: PERSIST and TRUNCATE every connection has to choose. One that may not write,
+        or on a node where the database is still in WAL mode because others have it open, is refused."""
+        if self.journal != "wal":
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute(f"pragma journal_mode={self.journal}").fetchone()
 
     def disconnect(self) -> None:
         """A handle that was refused once stays read-only, and one of a daemon that is gone stays dead."""

@@ -239,7 +239,10 @@ class HaCluster(Cluster):
         for member in members:
             member.lose_power()
             self.clients.end_on(member)
-        self.forgetful |= {name for name, (_, synchronous) in self.databases.items() if synchronous != "full"}
+        for name, (journal, synchronous) in self.databases.items():
+            returns = journal == "delete" and not self.sync  # the journal may come back, as natively
+            if returns or synchronous != "full":
+                self.forgetful.add(name)
 
     def plug_in(self, members: Iterable[Member]) -> None:
         for member in members:
@@ -273,8 +276,8 @@ class HaCluster(Cluster):
 
     def _work_on(self, member: Member) -> None:
         number = self.members.index(member)
-        for name, (_, synchronous) in self.databases.items():
-            self.clients.start("write", member, name, synchronous, self._pause_ms)
+        for name, (journal, synchronous) in self.databases.items():
+            self.clients.start("write", member, name, synchronous, self._pause_ms, journal=journal)
             self.clients.start("read", member, name, "rw" if number % 2 else "ro", 100.0)
             if self._halts and number == 1 and synchronous == "full":
                 self.clients.start("halt", member, name, synchronous, 500.0, 500.0)
@@ -342,14 +345,15 @@ class Clients:
         self._over = threading.Event()
 
     def start(
-        self, kind: str, member: Member, db: str, synchronous: str, pause_ms: float, refused_ms: float = 30.0
-    ) -> None:
+        self, kind: str, member: Member, db: str, synchronous: str, pause_ms: float, refused_ms: float = 30.0,
+        journal: str = "wal",
+    ) -> None:  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         out = self.folder / f"{kind}-{member.name}-{db}-{self._started}"
         self._started += 1
         self.under_halt |= kind == "halt"
         words = [sys.executable, "-I", "-S", str(CLIENT), kind, str(member.mount), member.name, db, synchronous]
-        words += [str(pause_ms), str(out), str(refused_ms)]
+        words += [str(pause_ms), str(out), str(refused_ms), journal]
         self._processes.append(subprocess.Popen(words, stdin=subprocess.PIPE))
 
     def end_on(self, member: Member) -> None:

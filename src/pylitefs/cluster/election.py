@@ -45,6 +45,7 @@ from __future__ import annotations
 import enum
 import itertools
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -89,6 +90,10 @@ class ClusterState:
     positions: Known = field(default_factory=dict)  # as the last leader wrote them down
     voters: frozenset[int] | None = None  # failsafe: who is asked, and so may lead; None: it is off
     handoff_to: int = 0  # whom the last leader has passed the lease to, having made sure that it has everything
+
+
+WANTED = sys.maxsize
+"""The priority of a node that an operator has named: of all with the same data, that one."""
 
 
 @dataclass(frozen=True)

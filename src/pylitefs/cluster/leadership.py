@@ -201,7 +201,6 @@ class Leadership:
             self._leaderless_since_s = self._clock()
         asked = leaderless and state.handoff_to != node.node_id
         reachable = await ask_all(node, view, self._settings.ask_s) if asked else {}
-        me = Self(node.node_id, node.cluster_id, node.positions(), self._is_candidate, self._settings.priority)
         if wanted is not None and leaderless:
             if other := await self._bound(view) if state.voters is not None else "":
                 text = f"{other} follows a primary that leads on without the lease engine (lease.failsafe), or did"
@@ -209,6 +208,8 @@ class Leadership:
                 wanted = None
             else:
                 state = replace(state, paused=False, voters=None)
+        priority = self._settings.priority if wanted is None else election.WANTED
+        me = Self(node.node_id, node.cluster_id, node.positions(), self._is_candidate, priority)
         decide = election.decide_forced if wanted is not None and wanted.force else election.decide
         since_s = self._clock() if self._leaderless_since_s is None else self._leaderless_since_s
         decision = decide(view, state, me, reachable, self._rules, self._clock(), since_s)

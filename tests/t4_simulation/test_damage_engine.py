@@ -8,10 +8,13 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from pair import FAST
 from real_nodes import Application
 from test_divergence_engine import flip, rows_of, two
 from test_replication_engine import Nodes
 
+from pylitefs.cluster.primary import Replicas
+from pylitefs.cluster.roles import NodeIdentity
 from pylitefs.engine.database import Database
 from pylitefs.engine.lost import branches
 from pylitefs.engine.verifier import verify
@@ -118,6 +121,27 @@ async def test_pages_of_a_liar_are_not_taken(tmp_path: Path) -> None:
             nodes.replica.sound_pages = honest  # type: ignore[method-assign]
             await nodes.until(lambda: not app.database.is_damaged)
             await asyncio.to_thread(verify, app.database)
+
+
+async def test_a_page_that_nobody_has_is_looked_for_without_reading_all_of_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as long as it takes until there is a replica: each time it would be the whole disk."""
+    with two(tmp_path) as nodes:
+        app = written(nodes)
+        app.insert(100)
+        app.database.log.retain(0, 1)
+        damage(app.database, 4)
+        await read_whole(app.database)
+        read, asked = nodes.primary.find_damage, nodes.primary.logged_pages
+        reads, tries = list[str](), list[str]()
+        monkeypatch.setattr("pylitefs.cluster.healing.AGAIN_S", (0.01,))
+        monkeypatch.setattr(nodes.primary, "find_damage", lambda name: [reads.append(name), read(name)][1])
+        monkeypatch.setattr(nodes.primary, "logged_pages", lambda *of: [tries.append(of[0]), asked(*of)][1])
+        identity = NodeIdentity(1, "db1")
+        async with Replicas(nodes.primary, identity, timings=FAST, epoch=1):
+            await nodes.until(lambda: len(tries) > 5)
+        assert len(reads) == 1 and app.database.is_damaged
 
 
 async def test_damage_that_is_known_is_no_transaction(tmp_path: Path) -> None:

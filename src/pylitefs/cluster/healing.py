@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from pylitefs.cluster.ports import Store
+from pylitefs.cluster.ports import Database, Store
 from pylitefs.cluster.tail import writers_out
 from pylitefs.cluster.transfer import Blocking
 from pylitefs.errors import LitefsError
@@ -28,6 +28,10 @@ ANSWER_S = 10.0
 
 AGAIN_S = (1.0, 5.0, 30.0)
 """When to try again, if something was in the way or nobody has the pages; also as soon as a replica connects."""
+
+WHOLE_TRIES = 100
+"""Every so many tries the whole database is read: what was overwritten since is not damaged any more. Else only what is
+known to be damaged is looked for."""
 
 Pages = list[tuple[int, bytes]]
 
@@ -71,12 +75,22 @@ class Healing:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _heal(self, name: str) -> None:
-        tries = 0
-        while True:
+        tries, told, whole = 0, 0, True
+        while (database := self._store.get(name)) is not None:
             self._somebody_new.clear()
             try:
-                if not await self._heal_once(name):
+                if whole:
+                    await self._blocking(self._store.find_damage, name)
+                    whole = False
+                if not (left := await self._heal_once(name, database)):
                     return
+                if left != told:
+                    told = left
+                    log.error(
+                        "%s: %d damaged pages are neither in the log nor on a replica that is connected: start one "
+                        "that has a copy, or restore a backup",
+                        name, left,
+                    )  # fmt: skip
             except (LitefsError, OSError) as error:
                 log.warning("%s: damaged pages cannot be replaced now, it will be tried again: %s", name, error)
             except Exception:
@@ -86,27 +100,18 @@ class Healing:
                     await self._somebody_new.wait()
             except TimeoutError:
                 tries += 1
+                whole = whole or tries % WHOLE_TRIES == 0
 
-    async def _heal_once(self, name: str) -> bool:
-        """True if some are left that nobody has."""
-        database = self._store.get(name)
-        if database is None:
-            return False
-        damaged = await self._blocking(self._store.find_damage, name)
+    async def _heal_once(self, name: str, database: Database) -> int:
+        """Replace what is known to be damaged; how many pages are left that nobody has."""
+        damaged = sorted(database.damage)
         step = max(1, BATCH_BYTES // max(512, database.page_size))
-        left = 0
         for at in range(0, len(damaged), step):
-            left += await self._replace(name, damaged[at : at + step], database.page_size)
-        if left:
-            log.error(
-                "%s: %d damaged pages are neither in the log nor on a replica that is connected: start one that has a "
-                "copy, or restore a backup",
-                name, left,
-            )  # fmt: skip
-        return left > 0
+            await self._replace(name, damaged[at : at + step], database.page_size)
+        return len(database.damage)
 
-    async def _replace(self, name: str, pgnos: list[int], page_size: int) -> int:
-        """How many could not be had."""
+    async def _replace(self, name: str, pgnos: list[int], page_size: int) -> None:
+        """As many of them as can be had."""
         found: dict[int, bytes] = dict(await self._blocking(self._store.logged_pages, name, pgnos))
         await self._put(name, found, "log")
         for source in list(self._sources()):
@@ -119,7 +124,6 @@ class Healing:
             except (LitefsError, TimeoutError) as error:
                 log.warning("%s: a replica cannot send pages: %s", name, error or "no answer")
             found |= {pgno: got[pgno] for pgno in await self._put(name, got, "replica")}
-        return len([pgno for pgno in pgnos if pgno not in found])
 
     async def _put(self, name: str, pages: dict[int, bytes], source: str) -> list[int]:
         """Which of them are in place now, and sound."""

@@ -8,7 +8,7 @@ have a small one of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -166,6 +166,10 @@ class Database(Protocol):
 
     def file_checksums(self) -> PageSums:
         """The same, of what the files really hold. Blocking; neither on the worker nor on the loop."""
+
+    @property
+    def damage(self) -> Mapping[int, int]:
+        """Pages that are known to be damaged, and the checksums that they have."""
 
     @property
     def is_damaged(self) -> bool:

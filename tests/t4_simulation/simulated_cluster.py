@@ -194,6 +194,7 @@ class SimCluster:
         await asyncio.wait({answer}, timeout=10.0)
         if any(at_s > start_s - TTL_S for at_s in self.service.deleted.values()):
             return  # the holder of a lease that was deleted does not know
+        before &= self._certain()  # another may lead now
         if answer.done() and (seen := answer.result()) is not None and (lacking := before.difference(seen)):
             self._fresh.append((node.hostname, self.world.now_s, frozenset(lacking)))
 
@@ -282,6 +283,12 @@ class SimCluster:
     def settled(self) -> bool:
         leader = self.leader()
         return leader is not None and all(node.logs == leader.logs for node in self.nodes.values())
+
+    def has_lost_all(self) -> bool:
+        """Nobody has any data: the only machine that had some is lost, and no commit was acknowledged that others had
+        to hold. That needs an operator, who begins anew."""
+        acknowledged = any(write.outcome == "ok" and write.db == FULL for write in self.history.writes)
+        return not acknowledged and not any(node.positions() for node in self.nodes.values())
 
     def outcome(self) -> Outcome:
         leader = self.leader()

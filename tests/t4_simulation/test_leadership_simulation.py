@@ -246,6 +246,8 @@ def run(world: World, cluster: SimCluster, nemesis: Nemesis) -> list[str]:
             nemesis.operate()
     if not cluster.settled():
         nodes = cluster.nodes.values()
+        if not cluster.observed and cluster.has_lost_all():
+            return []
         return [
             *cluster.observed,
             *(f"UNSETTLED {node.hostname}: {node.leadership.problem} {node.positions()}" for node in nodes),

@@ -13,7 +13,10 @@ from engine_nodes import Node, new_primary, rows_of
 from sqlite_process import SqliteProcess
 
 from pylitefs.engine import snapshot
+from pylitefs.engine.files import file_chunks
+from pylitefs.engine.lost import PAGES, State, keep_branch
 from pylitefs.errors import DatabaseError
+from pylitefs.formats.ltx.decoder import Reader
 from pylitefs.formats.ltx.format import Position
 
 
@@ -148,3 +151,23 @@ def test_a_change_of_the_page_size_ends_a_snapshot(tmp_path: Path) -> None:
     finally:
         sql.kill()
         node.close(clean=False)
+
+
+def test_a_branch_is_kept_but_for_its_damaged_pages(live: Live) -> None:
+    """The log does not reach back, so its pages are all there is of it: one that the disk has changed is no reason to
+    lose the others."""
+    base, after = live.database.page_checksums(), live.database.position
+    live.sql("INSERT INTO t (v) VALUES (randomblob(90000))")
+    live.node.flush()
+    live.sql("INSERT INTO t (v) VALUES (1)")
+    live.node.flush()
+    live.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    live.database.log.retain(0, 1)
+    page = live.database.commit - 20
+    with open(live.database.files.database, "r+b") as file:
+        file.seek((page - 1) * 1024 + 50)
+        file.write(b"rotten")
+    folder = keep_branch(live.database, after.txid, State(after, 1024, base))
+    assert folder is not None
+    kept = {pgno for pgno, _ in Reader(file_chunks(os.path.join(folder, PAGES)))}
+    assert {pgno for pgno in kept if pgno > len(base)} == set(range(len(base) + 1, live.database.commit + 1)) - {page}

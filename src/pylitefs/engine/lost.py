@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import new_folder, publish_file, sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
-from pylitefs.engine.snapshot import SnapshotReader, copy_to
+from pylitefs.engine.snapshot import DamagedPages, SnapshotReader, copy_to
 from pylitefs.errors import DatabaseError, FormatError
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksums
 from pylitefs.formats.ltx.decoder import Reader
@@ -116,7 +116,7 @@ def keep_branch(database: Database, after_txid: int, new: State) -> str | None:
     if not (is_whole and has_tip):
         try:
             _keep_pages(database, new, folder)
-        except DatabaseError as error:  # damaged pages are not worth keeping
+        except DatabaseError as error:
             log.warning("%s: the pages are not kept in %s: %s", database.name, folder, error)
         except OSError:
             if not is_whole:
@@ -168,7 +168,7 @@ def _keep_pages(database: Database, new: State, folder: str) -> None:
     try:
         with _put_in_place(os.path.join(folder, PAGES)) as path, open(path, "wb") as file:
             file.write(encoder.begin())
-            while (pages := reader.next_chunk()) is not None:
+            while (pages := _sound(reader)) is not None:
                 file.writelines(encoder.page(pgno, page) for pgno, page in pages)
             file.write(encoder.finish(database.position.checksum))
             file.flush()
@@ -176,6 +176,16 @@ def _keep_pages(database: Database, new: State, folder: str) -> None:
     finally:
         reader.close()
     sync_folder(folder)
+
+
+def _sound(reader: SnapshotReader) -> list[tuple[int, bytes]] | None:
+    """The next pages, without those that the disk has changed."""
+    first = reader.next_pgno
+    try:
+        return reader.next_chunk()
+    except DamagedPages as error:  # it has told
+        others = [pgno for pgno in range(first, reader.next_pgno) if pgno not in error.pages]
+        return [(pgno, page) for pgno in others if (page := reader.page(pgno)) is not None]
 
 
 def _keep_states(database: Database, entries: list[LogEntry], folder: str) -> bool:

@@ -25,6 +25,7 @@ from cluster_nodes import (
     needs_root,
     scaled,
     wait_same_position,
+    wait_until,
 )
 
 pytestmark = needs_root
@@ -162,3 +163,18 @@ def test_a_database_for_oneself_while_the_log_is_full(cluster: Cluster) -> None:
     finally:
         primary.remove()
         subprocess.run(["umount", "-l", str(primary.data)], check=True)
+
+
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_nothing_is_held_after_a_large_transaction(cluster: Cluster, passthrough: str) -> None:
+    """The barrier is asked for because there is much to capture, and comes when that is done: nobody needs it then, and
+    nothing is written any more that would have it looked at."""
+    node = cluster.node("primary", passthrough=passthrough).start()
+    with contextlib.closing(node.connect("app.db", timeout_s=0)) as db:
+        db.execute("pragma journal_mode = wal")
+        db.execute("create table t (v)")
+        db.execute("begin")
+        db.executemany("insert into t values (zeroblob(?))", [(4000,)] * 10_000)
+        db.execute("commit")
+        node.position("app.db")
+        wait_until(lambda: db.execute("pragma journal_mode = delete").fetchone() == ("delete",), "it has it to itself")

@@ -109,7 +109,7 @@ class Capture(CommitPoints):
             with database.wal.mutex:
                 behind = database.wal.backlog() > BARRIER_FRAMES or database.name in self._restless
             if behind and not database.wal.barrier.held:
-                self.with_barrier(database, lambda held: None)
+                self.with_barrier(database, lambda held: held and self.wake(database))
             found = self._pass(database)
             if database.failing is None:
                 self._restless.discard(database.name)

@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,11 @@ def test_a_branch_is_kept_but_for_its_damaged_pages(live: Live) -> None:
     assert folder is not None
     kept = {pgno for pgno, _ in Reader(file_chunks(os.path.join(folder, PAGES)))}
     assert {pgno for pgno in kept if pgno > len(base)} == set(range(len(base) + 1, live.database.commit + 1)) - {page}
+
+
+def test_who_reads_while_the_node_stops_does_not_wait_for_ever(tmp_path: Path) -> None:
+    """The process could not end either: it waits for such threads."""
+    live = Live(tmp_path)
+    live.close()
+    with pytest.raises(CancelledError):
+        live.database.flush().result(10)

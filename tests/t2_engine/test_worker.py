@@ -30,3 +30,10 @@ def test_timers_that_are_always_due_do_not_keep_a_job_waiting() -> None:
     finally:
         over.set()
         worker.stop()
+
+
+def test_who_comes_too_late_does_not_wait_for_ever() -> None:
+    worker = Worker()
+    worker.start()
+    worker.stop()
+    assert worker.submit(list).cancelled()

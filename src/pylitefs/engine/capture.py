@@ -236,8 +236,7 @@ class Capture(CommitPoints):
 
     def flush_later(self, database: Database) -> Future[Position]:
         """`flush` from any thread; also settles writes in rollback modes that no hook saw the end of."""
-        result: Future[Position] = Future()
-        tries = iter(range(_ATTEMPTS))
+        result, tries = Future[Position](), iter(range(_ATTEMPTS))
 
         def work(_: object) -> None:
             try:
@@ -253,7 +252,8 @@ class Capture(CommitPoints):
         if self.has_unseen_writes(database):
             self.settle_later(database, work)
         else:
-            self._worker.post(work, None, database=database.name)
+            done = self._worker.submit(work, None, database=database.name)
+            done.add_done_callback(lambda done: done.cancelled() and result.cancel())
         return result
 
     def _pass(self, database: Database) -> bool:

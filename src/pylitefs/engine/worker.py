@@ -44,10 +44,11 @@ _GIVE_WAY_ITEMS = 256
 
 
 class Job(NamedTuple):
-    """What to do, and the database it is for ("" for the whole node)."""
+    """What to do, the database it is for ("" for the whole node), and what to do if that will never be."""
 
     run: Callable[[], None]
     database: str
+    abandon: Callable[[], object] = bool
 
 
 class Worker:
@@ -61,17 +62,20 @@ class Worker:
         self._poll.register(self._wake, select.POLLIN)
         self._readers: dict[int, Callable[[], object]] = {}
         self._asleep = False
-        self._stopping = False
+        self._stopping = self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what was submitted, then end. Timers that are not due are dropped."""
+        """Finish what was submitted, then end. Timers that are not due are dropped. Who submits something later, and
+        waits for it, is told that it was cancelled."""
         if self._thread.is_alive():
             self.submit(self._end)
             self._thread.join()
+        self._ended = True
+        self._abandon()
         with contextlib.suppress(OSError):
             os.close(self._wake)
 
@@ -94,7 +98,7 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._post(Job(job, database))
+        self._post(Job(job, database, future.cancel))
         return future
 
     def post(self, call: Callable[..., object], *args: object, database: str = "") -> None:
@@ -129,8 +133,15 @@ class Worker:
             if number % _GIVE_WAY_ITEMS == 0:
                 self.give_way(database)
 
+    def _abandon(self) -> None:
+        while self._jobs:
+            with contextlib.suppress(IndexError):  # another thread has come here too
+                self._jobs.popleft().abandon()
+
     def _post(self, job: Job) -> None:
         self._jobs.append(job)
+        if self._ended:
+            self._abandon()
         if self._asleep:
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake, 1)

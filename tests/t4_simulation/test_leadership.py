@@ -497,6 +497,23 @@ async def test_nobody_is_promoted_beside_a_primary_that_leads_on_in_failsafe(for
 
 
 @virtual
+async def test_a_node_that_was_restarted_may_have_promised() -> None:
+    """Failsafe: it answers those who ask, before it has seen what stands in the engine."""
+    async with cluster_of(3, failsafe=True) as (cluster, first):
+        node = others(cluster, first)[0]
+        await cluster.until(lambda: cluster.document.state.voters is not None)
+        await asyncio.sleep(2 * TTL_S)
+        assert not node.leadership.has_promised
+        await node.kill()
+        node.engine.cut = True
+        node.start()
+        await asyncio.sleep(TTL_S / 2)
+        assert node.leadership.view is None and node.leadership.has_promised
+        await asyncio.sleep(TTL_S)
+        assert not node.leadership.has_promised
+
+
+@virtual
 async def test_force_that_is_given_up_is_forgotten() -> None:
     """The engine cannot be reached at that moment, and whoever wanted it does not wait: it does not come true later."""
     async with one_of_three_is_left() as (cluster, first, _, third):

@@ -39,6 +39,8 @@ from pylitefs.formats.stream_pages import SnapshotPages
 log = logging.getLogger("litefs.replication")
 
 SLICE_S = 0.010
+SLOW_S, SLOW_PAUSE_S = 0.020, 1.0
+"""An fsync that took longer makes the disk a slow one, for a while."""
 APPLYING = "\0applying"
 """What the work here is for, to the worker: no database has this name, so it goes on while a long job on one of them
 waits for something; that one's own queue is out of the ring meanwhile."""
@@ -365,6 +367,7 @@ class Applier:
         self._sequence = 0
         self._results = _Results()  # on the worker: not told yet
         self.at_once = False  # the primary's commits wait for us
+        self._slow_until_s = 0.0
 
     def put(self, item: Item, size: int) -> int:
         """Queue an item; its sequence number, or 0 if it was dropped, because its database cannot be written."""
@@ -459,15 +462,20 @@ class Applier:
 
     def _make_durable(self, outcomes: list[Outcome]) -> None:
         """What was applied of one database is made durable right here: on its way to a thread and back it would wait
-        for the loop twice. If there are several, their fsyncs run beside each other (`Acks`)."""
+        for the loop twice. If there are several, or the disk is slow, which others of the worker must not wait for,
+        fsyncs run on threads (`Acks`)."""
         applied = [outcome for outcome in outcomes if isinstance(outcome, Applied)]
-        if not applied or len({outcome.name for outcome in applied}) > 1:
+        began_s = time.monotonic()
+        if not applied or len({outcome.name for outcome in applied}) > 1 or began_s < self._slow_until_s:
             return
         newest = applied[-1]
         database = self._store.get(newest.name)
         if database is not None:
             with contextlib.suppress(OSError, LitefsError):  # tried again by `Acks`, which tells of it
                 outcomes[outcomes.index(newest)] = replace(newest, durable=database.log_durable() or 0)
+            ended_s = time.monotonic()
+            if ended_s - began_s > SLOW_S:
+                self._slow_until_s = ended_s + SLOW_PAUSE_S
 
     def _failed(self, queue: _Queue, error: Exception) -> None:
         delay_s = min(RETRY_MAX_S, RETRY_MIN_S * 2**queue.failures)

@@ -159,7 +159,11 @@ class Leadership:
 
     @property
     def has_promised(self) -> bool:
-        return self._clock() < self._promised_until_s
+        """Failsafe: whether this node has promised a leader not to take the lease, or may have before it was restarted,
+        whoever wants it to lead."""
+        now_s, state = self._clock(), self.document.state
+        asked = self.view is None or (state.voters is not None and state.last_leader != self._node.node_id)
+        return now_s < self._promised_until_s or (asked and now_s < self._started_s + self._settings.ttl_s)
 
     async def change_state(self, change: Callable[[ClusterState], ClusterState]) -> None:
         """As the leader: replace the shared state by what `change` makes of it. Unavailable; LeaseLost."""
@@ -221,7 +225,7 @@ class Leadership:
                 await node.follow(leader)
                 await self._wait_for_change(view, LONG_WAIT_S)
             case Acquire(forced):
-                if self._stopping or self.has_promised or self._may_have_promised():
+                if self._stopping or self.has_promised:
                     await self._wait_for_change(view, LOOK_S * 5)
                 elif not await self._try_to_lead(view, reachable, self._reason(wanted is not None, forced)):
                     await self._nudge.pause(LOOK_S)
@@ -237,7 +241,7 @@ class Leadership:
 
     async def _bound(self, view: View) -> str:
         """Failsafe: who of those that answer has promised a leader not to take the lease; "" if nobody has."""
-        if self.has_promised:
+        if self._clock() < self._promised_until_s:
             return "this node"
         for member in view.members:
             if member.node_id != self._node.node_id and member.url:
@@ -245,12 +249,6 @@ class Leadership:
                     if await self._node.has_promised(member, self._settings.ask_s):
                         return member.hostname or member.url
         return ""
-
-    def _may_have_promised(self) -> bool:
-        """Failsafe: whether this node may have promised something before it was restarted, whoever wants it to lead."""
-        state = self.document.state
-        asked = state.voters is not None and state.last_leader != self._node.node_id
-        return asked and self._clock() < self._started_s + self._settings.ttl_s
 
     async def _wait_for_change(self, view: View, timeout_s: float) -> None:
         """Until something differs from `view`, or a nudge."""

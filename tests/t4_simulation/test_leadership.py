@@ -505,8 +505,8 @@ async def test_a_node_that_was_restarted_may_have_promised() -> None:
         await asyncio.sleep(2 * TTL_S)
         assert not node.leadership.has_promised
         await node.kill()
-        node.engine.cut = True
         node.start()
+        node.engine.cut = True
         await asyncio.sleep(TTL_S / 2)
         assert node.leadership.view is None and node.leadership.has_promised
         await asyncio.sleep(TTL_S)

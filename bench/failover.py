@@ -129,10 +129,10 @@ def measure(cluster: HaCluster, fault: str) -> tuple[float, float]:
         clients.stop()
 
 
-def measure_engine(engine: str, faults: list[str], repeat: int, folder: Path) -> Iterator[Result]:
+def measure_engine(engine: str, faults: list[str], repeat: int, sync: int, folder: Path) -> Iterator[Result]:
     results = [Result(engine, fault, TTL_S[engine]) for fault in faults]
     try:
-        with HaCluster(folder / engine, engine, network="cut" in faults, limit_s=LIMIT_S) as cluster:
+        with HaCluster(folder / engine, engine, network="cut" in faults, sync=sync, limit_s=LIMIT_S) as cluster:
             cluster.start()
             for result in results:
                 if engine == "directory" and result.fault == "cut":
@@ -175,6 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engine", action="append", choices=ENGINES, help="default: all")
     parser.add_argument("--fault", action="append", choices=list(FAULTS), help="default: all")
     parser.add_argument("-k", "--repeat", type=int, default=5, help="times of each (5)")
+    parser.add_argument("--sync", type=int, choices=(0, 1, 2), default=0, help="replication.sync of the nodes (0)")
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where nodes have their files (/var/tmp)")
     parser.add_argument("-json", "--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args()
@@ -185,7 +186,8 @@ def main() -> int:
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="litefs-failover-", dir=options.dir, ignore_cleanup_errors=True) as folder:
         for engine in options.engine or ENGINES:
-            for result in measure_engine(engine, options.fault or list(FAULTS), options.repeat, Path(folder)):
+            faults = options.fault or list(FAULTS)
+            for result in measure_engine(engine, faults, options.repeat, options.sync, Path(folder)):
                 results.append(result)
                 print(" ".join(result.row()), file=sys.stderr, flush=True)
     print(json.dumps([result.document() for result in results], indent=1) if options.json else table(results))

@@ -30,7 +30,7 @@ _NAMES = ("node-1", "node-2", "node-3")
 _TTL_S = 3
 _RATE_PER_S = 50
 _REFRESH_S = 0.25
-_BUSY_S = 0.2
+_BUSY_S = 0.02  # nobody else writes: the primary is changing
 _KILL_AT, _RESTART_AT, _HAND_OVER_AT = 0.2, 0.55, 0.8  # parts of the time
 
 

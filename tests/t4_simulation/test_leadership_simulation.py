@@ -298,6 +298,7 @@ SETUPS = {
 }
 
 
+@pytest.mark.timeout(max(120, 2 * scaled(SEEDS)))
 @pytest.mark.parametrize("setup", SETUPS)
 def test_nothing_acknowledged_is_lost(setup: str) -> None:
     bad = []

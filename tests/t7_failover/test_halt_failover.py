@@ -89,6 +89,7 @@ def strike(cluster: HaCluster, what: str, victim: Member) -> None:
             victim.kill()
             victim.unmount()
             shutil.rmtree(victim.data)
+            cluster.forgetful |= {name for name, (_, synchronous) in DATABASES.items() if synchronous != "full"}
         case "stop":
             victim.pause()
         case "cut":

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -60,8 +61,13 @@ def test_promote_by_force(new_cluster: Callable[..., HaCluster]) -> None:
     assert values(third, name) == ["everywhere"]
     entry = json.loads(third.get("/history"))[-1]
     assert (entry["reason"], entry["epoch"]) == ("forced: acknowledged commits may be missing", 2)
-    position = third.cluster()["members"][0]["positions"][name]
-    assert entry["txid"] == position["txid"]
+
+    def position() -> dict[str, Any]:
+        of_node = {member["nodeID"]: member["positions"] for member in third.cluster()["members"]}
+        found: dict[str, Any] = of_node[third.cluster()["nodeID"]][name]
+        return found
+
+    wait_until(lambda: position()["txid"] == entry["txid"], "it tells where it is")
     assert third.cluster()["inSync"] == []
     assert "made the primary by force" in third.log_text() and "msg=forced epoch=2" in third.log_text()
 

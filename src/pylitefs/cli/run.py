@@ -105,23 +105,30 @@ def halted(path: str) -> Iterator[int]:
 def run_child(command: tuple[str, ...], lock_fd: int | None = None) -> int:
     """Run it with our terminal and wait; SIGTERM is handed on, and Ctrl-C reaches it from the terminal. `lock_fd` is
     its descriptor LOCK_FD."""
-    try:
-        child = subprocess.Popen(command) if lock_fd is None else _with_lock(command, lock_fd)
-    except OSError as error:
-        raise LitefsError(f"cannot run {command[0]}: {(error.strerror or str(error)).lower()}") from None
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
     def hand_on(signum: int, _frame: FrameType | None) -> None:
-        child.send_signal(signum)
+        if child is None:
+            early.append(signum)
+        else:
+            child.send_signal(signum)
 
+    # Before it is started, as it may be sooner than we; and no SIG_IGN, which it would inherit.
     before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda signum, frame: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, hand_on),
     }
     try:
+        child = subprocess.Popen(command) if lock_fd is None else _with_lock(command, lock_fd)
+        for signum in early:
+            child.send_signal(signum)
         status = child.wait()
+    except OSError as error:
+        raise LitefsError(f"cannot run {command[0]}: {(error.strerror or str(error)).lower()}") from None
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if status == 0:
         return 0
     how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"

@@ -61,7 +61,7 @@ class CommitHooks(Shown):
     @property
     def _may_make(self) -> bool:
         """Whether a new database may come to be."""
-        return self._store.is_primary and self._store.fence.holds() and not self._store.roles.paused
+        return self._store.is_primary and self._store.fence.holds() and not self._store.roles.pause.on
 
     def _is_importable(self, ref: FileRef) -> bool:
         return (

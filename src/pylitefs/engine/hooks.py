@@ -201,7 +201,7 @@ class EngineHooks(CommitHooks):
     def _write_database(self, database: Database, fd: int, data: memoryview, offset: int) -> int:
         if wal_in_use(database):
             return os.pwrite(fd, data, offset)  # a checkpoint: the WAL has told us these pages
-        if (self._store.roles.paused or not database.may_commit) and not (
+        if (self._store.roles.pause.on or not database.may_commit) and not (
             # The rest of a transaction, or what undoes it, must be possible: whether it counts is decided at its end.
             database.rollback.pending or database.rollback.journal_in_use()
         ):
@@ -238,7 +238,7 @@ class EngineHooks(CommitHooks):
 
     def _may_replace(self, database: Database) -> bool:
         """Whether it may go, or get another content, without SQLite's locks."""
-        return database.may_commit and not self._store.roles.paused
+        return database.may_commit and not self._store.roles.pause.on
 
     def _wal_truncates(self, database: Database, size_bytes: int) -> None:
         self._store.capture.flush_if_possible(database)
@@ -272,7 +272,7 @@ class EngineHooks(CommitHooks):
             then(None if by_daemon else read_only())
         elif ref.kind is FileKind.JOURNAL:
             self._commit(database, then)
-        elif ref.kind is FileKind.DATABASE and (self._store.roles.paused or not database.may_commit or database.loan):
+        elif ref.kind is FileKind.DATABASE and (self._store.roles.pause.on or not database.may_commit or database.loan):
             then(read_only())
         elif ref.kind is FileKind.DATABASE:
             self._on_worker(database, lambda: self._drop(database), then)

@@ -32,6 +32,7 @@ from pylitefs.engine.fence import Fence
 from pylitefs.engine.files import sync_filesystem
 from pylitefs.engine.grip import Grip
 from pylitefs.engine.loan import epoch_of_loans
+from pylitefs.engine.pause import Pause
 from pylitefs.engine.registry import Registry
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.errors import LitefsError
@@ -41,6 +42,7 @@ log = logging.getLogger("litefs.role")
 T = TypeVar("T")
 
 _SPIN_S = 0.0005  # between two tries of a lock
+_GENTLE_S = 1.0  # before a transaction is cut off where only one database changes hands
 _PATIENCE_S = 0.05  # with the locks held so far, for the next one
 _AGAIN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -61,9 +63,7 @@ class Roles:
         self._wanted: set[str] = set()  # whose capture is to end
         self._retrying = False
         self._stopped = threading.Event()
-        self.paused = False
-        self._held: list[Callable[[], object]] = []  # opens that wait for the end of a pause
-        self._held_lock = threading.Lock()
+        self.pause = Pause()
 
     def _on_worker(self, call: Callable[..., T], *args: object, database: str = "") -> T:
         return self._registry.worker.submit(call, *args, database=database).result()
@@ -74,7 +74,7 @@ class Roles:
         """An application opens a database that captures, or for writing one that does not. `again`: ask once more, when
         a pause has ended; None: it need not wait for that."""
         with database.handles_lock:
-            if again is not None and writing and database.captures and self._hold(again):
+            if again is not None and writing and database.captures and self.pause.hold(again):
                 return
             refused = writing and not database.may_commit and not self.is_lent(database)
             gone = again is not None and not refused and not database.captures  # since it was asked whether it does
@@ -98,20 +98,6 @@ class Roles:
         registry = self._registry
         return registry.is_primary and registry.fence.holds() and (database.yields or not database.captures)
 
-    def _hold(self, again: Callable[[], object]) -> bool:
-        with self._held_lock:
-            if self.paused:
-                self._held.append(again)
-            return self.paused
-
-    def _end_pause(self) -> None:
-        with self._held_lock:
-            self.paused = False
-            held, self._held = self._held, []
-        for again in held:
-            with contextlib.suppress(Exception):
-                again()
-
     # -- apply -> capture ----------------------------------------------------------------------------------------
 
     def promote(self, epoch: int) -> None:
@@ -127,7 +113,7 @@ class Roles:
             self._on_worker(self._promote_all)
             while not self._on_worker(self._hand_over_all):
                 time.sleep(_SPIN_S)
-            self._end_pause()
+            self.pause.end()
             self._told()
 
     def _promote_all(self) -> None:
@@ -189,7 +175,7 @@ class Roles:
             for database in found:
                 self._cut_off(database)
             left = self._take_over_all(timeout_s)
-            self._end_pause()
+            self.pause.end()
             self._told()
             self._go_on_later()
             return left
@@ -199,6 +185,8 @@ class Roles:
         with self._one:
             database = self._registry.find(name)
             if database.captures:
+                if self._registry.is_primary:  # who ends a HALT lock has been told that it is over
+                    self._wait_for_commit(database, min(timeout_s, _GENTLE_S))
                 self._cut_off(database)
             left = self._take_over_all(timeout_s)
             if name not in left and database.exists and self._registry.captures_any:
@@ -207,6 +195,14 @@ class Roles:
             self._told_one(name)
             self._go_on_later()
             return name not in left
+
+    def _wait_for_commit(self, database: Database, timeout_s: float) -> None:
+        """Nothing is urgent: the transaction that is under way may end, and be answered; one that takes long fails."""
+        until_s = time.monotonic() + timeout_s
+        while database.may_commit and takeover.in_use(database) and not self._try_grip(database):
+            if time.monotonic() >= until_s or self._stopped.is_set():
+                break
+            time.sleep(_SPIN_S)
 
     def _cut_off(self, database: Database) -> None:
         with database.handles_lock:
@@ -338,8 +334,7 @@ class Roles:
                 with contextlib.suppress(OSError):
                     if takeover.in_use(database):
                         self._grip_of(database).prepare()
-            with self._held_lock:
-                self.paused = True
+            self.pause.begin()
             try:
                 if self._grip_all(until_s) and self._on_worker(self._capture_all):
                     return True
@@ -382,7 +377,7 @@ class Roles:
         """End a pause without a change of the role."""
         with self._one:
             self._drop_grips()
-            self._end_pause()
+            self.pause.end()
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -392,7 +387,7 @@ class Roles:
         with self._one:
             self._wanted.clear()
             self._drop_grips()
-            self._end_pause()
+            self.pause.end()
 
     def _told_one(self, name: str) -> None:
         """Whether it can be written shows in its permissions."""

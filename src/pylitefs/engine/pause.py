@@ -1,0 +1,35 @@
+"""A pause of all writes, before the lease is passed on: opens wait for its end."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+
+class Pause:
+    """Any thread. `on`: whether there is one."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self._held: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        with self._lock:
+            self.on = True
+
+    def hold(self, again: Callable[[], object]) -> bool:
+        """Call `again` at the end of the pause. False, and it is not called, if there is none."""
+        with self._lock:
+            if self.on:
+                self._held.append(again)
+            return self.on
+
+    def end(self) -> None:
+        with self._lock:
+            self.on = False
+            held, self._held = self._held, []
+        for again in held:
+            with contextlib.suppress(Exception):
+                again()

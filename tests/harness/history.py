@@ -163,7 +163,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
             *_twice(final, reads),
             *_invented(writes, final, reads, lost),
             *_stray(reads, final, lost, _unanswered(writes) if outcome.may_be_taken_back(db) else frozenset()),
-            *_back(reads, final, frozenset() if db in outcome.durable else lost),
+            *_back(reads, final, _unanswered(writes) if db in outcome.durable else lost),
             *_order(writes, final),
         ]
         if db in outcome.fenced:
@@ -261,7 +261,8 @@ def _stray(
 
 
 def _back(reads: Sequence[Read], final: tuple[str, ...], lost: frozenset[str]) -> list[str]:
-    """`lost`: what was kept in a branch, and may be the history even so: of a later primary that had never left it."""
+    """`lost`: what was kept in a branch, and may be the history even so: of a later primary that had never left it; or,
+    where commits wait for replicas, what nobody was told of: its old primary may have given it to the new one later."""
     last: dict[str, Read] = {}
     problems = []
     for read in reads:

@@ -226,6 +226,32 @@ def test_no_commit_on_the_primary_fails_because_a_replica_takes_the_lock(cluster
     settled(primary, replica)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_long_transaction_on_the_primary_is_waited_for(cluster: Cluster, mode: str) -> None:
+    primary, replica = cluster.pair()
+    begin(primary, mode)
+    wait_same_position(primary, replica, "app.db")
+    took: list[str] = []
+
+    def take() -> None:
+        with pylitefs.halt(replica.mount / "app.db"):
+            took.append("taken")
+            increment(replica, "replica")
+
+    with contextlib.closing(primary.connect("app.db")) as connection:
+        connection.execute("pragma synchronous=full")
+        connection.execute("begin immediate")
+        connection.execute("update counter set n = n + 10")
+        taker = threading.Thread(target=take)
+        taker.start()
+        time.sleep(1.5)
+        assert not took
+        connection.execute("commit")
+    taker.join()
+    assert took and count(primary) == 11
+    settled(primary, replica)
+
+
 def test_a_connection_from_an_earlier_lock_writes_under_the_next(cluster: Cluster) -> None:
     primary, replica = cluster.pair()
     begin(primary)

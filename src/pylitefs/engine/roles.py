@@ -42,7 +42,6 @@ log = logging.getLogger("litefs.role")
 T = TypeVar("T")
 
 _SPIN_S = 0.0005  # between two tries of a lock
-_GENTLE_S = 1.0  # before a transaction is cut off where only one database changes hands
 _PATIENCE_S = 0.05  # with the locks held so far, for the next one
 _AGAIN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -181,28 +180,29 @@ class Roles:
             return left
 
     def demote_database(self, name: str, timeout_s: float) -> bool:
-        """One database; False if that goes on in the background. Raises DatabaseNotFound."""
+        """One database; False if that was not possible in time, or goes on in the background: `promote_database` then,
+        or wait. On the primary nothing is urgent: the transaction that is under way may end, and be answered; on who
+        ends a HALT lock it may not. Raises DatabaseNotFound."""
         with self._one:
+            until_s = time.monotonic() + timeout_s
             database = self._registry.find(name)
+
+            def wanted() -> list[Database]:
+                urgent = not self._registry.is_primary or not database.may_commit or self._stopped.is_set()
+                return [] if urgent else [database]
+
             if database.captures:
-                if self._registry.is_primary:  # who ends a HALT lock has been told that it is over
-                    self._wait_for_commit(database, min(timeout_s, _GENTLE_S))
+                if not self._grip_all(wanted, until_s):
+                    self._drop_grip(name)
+                    return False
                 self._cut_off(database)
-            left = self._take_over_all(timeout_s)
+            left = self._take_over_all(until_s - time.monotonic())
             if name not in left and database.exists and self._registry.captures_any:
                 with contextlib.suppress(LitefsError, OSError):
                     self._registry.apply.activate_aside(database).result()
             self._told_one(name)
             self._go_on_later()
             return name not in left
-
-    def _wait_for_commit(self, database: Database, timeout_s: float) -> None:
-        """Nothing is urgent: the transaction that is under way may end, and be answered; one that takes long fails."""
-        until_s = time.monotonic() + timeout_s
-        while database.may_commit and takeover.in_use(database) and not self._try_grip(database):
-            if time.monotonic() >= until_s or self._stopped.is_set():
-                break
-            time.sleep(_SPIN_S)
 
     def _cut_off(self, database: Database) -> None:
         with database.handles_lock:
@@ -336,7 +336,7 @@ class Roles:
                         self._grip_of(database).prepare()
             self.pause.begin()
             try:
-                if self._grip_all(until_s) and self._on_worker(self._capture_all):
+                if self._grip_all(self._captured, until_s) and self._on_worker(self._capture_all):
                     return True
             except (OSError, LitefsError, UnstableSource) as error:
                 log.warning("writes cannot be paused: %s", error)
@@ -350,9 +350,10 @@ class Roles:
             if database.captures and database.exists and not database.is_busy and database.set_aside_reason is None
         ]
 
-    def _grip_all(self, until_s: float) -> bool:
+    def _grip_all(self, wanted: Callable[[], list[Database]], until_s: float) -> bool:
+        """Keep the writers of these databases out, as soon as none is in a transaction; False if not until then."""
         while True:
-            taken = [self._try_grip(database) for database in self._captured() if takeover.in_use(database)]
+            taken = [self._try_grip(database) for database in wanted() if takeover.in_use(database)]
             if all(taken):
                 return True
             if time.monotonic() >= until_s:

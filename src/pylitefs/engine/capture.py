@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from pylitefs.engine.batches import Batch, Missed
 from pylitefs.engine.commit_points import CommitPoints
 from pylitefs.engine.database import Database
+from pylitefs.engine.files import same_file
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_capture import BARRIER_FRAMES, COLLECT_FRAMES, WalCapture, wait_stable
@@ -100,9 +101,13 @@ class Capture(CommitPoints):
             self._look(database)
 
     def _look(self, database: Database) -> None:
-        if not database.captures or (database.wal.pending is not None and database.wal.pending.rests()):
-            return
+        """Look; and as long as something may follow, plan the next look: what woke us does so once only."""
+        if not database.captures or database.set_aside_reason is not None:
+            return  # when that ends, `takeover.wake` looks
         schedule = self._schedules.setdefault(database.name, _Schedule())
+        if database.wal.pending is not None and database.wal.pending.rests():
+            self._look_in(database, schedule, _RESTLESS_S)
+            return
         started, before, found = time.monotonic(), database.position.txid, False
         try:
             self.open_shm(database)
@@ -120,8 +125,11 @@ class Capture(CommitPoints):
             self._restless.add(database.name)  # the next try is under the barrier
             self._look_in(database, schedule, _RESTLESS_S)
             return
-        except OSError as error:
-            log.warning("%s: capture waits for the disk: %s", database.name, error)
+        except Exception as error:
+            if not isinstance(error, OSError):
+                log.exception("%s: capture failed, it will be tried again", database.name)
+            else:
+                log.warning("%s: capture waits for the disk: %s", database.name, error)
             self._look_in(database, schedule, _RETRY_S)
             return
         took = time.monotonic() - started
@@ -157,7 +165,7 @@ class Capture(CommitPoints):
         self._opening.discard(database.name)
         if fds is None:
             return
-        if database.captures and database.wal is wal and wal.shm_fd < 0 and _same_file(fds[0], database.files.shm):
+        if database.captures and database.wal is wal and wal.shm_fd < 0 and same_file(fds[0], database.files.shm):
             wal.use_shm(fds[0])
             self.wake(database)
         else:
@@ -388,13 +396,3 @@ class Capture(CommitPoints):
         hurry = len(wal.collected) >= _MAX_COLLECTED - 1
         self._worker.post(self._look if hurry else self.wake, database, database=database.name)
         return True
-
-
-def _same_file(fd: int, path: str) -> bool:
-    """Whether a descriptor of the mount belongs to the backing file that has this name now (it may have been replaced
-    while it was being opened; the filesystem shows the backing file's size and times)."""
-    try:
-        mine, theirs = os.fstat(fd), os.stat(path)
-    except OSError:
-        return False
-    return mine.st_nlink > 0 and mine.st_size <= theirs.st_size

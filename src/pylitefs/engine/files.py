@@ -158,3 +158,13 @@ def sync_filesystem(path: str) -> None:
         ctypes.CDLL(None).syncfs(fd)
     finally:
         os.close(fd)
+
+
+def same_file(fd: int, path: str) -> bool:
+    """Whether a descriptor of the mount belongs to the backing file that has this name now (it may have been replaced
+    while it was being opened; the filesystem shows the backing file's size and times)."""
+    try:
+        mine, theirs = os.fstat(fd), os.stat(path)
+    except OSError:
+        return False
+    return mine.st_nlink > 0 and mine.st_size <= theirs.st_size

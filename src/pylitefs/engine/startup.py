@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 
+from pylitefs.engine import takeover
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, publish_file
 from pylitefs.engine.incoming import give_back
@@ -139,20 +140,22 @@ class Startup:
         self._keep_away(database, f"cannot be recovered now: {error}")
 
     def retry_busy(self) -> None:
-        """Databases that an old process held, or the disk refused: recover them once that is over. On the worker."""
+        """Databases that an old process held, or the disk refused: recover them once that is over. On the worker; from
+        now on, because the disk may refuse later too."""
+        self._registry.worker.call_later(_BUSY_RETRY_S, self.retry_busy)
         self.look_again()
-        if any(database.is_busy for database in self._registry.databases.values()):
-            self._registry.worker.call_later(_BUSY_RETRY_S, self.retry_busy)
 
     def look_again(self, *, at_once: bool = False) -> None:
         """Those that are due, or all `at_once`."""
         for database in list(self._registry.databases.values()):
-            due_s = self._put_off.get(database.name, (0, 0.0))[1]
-            if not database.is_busy or (due_s > time.monotonic() and not at_once):
+            if not database.is_busy:
+                continue
+            if self._put_off.get(database.name, (0, 0.0))[1] > time.monotonic() and not at_once:
                 continue
             if self._load_one(database) and self._settle_one(database):
                 self._put_off.pop(database.name, None)
                 database.is_busy = False
+                takeover.wake(self._registry, database)
                 if self._registry.notifier is not None:
                     for suffix in SUFFIX_OF.values():
                         self._registry.notifier.invalidate_entry(database.name + suffix)

@@ -161,6 +161,14 @@ def _forget_capture(registry: Registry, database: Database) -> None:
 
 
 def wake_all(registry: Registry) -> None:
+    """What was written while nobody listened has woken nobody: look for it."""
     for database in list(registry.databases.values()):
-        if database.captures and database.exists:
-            registry.capture.wake(database)
+        wake(registry, database)
+
+
+def wake(registry: Registry, database: Database) -> None:
+    """The same for one database, in its WAL and in its file."""
+    if database.captures and database.exists:
+        registry.capture.wake(database)
+        if registry.capture.has_unseen_writes(database):
+            registry.capture.wake_rollback(database)

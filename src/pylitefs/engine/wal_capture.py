@@ -160,12 +160,12 @@ class WalCapture(WalLocks):
         return now.mx_frame - self.cursor.frame if now.salts == self.cursor.salts else now.mx_frame
 
     def commit_may_follow(self) -> bool:
-        """Whether a transaction is under way: the WAL has a frame after the committed ones, or it was begun anew and
-        the wal-index does not say so yet."""
-        now, header = self.view.committed(), self.view.wal_header()
-        if now is None or now.page_size == 0 or header is None:
+        """Whether the WAL has a frame behind the cursor, or was begun anew: of a commit that is not published yet, or
+        was since the last pass (so the published end cannot tell). A later commit has yet to write, which wakes us."""
+        header, cursor = self.view.wal_header(), self.cursor
+        if header is None or header.salts != cursor.salts:
             return header is not None
-        return header.salts != now.salts or self.view.frame_exists(now.mx_frame + 1, now.page_size, now.salts)
+        return self.view.frame_exists(cursor.frame + 1, header.page_size, header.salts)
 
     @property
     def in_doubt(self) -> bool:

@@ -4,6 +4,8 @@
 #   make demo    a primary and two replicas on this machine, live; then three nodes
 #                that elect their primary, which is killed                         ARGS="-seconds 60 -keep"
 #   make test    all tests                                                         ARGS="-k wal"
+#   make test-sqlite   SQLite's own test suite on a mount with a live replica, compared with the same on a plain
+#                directory; hours, not part of `make test`                        ARGS="--mode wal --jobs 4"
 #   make bench   measure against native SQLite; results go to bench/results/
 #   make lint    ruff and mypy
 #   make clean   remove what the above made
@@ -13,7 +15,7 @@ STAMP := $(VENV)/.set-up
 STAMP_DEV := $(VENV)/.set-up-dev
 PYTHON_IN := $(VENV)/bin/python
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test test-sqlite bench lint clean
 
 setup: $(STAMP_DEV)
 	@:
@@ -32,6 +34,10 @@ demo: $(STAMP)
 
 test: $(STAMP_DEV)
 	@$(PYTHON_IN) -m pytest -n 3 --dist loadfile $(ARGS)
+
+test-sqlite: $(STAMP_DEV)
+	@sh tests/sqlite_suite/build.sh build/sqlite
+	@$(PYTHON_IN) tests/sqlite_suite/run.py $(ARGS)
 
 bench: $(STAMP_DEV)
 	@$(PYTHON_IN) bench/run.py $(ARGS)

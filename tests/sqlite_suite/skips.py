@@ -1,0 +1,37 @@
+"""What of SQLite's suite cannot be the same on a mount: files that do not run there, and single tests, with reasons."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+_FOLDERS = "needs sub-directories in the place where the databases are: a mount has none"
+_LINKS = "needs symbolic or hard links: a mount has none"
+
+SKIPS: dict[str, str] = {
+    "async3.test": _FOLDERS,
+    "delete_db.test": _FOLDERS,
+    "multiplex.test": _FOLDERS,
+    "oserror.test": _FOLDERS,
+    "quota.test": _FOLDERS,
+    "quota2.test": _FOLDERS,
+    "shell8.test": _FOLDERS,
+    "vtabH.test": _FOLDERS,
+    "walro.test": _FOLDERS,
+    "zipfile.test": _FOLDERS,
+    "zipfile2.test": _FOLDERS,
+    "symlink.test": _LINKS,
+    "symlink2.test": _LINKS,
+}
+
+# Single tests of files that run, by "FILE NAME": what is different there on purpose. They are listed apart.
+EXPECTED: dict[str, str] = {}
+
+
+def expected(file: str, test: str) -> str:
+    """Why the test may have another result than natively; empty if it may not."""
+    return next((reason for pattern, reason in EXPECTED.items() if fnmatch(f"{file} {test}", pattern)), "")
+
+
+def skipped(name: str) -> str:
+    """The reason, empty if the file runs."""
+    return next((reason for pattern, reason in SKIPS.items() if fnmatch(name, pattern)), "")

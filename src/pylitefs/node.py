@@ -30,7 +30,7 @@ from pylitefs.cluster.primary import Replicas
 from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.cluster.replica import Replica
 from pylitefs.cluster.roles import NodeIdentity, Refused
-from pylitefs.cluster.sync_gate import Mode, SyncGate, SyncRules
+from pylitefs.cluster.sync_gate import Mode, SyncGate, SyncRules, log_heads
 from pylitefs.cluster.tasks import blocking, cancel
 from pylitefs.config import Config
 from pylitefs.engine.files import publish_file
@@ -212,7 +212,7 @@ class Node:
             async with asyncio.timeout(LAST_S):
                 heads = await asyncio.wrap_future(self.store.flush_all())
                 while any(
-                    name in heads and progress.received < heads[name].txid
+                    name in heads and progress.in_line and progress.received < heads[name].txid
                     for info in self.infos()
                     for name, progress in info.databases.items()
                 ):
@@ -352,10 +352,6 @@ class Node:
         limit_s = replication.limit_s
         rules = SyncRules(replication.sync, Mode(replication.mode), 0.0 if math.isinf(limit_s) else limit_s)
 
-        def heads() -> dict[str, int]:
-            databases = [store.get(name) for name in store.all_names()]
-            return {database.name: database.log.head.txid for database in databases if database is not None}
-
         async def change(nodes: frozenset[int]) -> None:
             if leadership is not None:
                 await leadership.change_state(lambda state: replace(state, in_sync=nodes))
@@ -365,7 +361,9 @@ class Node:
             return member is None or member.candidate
 
         written = leadership.document.state.in_sync if leadership is not None else frozenset()
-        self.gate = store.gate = SyncGate(rules, heads, change, written, can_lead=can_lead, emit=store.events.emit)
+        self.gate = store.gate = SyncGate(
+            rules, lambda: log_heads(store), change, written, can_lead=can_lead, emit=store.events.emit
+        )
         self._gating = asyncio.create_task(self.gate.run())
 
     async def _close_gate(self, error: LitefsError) -> None:

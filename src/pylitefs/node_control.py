@@ -308,13 +308,14 @@ class NodeControl:
                 raise Unavailable("no replica is connected that could take over")
             await asyncio.sleep(0.02)
 
-    def _behind(self, info: ReplicaInfo) -> int:
-        """How many transactions a replica has not applied."""
-        behind = 0
+    def _behind(self, info: ReplicaInfo) -> float:
+        """How many transactions a replica has not applied; inf where its copy of a database is not one of our history
+        (`Feed.standing`), for nobody knows how long it takes to mend."""
+        behind = 0.0
         for name in self._store.all_names():
             database, progress = self._store.get(name), info.databases.get(name)
-            if database is not None:
-                behind += database.position.txid - min(database.position.txid, progress.applied if progress else 0)
+            if database is not None and (txid := database.position.txid):
+                behind += max(0, txid - progress.applied) if progress is not None and progress.in_line else math.inf
         return behind
 
     def _missing(self, node_id: str, heads: Mapping[str, Position]) -> bool:

@@ -128,11 +128,13 @@ class NodeInfo:
 
 @dataclass(frozen=True)
 class ReplicaProgress:
-    """TXIDs of one database up to which a replica has received, applied and made durable."""
+    """TXIDs of one database up to which a replica has received, applied and made durable; all 0 where its copy is not
+    `in_line`: it is not known to be a state that the primary's database went through."""
 
     received: int
     applied: int
     durable: int
+    in_line: bool = True
 
 
 @dataclass(frozen=True)

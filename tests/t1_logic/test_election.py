@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,10 @@ EMPTY_CLUSTER = ClusterState("C9", 1, False, YOU)
 MANY = {f"{number}.db": (3, 100) for number in range(5000)}
 MORE_OF_MANY = {**MANY, "7.db": (3, 109)}
 MANY_WRITTEN = ClusterState("C1", 3, True, 9, positions=total(MORE_OF_MANY))
+HANDED = ClusterState("C1", 3, True, 9, in_sync=frozenset({9}), positions={"a.db": (3, 100)}, handoff_to=ME)
+HANDED_AHEAD = replace(HANDED, positions={"a.db": (3, 101)})
+HANDED_NEWER = replace(HANDED, positions={"a.db": (4, 50)})
+HANDED_MORE = replace(HANDED, positions={"a.db": (3, 100), "b.db": (1, 1)})
 KNOWN_POSITIONS = ClusterState("C1", 3, True, 9, positions={"a.db": (3, 150)})
 
 TABLE: list[tuple[str, Decision, type | Why | Acquire]] = [
@@ -116,6 +121,12 @@ TABLE: list[tuple[str, Decision, type | Why | Acquire]] = [
     ("in sync, one that is too is ahead", run(member(positions=MORE), state=sync(ME, YOU)), Why.BETTER),
     ("the old leader", run(state=sync(YOU, last_leader=ME)), Acquire),
     ("nobody in sync but the old leader", run(state=sync()), Why.NOT_IN_SYNC),
+    # handed over
+    ("passed to this node", run(member(), state=HANDED), Acquire),
+    ("passed to another one", run(state=replace(HANDED, handoff_to=YOU)), Why.HANDOFF),
+    ("passed to this node, which has lost something", run(state=HANDED_AHEAD), Why.NOT_IN_SYNC),
+    ("passed to this node, whose copy is of another branch", run(state=HANDED_NEWER), Why.NOT_IN_SYNC),
+    ("passed to this node, which lacks a database", run(state=HANDED_MORE), Why.NOT_IN_SYNC),
     # empty
     ("empty, the cluster has data", run(me=NONE), Why.EMPTY),
     ("empty, at the cluster that has data, all empty", run(member(positions=NONE), me=NONE), Why.EMPTY),

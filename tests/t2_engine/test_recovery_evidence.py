@@ -622,9 +622,31 @@ def test_a_disk_that_fills_up_while_a_difference_is_recorded(bench: Bench) -> No
     with largest_file(50_000):
         bench.node.store.settle()
         assert bench.database.is_busy and "diskFull" not in bench.node.kinds()
+    seen: list[tuple[str, bool]] = []
+    stop = bench.node.store.events.subscribe(
+        lambda event: seen.append((event.type, bench.database.set_aside_reason is not None))
+    )
     bench.node.store._startup.look_again(at_once=True)
+    stop()
     assert not bench.database.is_busy and bench.database.set_aside_reason is None
+    assert ("tx", True) in seen and seen[-1] == ("recovered", False), "whoever looks meanwhile must not believe it"
+    assert all(is_set_aside for _, is_set_aside in seen[:-1])
     bench.check("B")
+
+
+def test_a_database_that_turns_out_to_be_garbage_stays_set_aside(bench: Bench) -> None:
+    bench.set("A")
+    bench.leave()
+    bench.open()("INSERT INTO t (v) VALUES (randomblob(300000))")
+    bench.leave()
+    bench.kill()
+    with largest_file(50_000):
+        bench.start()
+        assert bench.database.is_busy
+    bench.path.write_bytes(b"garbage" * 1000)
+    bench.node.store._startup.look_again(at_once=True)
+    assert bench.database.set_aside_reason and "again" not in bench.database.set_aside_reason
+    assert not bench.database.is_busy
 
 
 def test_a_set_aside_replica_does_not_claim_to_be_caught_up(bench: Bench) -> None:

@@ -217,17 +217,77 @@ def test_the_promoted_node_waits_for_those_that_are_written() -> None:
     assert here.acknowledged == [("a", 6)]
 
 
-def test_a_copy_that_is_mended_does_not_count() -> None:
+def test_a_copy_that_is_mended_does_not_count_and_holds_up_no_other_database() -> None:
     here = world()
     here.heads["b"] = 3
     here.join(1)
     here.step()
     here.gate.strayed(1, "b")
+    here.commit("b")
     here.commit("a")
     here.gate.holds(1, "a", 1)
-    assert here.answers == []
-    here.gate.holds(1, "b", 3)
     assert here.acknowledged == [("a", 1)]
+    here.gate.holds(1, "b", 4)
+    assert here.acknowledged == [("a", 1), ("b", 4)]
+
+
+def test_a_node_is_not_taken_in_before_all_its_databases_are_in_line() -> None:
+    here = world()
+    here.heads |= {"a": 1, "b": 3}
+    here.gate.joined(1)
+    here.gate.holds(1, "a", 1)
+    here.step()
+    assert not here.document
+    here.gate.holds(1, "b", 3)
+    here.now_s += 1.0
+    here.step()
+    assert here.document == {1}
+
+
+def test_a_database_that_is_released_counts_again() -> None:
+    """While it was set aside on the primary it was in nobody's way; then only who holds its log is taken in."""
+    here = world(replicas=2)
+    here.join(1)
+    here.join(2)
+    here.step()
+    assert here.document == {1, 2}
+    here.heads["b"] = 3
+    here.gate.released("b")
+    here.gate.left(2)
+    here.gate.joined(3)
+    here.gate.holds(3, "b", 2)
+    here.now_s += 1.0
+    here.step()
+    assert here.document == {1, 2}
+    here.gate.holds(3, "b", 3)
+    here.now_s += 1.0
+    here.step()
+    assert here.document == {1, 3}, "both hold it, or are waited for as before"
+
+
+async def test_a_defect_does_not_end_the_gate(caplog: pytest.LogCaptureFixture) -> None:
+    here = world()
+    failures = [RuntimeError("a defect"), RuntimeError("another one")]
+
+    def write(nodes: frozenset[int]) -> None:
+        if failures:
+            raise failures.pop()
+        here.document = nodes
+
+    here.write = write
+    task = asyncio.ensure_future(here.gate.run())
+    try:
+        here.join(1)
+        here.commit()
+        here.gate.holds(1, "a", 1)
+        async with asyncio.timeout(10):
+            while not here.acknowledged:
+                await asyncio.sleep(0.01)
+        assert not failures and not task.done()
+        assert caplog.text.count("cannot be seen to") == 2
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def test_a_timeout_fails_the_commit() -> None:

@@ -8,7 +8,7 @@ another node holds the lease, the cluster has no data, and this node has    Wait
 another node holds the lease                                                Follow
 the cluster has no data yet, and members have data of several clusters      StandAside FOREIGN
 `lease.candidate` is false                                                  StandAside NOT_CANDIDATE
-the last leader has passed the lease to this node                           Acquire
+the last leader has passed the lease to this node, and it has what that had Acquire
 the last leader has passed it to another one, for `patience_s`              Wait HANDOFF
 the cluster is paused, and the node was not its last leader                 StandAside PAUSED
 the state lists who is in sync, and neither that nor the last leader it is  StandAside NOT_IN_SYNC
@@ -199,9 +199,9 @@ def decide(
             return Wait(Why.NO_DATA_THERE, _no_data_there(view.leader, me.candidate))
         return Follow(view.leader)
     until_s = leaderless_since_s + rules.patience_s
-    if me.candidate and state.handoff_to == me.node_id and (myself.positions or not state.has_data):
+    if takes_over(state, me):
         return Acquire()
-    if state.handoff_to and now_s < until_s:
+    if state.handoff_to not in (0, me.node_id) and now_s < until_s:
         return Wait(Why.HANDOFF, f"the lease was passed to node {state.handoff_to:016X}", until_s)
     others = _others(view, state, me, reachable)
     if not state.has_data and (text := _several_clusters([myself, *others])):
@@ -250,6 +250,15 @@ def decide_forced(
             text = f"{_name(other)} has more than this node, and answers: litefs promote -force -node {_name(other)}"
             return StandAside(Why.BETTER, text)
     return Acquire(forced=True)
+
+
+def takes_over(state: ClusterState, me: Self) -> bool:
+    """Whether the last leader has passed the lease to this node, and that has everything still that the leader wrote
+    down then: it may have lost something since, and is one of several candidates then."""
+    if not me.candidate or state.handoff_to != me.node_id:
+        return False
+    positions = _with_data(me.positions)
+    return bool(positions or not state.has_data) and not _behind(positions, [state.positions])
 
 
 def gives_way_to(view: View, state: ClusterState, me: Self, reachable: Mapping[int, Positions]) -> Member | None:

@@ -55,6 +55,7 @@ from pylitefs.formats.stream import (
 )
 from pylitefs.formats.stream_fields import ErrorCode, ResyncReason
 from pylitefs.formats.stream_pages import MAX_PAGES_SIZE, SnapshotPages
+from pylitefs.status import ReplicaProgress
 
 log = logging.getLogger("litefs.replication")
 
@@ -112,13 +113,14 @@ class _Incoming:
 
 
 class Feed:
-    """`sent` is where the replica is once it has applied everything sent so far; `progress` is what it acknowledged."""
+    """`sent` is where the replica is once it has applied everything sent so far. What it says of itself, in HELLO and
+    in its acknowledgements, counts as `standing` only once its copy was found to be a state our log went through."""
 
     def __init__(self, outlet: Outlet, name: str, position: Position) -> None:
         self.name = name
         self.sent = position
-        self.progress = Progress(name, position.txid, position.txid, position.txid)
         self.state = "connecting"
+        self._progress = Progress(name, position.txid, position.txid, 0)
         self._outlet = outlet
         self._turn = Turn(outlet)
         self._live = False  # what was sent last came from the log, and the log goes on from there
@@ -144,12 +146,21 @@ class Feed:
             self._running = self._outlet.start(self._run())
 
     def acknowledged(self, progress: Progress) -> None:
-        self.progress = progress
+        self._progress = progress
         while self._in_flight and self._in_flight[0][0] <= progress.applied:
             self._in_flight.popleft()
         self._changed.set()
         self._durable = progress.durable
         self._tell_durable()
+
+    @property
+    def standing(self) -> ReplicaProgress:
+        """How far the replica is in our history: nothing, unless its copy is a state of it (by epoch and checksum, see
+        `decisions`). Everybody who asks how far a replica is asks this."""
+        if not self._in_line:
+            return ReplicaProgress(0, 0, 0, in_line=False)
+        told, limit = self._progress, self.sent.txid
+        return ReplicaProgress(min(told.received, limit), min(told.applied, limit), min(told.durable, limit))
 
     def _tell_durable(self) -> None:
         if self._in_line:
@@ -185,7 +196,7 @@ class Feed:
 
     def lag_ms(self, head_txid: int, now_ms: int) -> int:
         """How long the oldest transaction that the replica has not applied has been committed."""
-        if self.progress.applied >= head_txid and self.state == "live":
+        if self.standing.applied >= head_txid and self.state == "live":
             return 0
         since = self._in_flight[0][1] if self._in_flight else self._behind_since_ms
         return max(0, now_ms - since)
@@ -236,6 +247,8 @@ class Feed:
         outlet = self._outlet
         if database is not None and database.set_aside_reason is not None:
             outlet.examined(self.name)  # nothing is known about it: the replica keeps what it has
+            if self.sent.is_at(database.log.head):
+                self._is_in_line()
             self._settled()
             self._live, self.state = False, "set aside"
             return False
@@ -301,7 +314,7 @@ class Feed:
     def _moved_to(self, position: Position) -> None:
         """The replica is somewhere else, not by a log entry."""
         self.sent = position
-        self.progress = Progress(self.name, 0, 0, 0)  # until it says otherwise
+        self._progress = Progress(self.name, 0, 0, 0)  # until it says otherwise
         self._durable = 0
         self._in_flight.clear()
 
@@ -364,7 +377,7 @@ class Feed:
 
     def _was_sent(self, ends: Ends) -> None:
         self.sent = ends.after
-        if self.progress.applied < ends.after.txid:
+        if self._progress.applied < ends.after.txid:
             self._in_flight.append((ends.after.txid, ends.header.timestamp_ms))
 
     # --- snapshots --------------------------------------------------------------------------------------------------

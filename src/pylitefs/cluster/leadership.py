@@ -203,7 +203,8 @@ class Leadership:
             self._leaderless_since_s = None
         elif self._leaderless_since_s is None:
             self._leaderless_since_s = self._clock()
-        asked = leaderless and state.handoff_to != node.node_id
+        me = Self(node.node_id, node.cluster_id, node.positions(), self._is_candidate, self._settings.priority)
+        asked = leaderless and not election.takes_over(state, me)
         reachable = await ask_all(node, view, self._settings.ask_s) if asked else {}
         if wanted is not None and leaderless:
             if other := await self._bound(view) if state.voters is not None else "":
@@ -212,8 +213,10 @@ class Leadership:
                 wanted = None
             else:
                 state = replace(state, paused=False, voters=None)
-        priority = self._settings.priority if wanted is None else election.WANTED
-        me = Self(node.node_id, node.cluster_id, node.positions(), self._is_candidate, priority)
+        if asked:  # that took time
+            me = replace(me, cluster_id=node.cluster_id, positions=node.positions(), candidate=self._is_candidate)
+        if wanted is not None:
+            me = replace(me, priority=election.WANTED)
         decide = election.decide_forced if wanted is not None and wanted.force else election.decide
         since_s = self._clock() if self._leaderless_since_s is None else self._leaderless_since_s
         decision = decide(view, state, me, reachable, self._rules, self._clock(), since_s)

@@ -157,7 +157,7 @@ class Replicas:
     def progress(self, name: str) -> dict[int, ReplicaProgress]:
         """How far each connected replica is with one database, by node id; those that do not copy it are left out."""
         return {
-            node_id: ReplicaProgress(feed.progress.received, feed.progress.applied, feed.progress.durable)
+            node_id: feed.standing
             for node_id, session in list(self.sessions.items())
             if (feed := session.feeds.get(name)) is not None
         }
@@ -196,9 +196,10 @@ class Replicas:
 
     def _on_event(self, event: Event) -> None:
         """In the emitting thread: a new transaction wakes the loop, once for however many come before it looks."""
-        if event.type == "damaged" and event.database is not None and self._loop is not None:
+        told = {"damaged": self._damaged, "recovered": self._recovered}.get(event.type)
+        if told is not None and event.database is not None and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                self._loop.call_soon_threadsafe(self._damaged, event.database)
+                self._loop.call_soon_threadsafe(told, event.database)
         if event.type != "tx" or event.database is None or self._loop is None:
             return
         self._moved.append(event.database)
@@ -210,6 +211,13 @@ class Replicas:
     def _damaged(self, name: str) -> None:
         if not self._closing:
             self._healing.heal(name)
+
+    def _recovered(self, name: str) -> None:
+        """It was set aside, and is not any more: who waits for it has heard of nothing else."""
+        if self.gate is not None:
+            self.gate.released(name)
+        for session in list(self.sessions.values()):
+            session.poke(name)
 
     def _wake(self) -> None:
         self._wake_pending = False  # before looking: an append after this schedules another wake
@@ -300,7 +308,7 @@ class ReplicaSession:
             lag_ms=max(lags, default=0),
             hostname=self.hostname,
             databases={
-                name: ReplicaProgress(feed.progress.received, feed.progress.applied, feed.progress.durable)
+                name: feed.standing
                 for name, feed in feeds
             },
         )

@@ -12,8 +12,10 @@ So the set that commits wait for is never smaller than what may be written:
     a write fails          either set may stand there: commits wait for both, until a later write succeeds
 
 What has been acknowledged before this node led is held by its own log, as it was elected. A replica that connects
-again, or whose copy of a database has to be mended, counts as in line again when it holds what was in the logs then;
-until then no commit is answered that waits for it.
+again, or whose copy of a database has to be mended, is taken in only when it holds what was in the logs then. A commit
+asks about its own database alone: one database that a replica cannot be sent now (it is set aside here, or is being
+mended there) holds up no commit of another one. What is set aside on this node takes no commits and is sent to nobody,
+so it does not count for who is in sync, until it is released (`released`).
 
 A commit needs `replicas` nodes in the set. If there are too few, it waits ("wait"; after `timeout_s` it fails, and
 SQLite takes it back), or after `timeout_s` those that are missing are taken out, and it is answered ("degrade").
@@ -31,6 +33,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
+from pylitefs.cluster.ports import Store
 from pylitefs.errors import LitefsError, Unavailable
 from pylitefs.events import Event
 from pylitefs.ports import Then
@@ -79,7 +82,7 @@ class _Replica:
         return not self.targets
 
     def holds(self, name: str, txid: int) -> bool:
-        return self.in_line and self.held.get(name, 0) >= txid
+        return self.held.get(name, 0) >= txid
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,16 @@ class _Commit:
     txid: int
     then: Then
     since_s: float
+
+
+def log_heads(store: Store) -> dict[str, int]:
+    """The TXIDs at the ends of the logs of those databases that can be written and sent. Any thread."""
+    databases = [(name, store.get(name)) for name in store.all_names()]
+    return {
+        name: database.log.head.txid
+        for name, database in databases
+        if database is not None and database.set_aside_reason is None
+    }
 
 
 class Failure(enum.Enum):
@@ -112,8 +125,8 @@ class SyncGate:
         clock: Callable[[], float] = time.monotonic,
         emit: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        """`heads`: the TXIDs at the ends of all logs now. `written`: the set in the shared state, without this node.
-        `can_lead`: nodes that cannot be elected are in the set only where there are too few others.
+        """`heads`: the TXIDs at the ends of the logs now (`log_heads`). `written`: the set in the shared state, without
+        this node. `can_lead`: nodes that cannot be elected are in the set only where there are too few others.
         `emit`: told of each commit that was answered, and when commits do, or do not, wait any more; any thread."""
         self.rules = rules
         self._emit = emit
@@ -192,6 +205,15 @@ class SyncGate:
                 replica.targets[name] = heads.get(name, 0)
         self._wake.set()
 
+    def released(self, name: str) -> None:
+        """A database of this node is not set aside any more: who is in sync must hold what is in its log."""
+        txid = self._heads().get(name, 0)
+        with self._lock:
+            for replica in self._replicas.values():
+                if not replica.holds(name, txid):
+                    replica.targets[name] = txid
+        self._wake.set()
+
     def holds(self, node_id: int, name: str, txid: int) -> None:
         """The replica has acknowledged to hold this much of our history durably."""
         with self._lock:
@@ -200,13 +222,11 @@ class SyncGate:
                 return
             replica.held[name] = max(txid, replica.held.get(name, 0))
             target = replica.targets.get(name)
-            names: Iterable[str] = (name,)
             if target is not None and txid >= target:
                 del replica.targets[name]
                 if replica.in_line:
-                    names = list(self._commits)
                     self._wake.set()
-            ready = self._take_ready(names)
+            ready = self._take_ready([name])
         self._answer(ready)
 
     # --- the set: on the loop ---------------------------------------------------------------------------------------
@@ -215,7 +235,11 @@ class SyncGate:
         """Keep the set; until cancelled, or this node leads no more."""
         try:
             while self._closed is None:
-                await self.step()
+                try:
+                    await self.step()
+                except Exception:  # a defect; commits that wait must not wait for ever because of it
+                    log.exception("the in-sync replicas cannot be seen to, trying again")
+                    await asyncio.sleep(_RETRY_S)
                 try:
                     async with asyncio.timeout(_TICK_S):
                         await self._wake.wait()

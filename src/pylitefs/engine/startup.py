@@ -79,7 +79,6 @@ class Startup:
 
     def _load_one(self, database: Database) -> bool:
         """True unless it has to be tried again: an old process still holds its files, or the disk fails."""
-        database.set_aside_reason = None
         is_truth = self._registry.is_primary or self._registry.marker.covers(database.name)
         if not self._registry.is_primary:
             database.term = self._registry.marker.epoch  # of what is recorded now, if anything
@@ -146,14 +145,18 @@ class Startup:
         self.look_again()
 
     def look_again(self, *, at_once: bool = False) -> None:
-        """Those that are due, or all `at_once`."""
+        """Those that are due, or all `at_once`. The reason why one is set aside stands until its recovery has ended:
+        whoever looked earlier would take what is there by then for the whole database."""
         for database in list(self._registry.databases.values()):
             if not database.is_busy:
                 continue
             if self._put_off.get(database.name, (0, 0.0))[1] > time.monotonic() and not at_once:
                 continue
+            reason = database.set_aside_reason
             if self._load_one(database) and self._settle_one(database):
                 self._put_off.pop(database.name, None)
+                if database.set_aside_reason is reason:  # else it cannot be read, as is known by now
+                    database.set_aside_reason = None
                 database.is_busy = False
                 takeover.wake(self._registry, database)
                 if self._registry.notifier is not None:

@@ -391,9 +391,10 @@ class Hold:
         with contextlib.closing(entries.pin(self._acked.txid)):
             while True:
                 self.moved.clear()
+                head = entries.head  # before the entry is looked for: a commit in between is told of by `moved`
                 entry = entries.after(self._acked.txid)
                 if entry is None:
-                    if entries.head.txid != self._acked.txid:
+                    if not head.is_at(self._acked):
                         raise Lost("the log of this node has changed")
                     await self.moved.wait()
                     continue

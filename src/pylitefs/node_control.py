@@ -302,7 +302,9 @@ class NodeControl:
                 return min(able)[3]
             if time.monotonic() > until_s:
                 if able:
-                    raise Unavailable("the replica is too far behind to take over: try again later")
+                    behind, _, _, info = min(able)
+                    far = f"{behind} transactions behind" if behind < math.inf else "not in line with this node yet"
+                    raise Unavailable(f"{info.hostname or info.node_id} is {far}: try again later")
                 if node_id:
                     raise Ineligible(f"node {node_id:016X} is not connected to the primary")
                 raise Unavailable("no replica is connected that could take over")

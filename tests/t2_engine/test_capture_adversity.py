@@ -24,7 +24,6 @@ from pylitefs.engine.checkpoints import Checkpoints
 from pylitefs.engine.database import Database
 from pylitefs.engine.transaction import Change
 from pylitefs.engine.wal_capture import WalCapture
-from pylitefs.engine.wal_seed import seed
 from pylitefs.engine.wal_view import Committed
 from pylitefs.formats.sqlite.wal_index import HEADER_COPY_SIZE
 from pylitefs.ports import FileKind, FileRef
@@ -391,15 +390,13 @@ def test_a_new_index_is_no_index_that_was_made_anew(live: Live) -> None:
     assert live.node.kinds().count("gap") == 1
 
 
-def test_a_new_index_beside_a_wal_that_we_began(live: Live) -> None:
+def test_a_new_index_beside_a_wal_that_is_empty(live: Live) -> None:
     """Nothing is missing when it is restarted before anything was written."""
     live.sql.close()
     live.wal.removed(FileKind.WAL)
     live.wal.removed(FileKind.SHM)
     Path(live.files.wal).touch()
-    begun = seed(live.files)
-    assert begun is not None
-    live.wal.created(FileKind.WAL, begun)
+    live.wal.created(FileKind.WAL)
     live.wal.created(FileKind.SHM)
     live.wal.before_index_truncate()
     live.sql = live.process()
@@ -896,7 +893,7 @@ def test_locks_are_taken_in_one_order(order: Order, tmp_path: Path) -> None:
             FileRef("third", FileKind.DATABASE, "third", third.files.database),
         )  # fmt: skip
         for kind in (FileKind.SHM, FileKind.WAL):
-            store.worker.submit(capture.created, third, kind, None).result(WAIT_S)
+            store.worker.submit(capture.created, third, kind).result(WAIT_S)
             store.worker.submit(capture.removed, third, kind).result(WAIT_S)
         third.snapshot(None).close()
         store.worker.submit(store.naming.drop, third, database="third").result(WAIT_S)

@@ -211,8 +211,8 @@ def test_a_generation_that_was_overwritten_while_it_was_read(live: Live) -> None
 
 def test_a_whole_generation_went_by_before_the_first_pass(live: Live) -> None:
     """With synchronous=OFF no hook announces a checkpoint; the new index counts from zero."""
-    live.node.store.capture.created(live.database, FileKind.SHM, None)
-    live.node.store.capture.created(live.database, FileKind.WAL, None)
+    live.node.store.capture.created(live.database, FileKind.SHM)
+    live.node.store.capture.created(live.database, FileKind.WAL)
     live.insert(3, 5000)
     live.sql("PRAGMA wal_checkpoint(TRUNCATE)")
     assert live.node.flush().txid == 2
@@ -247,7 +247,7 @@ def test_no_index_in_exclusive_locking_mode(live: Live) -> None:
     live.insert()
     live.node.flush()
     live.sql.close()
-    live.node.store.capture.created(live.database, FileKind.WAL, None)
+    live.node.store.capture.created(live.database, FileKind.WAL)
     live.database.wal.removed(FileKind.WAL)
     live.database.wal.removed(FileKind.SHM)
     live.sql("PRAGMA locking_mode = EXCLUSIVE")

@@ -24,7 +24,6 @@ from pylitefs.engine.files import same_file
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_capture import BARRIER_FRAMES, COLLECT_FRAMES, WalCapture, wait_stable
-from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.worker import Timer, Worker
 from pylitefs.errors import FormatError, Unavailable
 from pylitefs.formats.ltx.format import Position
@@ -196,10 +195,10 @@ class Capture(CommitPoints):
         if fds := database.wal.barrier.release():
             self._opener.close(fds)
 
-    def created(self, database: Database, kind: FileKind, seeded: Seed | None) -> None:
-        """An application made a new -wal or -shm; `seeded`: what we wrote into it."""
+    def created(self, database: Database, kind: FileKind) -> None:
+        """An application made a new -wal or -shm."""
         with database.wal.mutex:
-            fds = database.wal.created(kind, seeded)
+            fds = database.wal.created(kind)
         self._opener.close(fds)
         self.wake(database)
 

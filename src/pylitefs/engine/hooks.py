@@ -18,7 +18,6 @@ from pylitefs.engine.commit_points import finish, wal_in_use
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_file, sync_folder
 from pylitefs.engine.store import Store
-from pylitefs.engine.wal_seed import seed
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader, is_sqlite
 from pylitefs.ports import SIDE_KINDS, VIRTUAL_KINDS, FileKind, FileRef, LockOpening, Then
@@ -114,10 +113,8 @@ class EngineHooks(CommitHooks):
             return
         with contextlib.suppress(OSError):  # the database's permissions: SQLite would ask for them with another request
             os.chmod(database.files.backing(ref.kind), os.stat(database.files.database).st_mode & 0o777)
-        if ref.kind is FileKind.JOURNAL:
-            return
-        seeded = seed(database.files) if ref.kind is FileKind.WAL else None
-        self._store.worker.post(self._store.capture.created, database, ref.kind, seeded, database=database.name)
+        if ref.kind is not FileKind.JOURNAL:
+            self._store.worker.post(self._store.capture.created, database, ref.kind, database=database.name)
 
     def wants_write_hook(self, ref: FileRef) -> bool:
         if ref.kind is FileKind.DATABASE:

@@ -33,7 +33,6 @@ from pylitefs.engine.pending import Pending, Tail, after, find_tail, take_back, 
 from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_compare import WalPages
 from pylitefs.engine.wal_locks import WalLocks
-from pylitefs.engine.wal_seed import Seed
 from pylitefs.engine.wal_view import Committed, WalView
 from pylitefs.formats.ltx.format import lock_pgno
 from pylitefs.formats.sqlite.wal import FRAME_HEADER_SIZE, frame_offset
@@ -68,26 +67,22 @@ class WalCapture(WalLocks):
         self._index_had_bytes = self._index_is_new = False
         self._fsync_failed = False
         self._refused: tuple[int, int] | None = None  # salts under which an fsync failed
-        self._seeded: tuple[int, int] | None = None  # salts of a WAL that was begun by us, see `wal_seed`
 
     # -- what happened to the files --------------------------------------------------------------------------
 
-    def created(self, kind: FileKind, seeded: Seed | None = None) -> list[int]:
-        """A new -wal or -shm. A new wal-index counts commits from zero; what we wrote into the WAL is known already.
-        Returns descriptors to close."""
+    def created(self, kind: FileKind) -> list[int]:
+        """A new -wal or -shm. A new wal-index counts commits from zero. Returns descriptors to close."""
         self.view.forget(kind)
         closable: list[int] = []
         self._index_end = None
         if kind is FileKind.SHM:
             closable = self._forget_shm()
             # Unless a pass has seen commits already, when this was still on its way to us.
-            fresh = self.cursor.frame == (1 if self._seeded == self.cursor.salts is not None else 0)
-            self.cursor = Cursor(self.cursor.salts, self.cursor.frame, 0 if fresh else None)
+            self.cursor = replace(self.cursor, change=None if self.cursor.frame else 0)
         elif kind is FileKind.WAL:
-            self._seeded = seeded.salts if seeded else None
             self._left = FRESH
             if not self.in_doubt:
-                self.cursor = Cursor(self._seeded, 1 if seeded else 0, self.cursor.change)
+                self.cursor = Cursor(None, 0, self.cursor.change)
         return closable
 
     def removed(self, kind: FileKind) -> list[int]:

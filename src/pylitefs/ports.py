@@ -184,11 +184,11 @@ class Notifier(Protocol):
     def invalidate_file(self, name: str) -> None:
         """Drop cached data and attributes of MOUNT/name."""
 
-    def invalidate_entry(self, name: str) -> None:
-        """Forget whether MOUNT/name exists."""
+    def changed(self, name: str) -> None:
+        """What MOUNT/name leads to may be another file than before, at another place, or none: look again. To be called
+        *after* every change that the engine makes (not only if there was something, and not before), the last time when
+        the change is complete. Handles that are open keep their file."""
 
-    def forget_file(self, name: str) -> None:
-        """The file behind MOUNT/name was removed by the engine: handles that are open stay, the name is gone."""
-
-    def renamed_backing(self, name: str) -> None:
-        """MOUNT/name's backing file has moved in the data directory: same inode, resolve again."""
+    def move(self, old: str, new: str, do: Callable[[], None]) -> None:
+        """Rename MOUNT/old to MOUNT/new: `do` does it on the disk, and nothing but that. Who looks up a name meanwhile
+        waits. `changed` has to be called for both afterwards."""

@@ -6,6 +6,8 @@ import errno
 import os
 import stat
 import struct
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,18 +24,6 @@ from pylitefs.ports import Then
 def test_a_name_that_does_not_exist_is_remembered(kernel: Kernel) -> None:
     body = kernel.ask(abi.LOOKUP, b"a.db-journal\0")
     assert struct.unpack_from("=QQQ", body) == (0, 0, 3600)
-
-
-def test_a_change_by_the_engine_during_a_lookup_is_not_remembered(kernel: Kernel, monkeypatch: pytest.MonkeyPatch
-                                                                  ) -> None:
-    real = os.lstat
-
-    def lstat(path: str) -> os.stat_result:
-        kernel.dispatcher.notifier.invalidate_entry("a.db")
-        return real(path)
-
-    monkeypatch.setattr(os, "lstat", lstat)
-    assert struct.unpack_from("=QQQ", kernel.ask(abi.LOOKUP, b"a.db\0")) == (0, 0, 0)
 
 
 def test_virtual_names_are_never_remembered(kernel: Kernel) -> None:
@@ -152,7 +142,8 @@ def test_rename_by_the_engine_is_not_done_again(kernel: Kernel) -> None:
     node, *_ = kernel.create("a.db")
 
     def rename(old: object, new: object, then: Callable[[None], None]) -> None:
-        os.rename(os.path.join(kernel.hooks.directory, "a.db"), os.path.join(kernel.hooks.directory, "b.db"))
+        paths = [os.path.join(kernel.hooks.directory, name) for name in ("a.db", "b.db")]
+        kernel.dispatcher.notifier.move("a.db", "b.db", lambda: os.rename(*paths))
         then(None)
 
     kernel.hooks.before_rename = rename  # type: ignore[method-assign, assignment]
@@ -167,7 +158,7 @@ def test_a_moved_backing_file_keeps_its_node(kernel: Kernel, tmp_path: Path) -> 
     target = str(tmp_path / "elsewhere")
     os.rename(os.path.join(kernel.hooks.directory, "plain"), target)
     kernel.hooks.moved["plain"] = target
-    kernel.dispatcher.notifier.renamed_backing("plain")
+    kernel.dispatcher.notifier.changed("plain")
     kernel.release(node, fh)
     assert kernel.attr(node)["size"] == 4
     again, _, _ = kernel.open(node)
@@ -183,6 +174,65 @@ def test_a_file_that_moves_before_it_is_told_is_found(kernel: Kernel, tmp_path: 
     kernel.hooks.moved["plain"] = target
     assert kernel.attr(node)["size"] == 0
     assert kernel.open(node)
+
+
+def test_a_name_that_leads_to_another_file_has_another_node(kernel: Kernel) -> None:
+    """Whether it was told or not: POSIX locks are by node, and a file whose locks are taken elsewhere is not safe."""
+    path = Path(kernel.hooks.directory, "a.db")
+    old, fh, _, _ = kernel.create("a.db")
+    kernel.write(old, fh, b"old")
+    idle = kernel.look_up("a.db")
+    path.with_name("new").write_bytes(b"new!")
+    path.with_name("new").rename(path)
+    new = kernel.look_up("a.db")
+    assert new != old == idle
+    again, _, _ = kernel.open(new)
+    assert kernel.read(old, fh) == b"old" and kernel.read(new, again) == b"new!"
+    kernel.dispatcher.notifier.changed("a.db")  # too late, and again
+    kernel.dispatcher.notifier.changed("a.db")
+    assert kernel.look_up("a.db") == new and kernel.attr(new)["nlink"] == 1 and kernel.attr(old)["nlink"] == 0
+
+
+def test_a_node_never_opens_another_file_of_its_name(kernel: Kernel) -> None:
+    path = Path(kernel.hooks.directory, "a.db")
+    node, fh, _, _ = kernel.create("a.db")
+    kernel.release(node, fh)
+    path.with_name("new").write_bytes(b"new!")
+    path.with_name("new").rename(path)
+    for ask in (lambda: kernel.open(node), lambda: kernel.attr(node), lambda: kernel.setattr(node, abi.FATTR_SIZE)):
+        with raises(errno.ESTALE):
+            ask()
+    assert path.read_bytes() == b"new!"
+    path.unlink()
+    with raises(errno.ESTALE):  # the kernel looks the name up again, and finds what there is
+        kernel.open(node)
+
+
+def test_nobody_opens_a_file_while_names_are_moved(kernel: Kernel) -> None:
+    """Else a process could read the old database without its WAL, or put the old WAL into the new database."""
+    directory = Path(kernel.hooks.directory)
+    old = kernel.look_up("a.db") or kernel.create("a.db")[0]
+    new, fh, _, _ = kernel.create("b.db")
+    kernel.release(new, fh)
+    began, go_on = threading.Event(), threading.Event()
+
+    def exchange() -> None:
+        began.set()
+        assert go_on.wait(10)
+        (directory / "b.db").rename(directory / "a.db")
+
+    moving = threading.Thread(target=kernel.dispatcher.notifier.move, args=("b.db", "a.db", exchange))
+    moving.start()
+    assert began.wait(10)
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(kernel.look_up("a.db")))
+    asking.start()
+    time.sleep(0.05)
+    assert found == []
+    go_on.set()
+    moving.join()
+    asking.join()
+    assert found == [new] != [old]
 
 
 def test_nodes_live_as_long_as_the_kernel_knows_them(kernel: Kernel) -> None:

@@ -12,7 +12,7 @@ from plain_hooks import PlainHooks
 from pylitefs.errors import MountError
 from pylitefs.filesystem import mount
 from pylitefs.filesystem.notify import KernelNotifier
-from pylitefs.filesystem.tree import Tree
+from pylitefs.filesystem.tree import Node, Tree
 from pylitefs.formats.fuse import abi, replies
 
 
@@ -39,11 +39,17 @@ def notifier_and_tree(tmp_path: Path, kernel: SlowKernel) -> tuple[KernelNotifie
     return notifier, tree, hooks
 
 
+def find(tree: Tree, hooks: PlainHooks, name: str) -> Node:
+    Path(hooks.directory, name).touch()
+    found = tree.find(name)
+    assert found is not None
+    return found[0]
+
+
 def test_waiting_notifications_are_sent_once_and_in_order(tmp_path: Path) -> None:
     kernel = SlowKernel()
     notifier, tree, hooks = notifier_and_tree(tmp_path, kernel)
-    first = tree.look_up("first", hooks.resolve("first"))
-    second = tree.look_up("second", hooks.resolve("second"))
+    first, second = find(tree, hooks, "first"), find(tree, hooks, "second")
     notifier.invalidate_file("first")
     assert kernel.busy.wait(10)
     for _ in range(100):
@@ -62,7 +68,6 @@ def test_unknown_files_need_no_notification(tmp_path: Path) -> None:
     kernel.go_on.set()
     notifier, _, _ = notifier_and_tree(tmp_path, kernel)
     notifier.invalidate_file("unknown")
-    notifier.renamed_backing("unknown")
     assert notifier.drain(10) and kernel.heard == []
     notifier.stop(10)
 
@@ -71,9 +76,10 @@ def test_names_the_engine_changes_also_change_the_listing(tmp_path: Path) -> Non
     kernel = SlowKernel()
     kernel.go_on.set()
     notifier, tree, hooks = notifier_and_tree(tmp_path, kernel)
-    node = tree.look_up("gone", hooks.resolve("gone"))
-    notifier.invalidate_entry("new")
-    notifier.forget_file("gone")
+    node = find(tree, hooks, "gone")
+    Path(hooks.directory, "gone").unlink()
+    notifier.changed("new")
+    notifier.changed("gone")
     notifier.drain(10)
     notifier.stop(10)
     listing = replies.notify_inval_inode(abi.ROOT_ID, 0, 0)
@@ -90,7 +96,7 @@ def test_a_stopped_notifier_takes_no_more(tmp_path: Path) -> None:
     kernel.go_on.set()
     notifier, _, _ = notifier_and_tree(tmp_path, kernel)
     notifier.stop(10)
-    notifier.invalidate_entry("x")
+    notifier.changed("x")
     assert notifier.drain(1) and kernel.heard == []
 
 

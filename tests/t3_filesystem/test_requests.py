@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pylitefs.errors import DatabaseBusy, DatabaseNotFound, NotADatabase, ReadOnlyReplica, Unavailable
-from pylitefs.filesystem import files
+from pylitefs.filesystem import volume
 from pylitefs.filesystem.volume import Request
 from pylitefs.formats.fuse import abi
 from pylitefs.ports import FileKind
@@ -118,14 +118,14 @@ def test_a_file_opened_for_reading_is_opened_again_to_write(
     node, fh, _, _ = kernel.create("f")
     kernel.write(node, fh, b"data")
     kernel.release(node, fh)
-    real, refused = files.open_backing, [True]
+    real, refused = volume.open_backing, [True]
 
-    def open_backing(path: str, writable: bool) -> int:
-        if writable and refused[0]:
+    def open_backing(path: str, flags: int) -> int:
+        if flags & os.O_RDWR and refused[0]:
             raise PermissionError(errno.EACCES, "mode 0444")
-        return real(path, writable)
+        return real(path, flags)
 
-    monkeypatch.setattr(files, "open_backing", open_backing)
+    monkeypatch.setattr(volume, "open_backing", open_backing)
     with raises(errno.EACCES):
         kernel.open(node, os.O_RDWR)
     reader, _, _ = kernel.open(node, os.O_RDONLY)

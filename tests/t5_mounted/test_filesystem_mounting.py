@@ -233,13 +233,13 @@ def test_what_the_engine_changes_is_seen_once_it_is_told(session: Session, tmp_p
     assert not (shown / "new").exists()
     assert "new" not in os.listdir(shown)
     (files / "new").write_text("by the engine")
-    session.notifier.invalidate_entry("new")
+    session.notifier.changed("new")
     assert session.drain_notifications(10)
     assert (shown / "new").read_text() == "by the engine"
     assert "new" in os.listdir(shown)
 
     (files / "never-looked-up").touch()
-    session.notifier.invalidate_entry("never-looked-up")
+    session.notifier.changed("never-looked-up")
     assert session.drain_notifications(10)
     assert "never-looked-up" in os.listdir(shown)
 
@@ -252,7 +252,7 @@ def test_what_the_engine_changes_is_seen_once_it_is_told(session: Session, tmp_p
 
     with (shown / "new").open() as file:
         (files / "new").unlink()
-        session.notifier.forget_file("new")
+        session.notifier.changed("new")
         assert session.drain_notifications(10)
         assert not (shown / "new").exists()
         assert "new" not in os.listdir(shown)
@@ -271,7 +271,7 @@ def test_a_backing_file_that_moves_keeps_its_inode(session: Session, tmp_path: P
         target = tmp_path / "data" / "moved"
         os.rename(tmp_path / "data" / "files" / "plain", target)
         hooks.moved["plain"] = str(target)
-        session.notifier.renamed_backing("plain")
+        session.notifier.changed("plain")
         file.write(b" more")
         file.flush()
         with shown.open("rb") as again:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pylitefs.engine.building import Building
 from pylitefs.engine.commit_points import finish
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import SUFFIX_OF, sync_folder, write_at
+from pylitefs.engine.files import sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.shared_wal import SharedWal
@@ -33,7 +33,7 @@ from pylitefs.errors import DatabaseBusy, FormatError, PositionMismatch
 from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.decoder import Reader, decode
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, Trailer
-from pylitefs.ports import VIRTUAL_SUFFIXES, FileKind, Notifier, Then
+from pylitefs.ports import SUFFIXES, FileKind, Notifier, Then
 
 log = logging.getLogger("litefs.apply")
 
@@ -267,13 +267,10 @@ class Apply:
         database.remove_live_files()
 
     def forget_names(self, database: Database) -> None:
-        """A database came, went or has another file. Only when it counts as there, or as gone: names that are looked up
-        before would be remembered wrongly."""
+        """A database came, went or has another file. When it counts as there, or as gone."""
         if self.notifier is not None:
-            for suffix in SUFFIX_OF.values():
-                self.notifier.forget_file(database.name + suffix)
-            for suffix in VIRTUAL_SUFFIXES:
-                self.notifier.invalidate_entry(database.name + suffix)
+            for suffix in ("", *SUFFIXES):
+                self.notifier.changed(database.name + suffix)
 
     def _create_files(self, database: Database, entry: LogEntry) -> None:
         """The first state of a database that is not here: written aside, then given its name."""

@@ -105,7 +105,7 @@ class EngineHooks(CommitHooks):
         if ref.kind is FileKind.PLAIN and os.path.exists(self._plain(base)) and not _has_bytes(self._plain(base)):
             os.unlink(self._plain(base))
             if self._store.notifier is not None:
-                self._store.notifier.forget_file(base)
+                self._store.notifier.changed(base)
 
     def created(self, ref: FileRef) -> None:
         database = self._database(ref)
@@ -309,8 +309,12 @@ class EngineHooks(CommitHooks):
         if not self._may_make or not all(database.may_commit for database in involved):
             then(read_only())
             return
-        self._engine_renames.add((old.name, new.name))
-        self._in_thread(lambda: self._store.worker.submit(self._store.naming.rename, old, new).result(), then)
+
+        def rename() -> None:
+            self._store.worker.submit(self._store.naming.rename, old, new).result()
+            self._engine_renames.add((old.name, new.name))  # only if it was done: `then` looks at once
+
+        self._in_thread(rename, then)
 
     def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
         key = (old.name, new.name)

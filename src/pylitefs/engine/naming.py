@@ -8,18 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
 from pylitefs.engine.lost import write_info
-from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
+from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, NAME_BYTES, Registry
+from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, was_moved
 from pylitefs.engine.rollback_capture import is_complete_database
 from pylitefs.engine.transaction import Change
 from pylitefs.events import Event
-from pylitefs.ports import SIDE_KINDS, SUFFIXES, VIRTUAL_SUFFIXES, FileKind, FileRef
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG
+from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef
+
+log = logging.getLogger("litefs.store")
+
+
+def _link(path: str, target: str) -> None:
+    """`target` is a second name of the file `path`, whatever it was before; where there are no second names, its only
+    one. Raises OSError."""
+    try:
+        if os.path.samefile(path, target):
+            return
+        os.unlink(target)
+    except FileNotFoundError:
+        pass
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.rename(path, target)
 
 
 @contextlib.contextmanager
@@ -40,14 +63,19 @@ class Naming:
         self._registry = registry
 
     def import_plain(self, name: str, *, leave_journal: bool = False) -> bool:
-        """A plain file of this name is a whole database: take it over as one. Any thread. False if it is not one."""
+        """A plain file of this name is a whole database: take it over as one. Any thread. False if it is not one.
+
+        The files get their names in the database's folder first, the transaction is recorded, then the plain names go:
+        whoever looks up a name meanwhile finds the file, by one of them or by the other."""
         with self._registry.lock:
             if not self._registry.is_plain_database(name):
                 return False
             database = self._registry.get_or_create(name)
+            if database.exists:
+                return False
         try:
             with self._registry.lock:
-                self._move_to_database(name, leave_journal=leave_journal)
+                kinds = self._link_to_database(name, leave_journal=leave_journal)
             with _still(database):
                 if not database.captures:
                     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -58,56 +86,86 @@ class Naming:
             with self._registry.lock:
                 if not database.exists:
                     database.rollback.clear()
-                    self._move_back(name)
+                    self._make_plain(database, name)
             raise
+        self._remove_plain(name, kinds)
         self._registry.worker.post(self._registry.capture.wake, database, database=name)  # it may have a WAL
-        self._tell_renamed(name)
+        self._tell(name)
         return True
 
-    def _tell_renamed(self, name: str) -> None:
+    def _tell(self, *names: str) -> None:
+        """The names of databases, and those of their files, have changed."""
         if self._registry.notifier is not None:
-            for suffix in SUFFIX_OF.values():
-                self._registry.notifier.renamed_backing(name + suffix)
-            for suffix in VIRTUAL_SUFFIXES:
-                self._registry.notifier.invalidate_entry(name + suffix)
+            for name in names:
+                for suffix in ("", *SUFFIXES):
+                    self._registry.notifier.changed(name + suffix)
 
-    def _move_to_database(self, name: str, *, leave_journal: bool = False) -> None:
+    def _move(self, old: str, new: str, do: Callable[[], None]) -> None:
+        if self._registry.notifier is not None:
+            self._registry.notifier.move(old, new, do)
+        else:
+            do()
+
+    def _link_to_database(self, name: str, *, leave_journal: bool = False) -> list[FileKind]:
+        """Give plain files their names in the database's folder, beside those they have. Which there were."""
         folder = os.path.join(self._registry.databases_dir, name)
         os.makedirs(os.path.join(folder, "ltx"), exist_ok=True)
+        kinds = []
         for kind, suffix in SUFFIX_OF.items():
             if kind is FileKind.JOURNAL and leave_journal:
                 continue
             with contextlib.suppress(FileNotFoundError):
-                os.rename(self._registry.plain_path(name + suffix), os.path.join(folder, kind.value))
+                _link(self._registry.plain_path(name + suffix), os.path.join(folder, kind.value))
+                kinds.append(kind)
         self._registry.set_owner(os.path.join(folder, "database"))
         sync_folder(folder)
+        return kinds
 
-    def _move_back(self, name: str) -> None:
-        folder = os.path.join(self._registry.databases_dir, name)
-        for kind, suffix in SUFFIX_OF.items():
+    def _remove_plain(self, name: str, kinds: Iterable[FileKind]) -> None:
+        """They are found in the database's folder now. Durable: a power cut must not bring them back after a drop."""
+        for kind in kinds:
             with contextlib.suppress(FileNotFoundError):
-                os.rename(os.path.join(folder, kind.value), self._registry.plain_path(name + suffix))
+                os.unlink(self._registry.plain_path(name + SUFFIX_OF[kind]))
+        sync_folder(self._registry.plain_dir)
 
     def finish_promotions(self) -> None:
         """Plain files that are databases: their import was cut off by a crash. Side files go with their database."""
+        for name in os.listdir(self._registry.databases_dir):
+            files = self._registry.files_of(name)
+            if os.path.isdir(files.folder):
+                finish_replacement(files, self._registry.files_of)
+        may_import = self._registry.options.is_primary or self._registry.marker.names is None
         for name in sorted(os.listdir(self._registry.plain_dir)):
-            if (
-                (self._registry.options.is_primary or self._registry.marker.names is None)
-                and is_complete_database(self._registry.plain_path(name))
-                and self._registry.is_name(name)
-            ):
-                self._move_to_database(name)
+            plain, there = self._registry.plain_path(name), self._registry.files_of(name).database
+            if os.path.exists(there):
+                if os.path.samefile(plain, there):
+                    os.unlink(plain)
+                else:
+                    self.keep_plain(name)
+            elif may_import and is_complete_database(plain) and self._registry.is_name(name):
+                self._remove_plain(name, self._link_to_database(name))
         for name in os.listdir(self._registry.plain_dir):
             for suffix, kind in SUFFIXES.items():
                 base = name[: -len(suffix)]
-                folder = os.path.join(self._registry.databases_dir, base)
-                if (
-                    kind in SIDE_KINDS
-                    and name.endswith(suffix)
-                    and base
-                    and os.path.isfile(os.path.join(folder, "database"))
-                ):
-                    os.rename(self._registry.plain_path(name), os.path.join(folder, kind.value))
+                files = self._registry.files_of(base)
+                if kind in SIDE_KINDS and name.endswith(suffix) and base and os.path.isfile(files.database):
+                    if os.path.exists(files.backing(kind)):
+                        os.unlink(self._registry.plain_path(name))
+                    else:
+                        os.rename(self._registry.plain_path(name), files.backing(kind))
+
+    def finish_move(self, database: Database) -> bool:
+        """At the start: a crash came after its files had got another database's name, and before that was recorded.
+        False if nothing of the kind has happened. Raises OSError."""
+        if not was_moved(database.files):
+            return False
+        if database.exists:  # made anew from its log
+            self.drop(database)
+        elif database.log.head.checksum != CHECKSUM_FLAG:
+            database.position = database.log.head
+            self.record_drop(database)
+        forget_moved(database.files)
+        return True
 
     def drop(self, database: Database) -> None:
         """The database was removed: note it in the log, remove its files. On the worker, flushed before."""
@@ -134,11 +192,7 @@ class Naming:
         self._registry.capture.replaced(database)
         database.rollback.clear()
         sync_folder(database.files.folder)
-        if self._registry.notifier is not None:
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                self._registry.notifier.forget_file(database.name + suffix)
-            for suffix in VIRTUAL_SUFFIXES:
-                self._registry.notifier.invalidate_entry(database.name + suffix)
+        self._tell(database.name)
 
     def rename(self, old: FileRef, new: FileRef) -> None:
         """A rename in which a database takes part. On the worker."""
@@ -146,51 +200,83 @@ class Naming:
         if old.kind is FileKind.DATABASE:
             self._rename_database(self._registry.find(old.name), new.name)
             return
+        plain, renamed = self._registry.plain_path(old.name), self._registry.plain_path(new.name)
         if target is not None and target.exists:
             self._registry.capture.flush(target)
-            if not self._registry.is_plain_database(old.name):
-                self.drop(target)
-                os.rename(self._registry.plain_path(old.name), self._registry.plain_path(new.name))
+            if self._registry.is_plain_database(old.name):
+                self._replace_content(target, old.name)
                 return
-            self._replace_content(target, self._registry.plain_path(old.name))
-            return
-        os.rename(self._registry.plain_path(old.name), self._registry.plain_path(new.name))
+            self.drop(target)
+        self._move(old.name, new.name, lambda: os.rename(plain, renamed))
         self.import_plain(new.name)
 
-    def _replace_content(self, database: Database, path: str) -> None:
+    def _replace_content(self, database: Database, plain_name: str) -> None:
         """Another database file takes the place of this one; what was committed in its WAL is in the log already."""
-        with _still(database):
-            for kind in (FileKind.SHM, FileKind.WAL, FileKind.JOURNAL):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(database.files.backing(kind))
-                if self._registry.notifier is not None:
-                    self._registry.notifier.forget_file(database.name + SUFFIX_OF[kind])
-            os.rename(path, database.files.database)
-            self._registry.set_owner(database.files.database)
-            self._registry.capture.replaced(database)
-            database.rollback.suspect = True
-            self._registry.capture.commit_point(database, "import")
+        replacement = Replacement(database.files, self._registry.plain_path(plain_name), None)
+        try:
+            with _still(database):
+                replacement.note()
+                self._move(plain_name, database.name, replacement.exchange)
+                replacement.finish()
+                self._registry.set_owner(database.files.database)
+                self._registry.capture.replaced(database)
+                database.rollback.suspect = True
+                self._registry.capture.commit_point(database, "import")
+        finally:
+            self._tell(plain_name, database.name)
 
     def _rename_database(self, source: Database, name: str) -> None:
         self._registry.capture.flush(source)
         target = self._registry.get_or_create(name)
         if target.exists:
             self._registry.capture.flush(target)
-        with _still(source, target):
-            self.record_drop(source)
-            target.remove_live_files()
-            for kind in SUFFIX_OF:
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(source.files.backing(kind), target.files.backing(kind))
-            self._registry.capture.replaced(source)
-            self._registry.capture.replaced(target)
-            source.rollback.clear()
-            target.rollback.suspect = True
-            self._registry.capture.commit_point(target, "import")
-        self._registry.capture.flush(target)  # what its WAL has on top of the file
-        self._tell_renamed(source.name)
-        self._tell_renamed(name)
+        replacement = Replacement(target.files, source.files.database, source.files)
+        try:
+            with _still(source, target):
+                replacement.note()
+                self._move(source.name, name, replacement.exchange)
+                self.record_drop(source)
+                replacement.finish()
+                self._registry.capture.replaced(source)
+                self._registry.capture.replaced(target)
+                source.rollback.clear()
+                target.rollback.suspect = True
+                try:
+                    self._registry.capture.commit_point(target, "import")
+                except OSError:
+                    if not target.exists:  # it would be found nowhere: it becomes a plain file, to be imported again
+                        target.rollback.clear()
+                        self._move(name, source.name, lambda: self._make_plain(target, source.name))
+                    raise
+            self._registry.capture.flush(target)  # what its WAL has on top of the file
+        finally:
+            self._tell(source.name, name)
         source.emit("drop", txid=source.position.txid)
+
+    def _make_plain(self, database: Database, name: str) -> None:
+        """Its files have plain names only. Raises OSError."""
+        for kind, suffix in SUFFIX_OF.items():
+            path, plain = database.files.backing(kind), self._registry.plain_path(name + suffix)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, plain)
+                os.unlink(path)  # where both were names of one file rename(2) has done nothing
+
+    def keep_plain(self, name: str) -> None:
+        """A plain file has the name of a database, which comes first: an empty one goes, another one gets a name of its
+        own. Raises OSError."""
+        plain = self._registry.plain_path(name)
+        with contextlib.suppress(FileNotFoundError):
+            if not os.stat(plain).st_size:
+                os.unlink(plain)
+                return
+            for number in itertools.count(1):
+                ending = f".local-{number}"
+                kept = os.fsdecode(os.fsencode(name)[: NAME_BYTES - len(ending)]) + ending
+                if not os.path.lexists(self._registry.plain_path(kept)):
+                    break
+            os.rename(plain, self._registry.plain_path(kept))
+            log.warning("%s: a file of this name was here already: it is %s now", name, kept)
+            self._tell(kept)
 
     def set_aside(self, name: str, reason: str) -> None:
         """Keep a database that the primary does not know out of the way: its files go to lost/. On the worker."""
@@ -206,8 +292,6 @@ class Naming:
                 with contextlib.suppress(FileNotFoundError):
                     shutil.move(os.path.join(database.files.folder, item), os.path.join(folder, item))
             del self._registry.databases[name]
-            if self._registry.notifier is not None:
-                for suffix in ("", "-wal", "-shm", "-journal"):
-                    self._registry.notifier.forget_file(name + suffix)
+            self._tell(name)
         lost = {"transactions": head.txid, "max_txid": head.txid, "epoch": head.epoch, "to": str(head)}
         self._registry.events.emit(Event("lost", name, {"reason": reason, "folder": folder, **lost}))

@@ -33,6 +33,7 @@ from pylitefs.ports import SUFFIXES, CommitGate, LockFiles, Notifier
 
 _CLUSTER_ID = re.compile(r"LFSC[0-9A-F]{16}")
 DEFAULT_PAGE_SIZE = 4096
+NAME_BYTES = 255  # of a file name
 
 
 @dataclass(frozen=True)

@@ -393,4 +393,4 @@ class Roles:
     def _told_one(self, name: str) -> None:
         """Whether it can be written shows in its permissions."""
         if self._registry.notifier is not None:
-            self._registry.notifier.renamed_backing(name)
+            self._registry.notifier.changed(name)

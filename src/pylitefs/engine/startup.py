@@ -11,17 +11,19 @@ import time
 
 from pylitefs.engine import takeover
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import SUFFIX_OF, publish_file
+from pylitefs.engine.files import publish_file
 from pylitefs.engine.incoming import give_back
 from pylitefs.engine.leftovers import is_in_use, normalise, remove_wal
 from pylitefs.engine.naming import Naming
 from pylitefs.engine.recovery import Circumstances, Outcome, Recovered, begin_branch, record_difference, recover
 from pylitefs.engine.redo import redo_is_noted
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
+from pylitefs.engine.replacement import forget_moved
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.errors import FormatError, LitefsError, PositionMismatch, Unavailable
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
+from pylitefs.ports import SUFFIXES
 
 log = logging.getLogger("litefs.store")
 
@@ -106,6 +108,7 @@ class Startup:
             self._unsettled[database.name] = found
         else:
             remove_wal(database.files)
+            forget_moved(database.files)  # the primary says whether it is there
             if self._registry.options.role_from_marker and found.outcome is Outcome.DIFFERS:
                 self._unknown[database.name] = found, database.position
         return True
@@ -160,8 +163,8 @@ class Startup:
                 database.is_busy = False
                 takeover.wake(self._registry, database)
                 if self._registry.notifier is not None:
-                    for suffix in SUFFIX_OF.values():
-                        self._registry.notifier.invalidate_entry(database.name + suffix)
+                    for suffix in ("", *SUFFIXES):
+                        self._registry.notifier.changed(database.name + suffix)
                 database.emit("recovered", outcome="released", txid=database.position.txid)
 
     def settle_promoted(self) -> None:
@@ -184,6 +187,8 @@ class Startup:
         if found is None:
             return True
         try:
+            if self._naming.finish_move(database):
+                return True
             if not found.not_ahead and found.outcome is not Outcome.CLEAN:
                 database.log.agreed.recorded_after = database.log.head.txid
                 if found.outcome is Outcome.VERIFIED:

@@ -151,9 +151,9 @@ class Store(Registry):
         self.primary_hostname, self.lag_ms = None, None
         self.events.emit(Event("primaryChange", None, {"is_primary": self.is_primary, "hostname": None}))
         if self.notifier is not None:
-            self.notifier.invalidate_entry(".primary")
+            self.notifier.changed(".primary")
             for name in self.names():
-                self.notifier.renamed_backing(name)
+                self.notifier.changed(name)
 
     def _written(self) -> None:
         """Files of the mount were written to: look at the WALs among them."""
@@ -260,7 +260,7 @@ class Store(Registry):
         if changed:
             self.events.emit(Event("primaryChange", None, {"is_primary": self.is_primary, "hostname": hostname}))
             if self.notifier is not None:
-                self.notifier.invalidate_entry(".primary")
+                self.notifier.changed(".primary")
 
     def set_lag_ms(self, lag_ms: int | None) -> None:
         self.lag_ms = lag_ms

@@ -35,12 +35,6 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 Handler = Callable[[Request], bytes | None]
 
 
-def open_backing(path: str, writable: bool) -> int:
-    """The one descriptor that serves all handles of a file. Without the caller's O_APPEND, O_DIRECT and O_SYNC: the
-    kernel has turned them into offsets and FSYNC requests."""
-    return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
-
-
 class _Waiting:
     """An open of a lock file that is under way. What is to happen to its `LockOpening` may come up before there is one:
     the engine may answer before it has returned it."""
@@ -180,12 +174,15 @@ class FileRequests:
             waiting.when_open(waiting.cancel)
 
     def open_handle(self, node: Node, writable: bool, by_daemon: bool) -> tuple[int, int, int]:
-        """A handle on the backing file of `node`, which a name or an earlier handle leads to."""
+        """A handle on the backing file of `node`, which a name or an earlier handle leads to. One descriptor serves all
+        handles, without the caller's O_APPEND, O_DIRECT and O_SYNC: the kernel has turned them into offsets and FSYNC
+        requests."""
 
         def open_fd(for_writing: bool) -> int:
+            flags = os.O_RDWR if for_writing else os.O_RDONLY
             if node.name is None and node.fd >= 0:
-                return os.open(f"/proc/self/fd/{node.fd}", (os.O_RDWR if for_writing else os.O_RDONLY) | os.O_CLOEXEC)
-            return self._volume.on_path(node, lambda path: open_backing(path, for_writing))
+                return os.open(f"/proc/self/fd/{node.fd}", flags | os.O_CLOEXEC)
+            return self._volume.open(node, flags)
 
         return self._handles.open_node(node, open_fd, writable, by_daemon)
 
@@ -334,7 +331,11 @@ class FileRequests:
             if node.fd >= 0 and node.writable:
                 os.ftruncate(node.fd, size_bytes)
                 return
-        self._volume.on_path(node, lambda path: os.truncate(path, size_bytes))
+        fd = self._volume.open(node, os.O_WRONLY)
+        try:
+            os.ftruncate(fd, size_bytes)
+        finally:
+            os.close(fd)
 
     def _change(self, node: Node, request: requests.Setattr) -> None:
         """Owner, mode and times of the backing file. A change to what already is, as SQLite makes as root for its
@@ -343,7 +344,8 @@ class FileRequests:
             if node.fd >= 0:
                 _change_file(node.fd, os.fstat(node.fd), request)
                 return
-        self._volume.on_path(node, lambda path: _change_file(path, os.lstat(path), request))
+        now = self._volume.lstat(node)
+        self._volume.on_path(node, lambda path: _change_file(path, now, request))
 
     def _statfs(self, rq: Request) -> bytes:
         return replies.pack_statfs(os.statvfs(self._volume.data_dir))

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
-from errno import EEXIST, EINVAL, ENOENT, ENOTDIR, EPERM
+from errno import EEXIST, EINVAL, ENOTDIR, EPERM
 from pathlib import Path
 
 from pylitefs.filesystem.files import WRITING, FileRequests, Handler
@@ -95,20 +95,14 @@ class NameRequests:
     def _lookup(self, rq: Request) -> bytes:
         volume = self._volume
         name = requests.parse_name(rq.data, rq.size)
-        changes = self._tree.changes
         ref = volume.name_in_root(rq, name)
         if is_virtual(ref):
             found: replies.StatLike = volume.virtual_stat(ref)
-            return volume.entry_body(self._tree.look_up(name, ref), found, valid_s=0)
-        try:
-            found = os.lstat(backing_path(ref))
-        except FileNotFoundError:
-            return replies.pack_no_entry(FOREVER_S if changes == self._tree.changes else 0)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(ENOENT, "only regular files are shown")
-        node = self._tree.look_up(name, ref)
-        # what the engine changed meanwhile may have been told to the kernel already
-        return volume.entry_body(node, found, FOREVER_S if changes == self._tree.changes else 0)
+            return volume.entry_body(self._tree.find_virtual(ref), found, valid_s=0)
+        entry = self._tree.find(name)
+        if entry is None:
+            return replies.pack_no_entry(FOREVER_S)
+        return volume.entry_body(*entry)
 
     def _forget(self, rq: Request) -> None:
         self._tree.forget(rq.nodeid, requests.parse_forget(rq.data))
@@ -140,21 +134,24 @@ class NameRequests:
         ref = volume.name_in_root(rq, request.name)
         if is_virtual(ref):
             raise OSError(EPERM, f"{ref.name} is made by litefs itself")
-        if os.path.lexists(backing_path(ref)):
-            self._open_existing(rq, request, ref, by_daemon, opened)
-        else:
+        entry = self._tree.find(request.name)
+        if entry is None:
             self._make(rq, ref, request.mode, by_daemon, opened)
+            return
+        if request.flags & os.O_EXCL:
+            self._tree.forget(entry[0].ino, 1)
+            raise OSError(EEXIST, "file exists")
+        self._open_existing(rq, request, entry[0], by_daemon, opened)
 
     def _open_existing(
-        self, rq: Request, request: requests.Create, ref: FileRef, by_daemon: bool, opened: Callable[[Node], None]
+        self, rq: Request, request: requests.Create, node: Node, by_daemon: bool, opened: Callable[[Node], None]
     ) -> None:
         """CREATE of a file that the engine has made since the kernel last looked."""
-        if request.flags & os.O_EXCL:
-            raise OSError(EEXIST, "file exists")
-        node = self._tree.look_up(request.name, ref)
+        ref = self._volume.ref(node)
 
         def truncate() -> None:
-            os.truncate(backing_path(ref), 0)
+            fd = self._volume.open(node, os.O_WRONLY | os.O_TRUNC)
+            os.close(fd)
             self._hooks.after_truncate(ref, 0)
             opened(node)
 
@@ -198,6 +195,7 @@ class NameRequests:
                     os.fchown(fd, uid, gid)
                 if stat.S_IMODE(now.st_mode) != mode & 0o7777:  # our own umask took part
                     os.fchmod(fd, mode & 0o7777)
+                node = self._tree.created(fresh, now)
             except OSError:
                 os.unlink(path)
                 raise
@@ -205,8 +203,7 @@ class NameRequests:
                 os.close(fd)
             self._hooks.created(fresh)
             self._name_changed(path)
-            self._tree.remove(ref.name)  # a node of a file that was removed behind our back
-            made(self._tree.look_up(ref.name, fresh))
+            made(node)
 
         self._hooks.may_create(ref, by_daemon, self._volume.after(rq, act))
 
@@ -239,7 +236,7 @@ class NameRequests:
     def _side_files_gone(self, name: str) -> None:
         """The engine has removed a database and all that belonged to it."""
         for suffix in SUFFIXES:
-            self._notifier.forget_file(name + suffix)
+            self._notifier.changed(name + suffix)
 
     def _rename(self, rq: Request, request: requests.Rename) -> None:
         volume = self._volume
@@ -257,13 +254,11 @@ class NameRequests:
         def act() -> bytes:
             if self._hooks.renamed_by_engine(old, new):
                 for side in [name + suffix for name in (old.name, new.name) for suffix in SUFFIXES]:
-                    self._notifier.renamed_backing(side)
-                    self._notifier.invalidate_entry(side)
+                    self._notifier.changed(side)
                 volume.root.touch()
             else:
-                os.rename(backing_path(old), backing_path(new))
+                self._tree.move(old.name, new.name, lambda: os.rename(backing_path(old), backing_path(new)))
                 self._name_changed(backing_path(old), backing_path(new))
-            self._tree.rename(old.name, new.name, self._hooks.resolve(new.name))
             return b""
 
         self._hooks.before_rename(old, new, volume.after(rq, act))

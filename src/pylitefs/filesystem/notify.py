@@ -57,22 +57,17 @@ class KernelNotifier:
         if node is not None:
             self._put(replies.notify_inval_inode(node.ino, 0, 0))
 
-    def invalidate_entry(self, name: str) -> None:
-        with self._tree.lock:
-            self._tree.changes += 1
-        self._put(replies.notify_inval_entry(abi.ROOT_ID, name, self._expire_only), self._listing())
-
-    def forget_file(self, name: str) -> None:
-        node = self._tree.vanish(name)
-        if node is None:
-            self.invalidate_entry(name)
-        else:
+    def changed(self, name: str) -> None:
+        node, stays = self._tree.look_again(name)
+        if node is not None and not stays:
             self._put(replies.notify_delete(abi.ROOT_ID, node.ino, name), self._listing())
-
-    def renamed_backing(self, name: str) -> None:
-        node = self._tree.unresolve(name)
+            return
         if node is not None:
             self._put(replies.notify_inval_inode(node.ino, -1, 0))
+        self._put(replies.notify_inval_entry(abi.ROOT_ID, name, self._expire_only), self._listing())
+
+    def move(self, old: str, new: str, do: Callable[[], None]) -> None:
+        self._tree.move(old, new, do)
 
     @staticmethod
     def _listing() -> bytes:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pylitefs.filesystem.answers import Act, Answers
 from pylitefs.filesystem.handles import Handles
-from pylitefs.filesystem.tree import Node, RootStat, Tree
+from pylitefs.filesystem.tree import Node, RootStat, Tree, id_of
 from pylitefs.formats.fuse import abi, replies
 from pylitefs.ports import VIRTUAL_KINDS, FileHooks, FileKind, FileRef, Then
 
@@ -84,7 +84,7 @@ class Volume:
         return path
 
     def on_path(self, node: Node, use: Callable[[str], T]) -> T:
-        """`use(path)`, once more if the file was being moved inside the data directory."""
+        """`use(path)`, once more if the file was being moved inside the data directory. ESTALE if it has gone."""
         path = self.path(node)
         try:
             return use(path)
@@ -92,14 +92,35 @@ class Volume:
             node.stale = True
             again = self.path(node)
             if again == path:
-                raise
+                raise OSError(ESTALE, "the file has gone") from None
             return use(again)
+
+    def open(self, node: Node, flags: int) -> int:
+        """A descriptor of the node's own file. ESTALE if its name leads to another one by now. Not while names are
+        moved (`Tree.move`): who opens a database before that finds its own -wal, who opens it afterwards the new one.
+        """
+        with self.tree.lock:
+            fd = self.on_path(node, lambda path: open_backing(path, flags))
+        try:
+            if id_of(os.fstat(fd)) != node.file_id:
+                raise OSError(ESTALE, "the name leads to another file")
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def lstat(self, node: Node) -> os.stat_result:
+        """State of the node's own file, by its name. ESTALE if that leads to another one by now."""
+        found = self.on_path(node, os.lstat)
+        if id_of(found) != node.file_id:
+            raise OSError(ESTALE, "the name leads to another file")
+        return found
 
     def stat(self, node: Node) -> replies.StatLike:
         """State of a node's file: of the open one, else of what its name leads to."""
         if node.virtual:
             return self.virtual_stat(node.ref)
-        return node.fstat() or self.on_path(node, os.lstat)
+        return node.fstat() or self.lstat(node)
 
     def virtual_stat(self, ref: FileRef) -> VirtualStat:
         size_bytes = self.hooks.virtual_size(ref)
@@ -137,6 +158,10 @@ class Volume:
         if len(name.encode("utf-8", "surrogateescape")) > abi.NAME_MAX:
             raise OSError(ENAMETOOLONG, "file name too long")
         return self.hooks.resolve(name)
+
+
+def open_backing(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def backing_path(ref: FileRef) -> str:

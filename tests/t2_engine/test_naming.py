@@ -1,0 +1,222 @@
+"""What becomes of a database when another file gets its name, and what a crash leaves of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_nodes import Node, check_log, closing_node, make_sqlite, new_primary, rows_of
+
+from pylitefs.engine import naming, replacement
+from pylitefs.engine.transaction import TransactionWriter
+from pylitefs.ports import FileKind, FileRef
+
+WAIT_S = 10
+
+
+class Crash(Exception):
+    """The process ends here. (Not an OSError: nobody makes up for it.)"""
+
+
+_COMMIT = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA wal_autocheckpoint = 0")
+db.executemany("INSERT INTO t (v) VALUES (?)", [(sys.argv[2].encode(),)] * 5)
+os._exit(0)
+"""
+
+
+def commit_to_wal(path: str, value: str) -> None:
+    """Rows that stay in the WAL, because their process ended without closing the database."""
+    subprocess.run([sys.executable, "-c", _COMMIT, path, value], check=True, timeout=WAIT_S)
+    assert os.path.getsize(path + "-wal") > 5 * 4096
+
+
+def rename(node: Node, old: str, new: str) -> None:
+    def ref(name: str) -> FileRef:
+        database = node.store.get(name)
+        if database is not None and database.exists:
+            return FileRef(name, FileKind.DATABASE, name, database.files.database)
+        return FileRef(name, FileKind.PLAIN, None, node.store.plain_path(name))
+
+    node.store.worker.submit(node.store.naming.rename, ref(old), ref(new)).result(WAIT_S)
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
+    """The process ends before the `step`th change to a file that `naming` or `replacement` makes. Which it made."""
+    made: list[str] = []
+
+    def wrap(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            if len(made) == step:
+                raise Crash
+            made.append(f"{what} {os.path.basename(str(args[0]))}")
+            return real(*args, **more)
+
+        return call
+
+    class Os:
+        """The module `os`, as these two see it."""
+
+        def __getattr__(self, name: str) -> Any:
+            real = getattr(os, name)
+            return wrap(name, real) if name in ("rename", "unlink", "link") else real
+
+    monkeypatch.setattr(naming, "os", Os())
+    monkeypatch.setattr(replacement, "os", Os())
+    for module, name in ((replacement, "publish_file"), (TransactionWriter, "write")):
+        monkeypatch.setattr(module, name, wrap(name, getattr(module, name)))
+    return made
+
+
+def refusing(code: int) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def contents(node: Node) -> dict[str, set[bytes]]:
+    """The databases that there are, and what their rows say."""
+    found = {}
+    for name in node.store.names():
+        database = node.store.get(name)
+        assert database is not None and database.set_aside_reason is None, database
+        check_log(database)
+        found[name] = {bytes(row[1]) for row in rows_of(database.files.database)}  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("source", ["database", "plain"])
+def test_a_crash_leaves_the_old_database_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Both with rows in their WALs. The old one's WAL must not get into the new one, nor either be lost."""
+    for step in itertools.count():
+        base = tmp_path / str(step)
+        node = new_primary(base)
+        commit_to_wal(node.database("db").files.database, "old")
+        node.flush("db")
+        plain = node.store.plain_path("new")
+        make_sqlite(plain)
+        if source == "database":
+            assert node.store.import_plain("new")
+            commit_to_wal(node.database("new").files.database, "new")
+            node.flush("new")
+        else:
+            with contextlib.closing(sqlite3.connect(plain)) as db:
+                db.execute("INSERT INTO t (v) VALUES (?)", (b"new",))
+                db.commit()
+        made: list[str] = []
+        with monkeypatch.context() as patch:
+            made = crash_at(patch, step)
+            with contextlib.suppress(Crash):
+                rename(node, "new", "db")
+        ended = len(made) < step
+        node.close(clean=False)
+        with closing_node(Node(base)) as again:
+            again.store.settle()
+            found = contents(again)
+            values = found["db"]
+            where = f"crash before step {step}, after {made}: {found}"
+            assert values in ({bytes(100), b"old"}, {bytes(100), b"new"}), where
+            if b"old" in values:
+                rest = found.get("new") or {bytes(row[1]) for row in rows_of(plain)}  # type: ignore[arg-type]
+                assert rest == {bytes(100), b"new"}, where
+            elif ended:
+                assert "new" not in found, where
+            assert not os.path.exists(os.path.join(again.store.databases_dir, "db", "replacing")), where
+        if ended:
+            break
+    assert step > 4
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_import_that_a_crash_cuts_off_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Also where the file system has no hard links."""
+    for step in itertools.count():
+        base = tmp_path / str(step)
+        node = Node(base)
+        make_sqlite(node.store.plain_path("a.db"), mode="DELETE")
+        with monkeypatch.context() as patch:
+            made = crash_at(patch, step)
+            if not links:
+                patch.setattr(os, "link", refusing(errno.EPERM))
+            with contextlib.suppress(Crash):
+                node.store.import_plain("a.db")
+        node.close(clean=False)
+        with closing_node(Node(base)) as again:
+            again.store.settle()
+            assert contents(again) == {"a.db": {bytes(100)}}, f"crash before step {step}, after {made}"
+            assert os.listdir(again.store.plain_dir) == []
+        if len(made) < step:
+            break
+    assert step > 1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_import_that_fails_leaves_the_plain_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    with closing_node(Node(tmp_path)) as node:
+        plain = Path(node.store.plain_path("a.db"))
+        make_sqlite(str(plain), mode="DELETE")
+        before = plain.read_bytes()
+        with monkeypatch.context() as patch:
+            if not links:
+                patch.setattr(os, "link", refusing(errno.EPERM))
+            patch.setattr(TransactionWriter, "write", refusing(errno.ENOSPC))
+            with pytest.raises(OSError, match="No space"):
+                node.store.import_plain("a.db")
+        assert plain.read_bytes() == before and node.store.names() == []
+        assert not os.path.exists(node.store.files_of("a.db").database)
+        assert node.store.import_plain("a.db") and node.store.names() == ["a.db"]
+        assert not plain.exists()
+
+
+def test_a_rename_that_cannot_be_recorded_leaves_the_file_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a name that nobody had before it would be found nowhere."""
+    with closing_node(new_primary(tmp_path, mode="DELETE")) as node:
+        real = TransactionWriter.write
+        failed: list[int] = []
+
+        def write(self: TransactionWriter, *args: Any) -> Any:
+            if self.header.commit:  # not the drop
+                failed.append(1)
+                raise OSError(errno.ENOSPC, "disk full")
+            return real(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TransactionWriter, "write", write)
+            with pytest.raises(OSError, match="disk full"):
+                rename(node, "db", "other")
+        assert failed and node.store.names() == []
+        assert len(rows_of(node.store.plain_path("db"))) == 3
+        assert node.store.import_plain("db") and node.store.names() == ["db"]
+
+
+def test_an_old_plain_file_never_replaces_a_database(tmp_path: Path) -> None:
+    """It may come back with a power cut, or have been made on a replica before the database came."""
+    node = new_primary(tmp_path, rows=7, mode="DELETE")
+    make_sqlite(node.store.plain_path("db"), rows=1, mode="DELETE")
+    assert not node.store.import_plain("db")
+    node.close()
+    with closing_node(Node(tmp_path)) as again:
+        again.store.settle()
+        assert len(rows_of(again.database("db").files.database)) == 7
+        assert len(rows_of(again.store.plain_path("db.local-1"))) == 1
+        assert os.listdir(again.store.plain_dir) == ["db.local-1"]

@@ -197,6 +197,12 @@ class Node:
         return litefs(*words, timeout_s=timeout_s)
 
 
+def assert_nothing_overlooked(name: str, log: str) -> None:
+    """The watchdog's finding anything is a defect, whatever else went well (`engine/watchdog.py`)."""
+    found = [line for line in log.splitlines() if "nobody was woken for" in line]
+    assert not found, f"{name} was not woken for a commit:\n" + "\n".join(found)
+
+
 def litefs(*words: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run the command; what it printed is in the result."""
     return subprocess.run(
@@ -230,6 +236,9 @@ class Cluster:
         for node in reversed(self.nodes):
             node.remove()
         self._watchdog.cancel()
+        if error is None:
+            for node in self.nodes:
+                assert_nothing_overlooked(node.name, node.log_text())
 
     def _hung(self) -> None:
         self.was_hung = True

@@ -10,6 +10,8 @@ A lower layer emits; it knows nothing of the listeners. `EventBus` is the one pl
                       seconds (spent on capture or apply), latency_s (from commit to applied, on a replica)
     drop              txid                                       a database was deleted
     gap               captured transactions were missed; `repair` follows
+    overlooked        a defect of litefs: the watchdog found      reason
+                      commits that nobody was woken for
     repair            the state was taken over by diff           pages
     resync            a replica fetched the pages that differ    pages, bytes
     setAside          a database cannot be used                  reason

@@ -1,99 +1,27 @@
 """Capture, with a commit published between any two of its steps: after the last write, with nobody asking, the log has
-everything within a second.
-
-A commit is done by a real SQLite, and then unpublished: the wal-index header, whose store raises no event, is put back
-to what it was. So the files are as they are between SQLite's write of the frames, which wakes the capture, and its
-store to shared memory, and the test can make that store when it likes.
-"""
+everything within a second."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_nodes import Node, check_log, new_primary, replay, rows_of
-from sqlite_process import SqliteProcess
+from silent_commits import Silent
 
 from harness.interleaver import Steps, sweep
-from pylitefs.engine import batches, capture, wal_capture, wal_view
-from pylitefs.engine.database import Database
-from pylitefs.formats.sqlite.wal_index import HEADER_COPY_SIZE
+from pylitefs.engine import batches, capture, wal_capture, wal_view, watchdog
+from pylitefs.engine.watchdog import Watchdog
 
 MODULES = [capture, wal_capture, wal_view, batches]
-LIVE_S = 1.0
-LOADED_S = 10.0  # a machine under load may take so long; what is lost is never found
-
-
-def until(condition: Callable[[], bool], otherwise: str = "it does not come to that") -> None:
-    until_s = time.monotonic() + LOADED_S
-    while not condition():
-        assert time.monotonic() < until_s, otherwise
-        time.sleep(0.0005)
-
-
-class Live:
-    """A primary and an application that has its database open, in WAL mode."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.node: Node = new_primary(folder / "node")
-        self.database: Database = self.node.database()
-        self.worker, self.capture = self.node.store.worker, self.node.store.capture
-        self.sql = SqliteProcess(self.database.files.database)
-        self.sql("PRAGMA wal_autocheckpoint = 0")
-        self.sql("SELECT count(*) FROM t")
-        self.awake()
-        until(lambda: self.database.wal.shm_fd >= 0)  # the opener is done, and wakes nobody any more
-
-    def commit(self, sql: str = "INSERT INTO t (v) VALUES (randomblob(50))") -> Callable[[], None]:
-        """Write the frames of a commit; call the result to publish it."""
-        shm = os.open(self.database.files.shm, os.O_RDWR | os.O_CLOEXEC)
-        before = os.pread(shm, 2 * HEADER_COPY_SIZE, 0)
-        self.sql(sql)
-        after = os.pread(shm, 2 * HEADER_COPY_SIZE, 0)
-        os.pwrite(shm, before, 0)
-
-        def publish() -> None:
-            os.pwrite(shm, after, 0)
-            os.close(shm)
-
-        return publish
-
-    def rested(self) -> None:
-        """The last look is long ago, so the next wake-up looks at once."""
-        self.worker.submit(self.capture.forget, self.database, database=self.database.name).result()
-
-    def awake(self) -> None:
-        """What the kernel tells of a write to the WAL."""
-        self.worker.submit(self.capture.wake, self.database, database=self.database.name).result()
-
-    def has(self, txid: int) -> None:
-        """The log gets to this transaction by itself. (Only a loaded machine takes longer than `LIVE_S`.)"""
-        until(lambda: self.database.position.txid >= txid, f"TXID {txid} is never captured")
-        assert self.database.position.txid == txid
-
-    def check(self) -> None:
-        """The log replayed is what SQLite sees."""
-        check_log(self.database)
-        (self.folder / "replayed").write_bytes(replay(self.database))
-        assert rows_of(self.folder / "replayed") == self.sql("SELECT id, v FROM t ORDER BY id")
-
-    def close(self) -> None:
-        self.sql.kill()
-        self.node.close(clean=False)
-
-
 @pytest.fixture
-def live(tmp_path: Path) -> Iterator[Live]:
-    with contextlib.closing(Live(tmp_path)) as made:
+def live(tmp_path: Path) -> Iterator[Silent]:
+    with contextlib.closing(Silent(tmp_path)) as made:
         yield made
 
 
-def test_one_commit_before_silence(live: Live) -> None:
+def test_one_commit_before_silence(live: Silent) -> None:
     """Its frames wake the capture, and it is published between any two steps of the look."""
 
     def scenario(steps: Steps) -> None:
@@ -110,7 +38,7 @@ def test_one_commit_before_silence(live: Live) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["same generation", "the WAL begins anew"])
-def test_a_commit_while_the_one_before_is_captured(live: Live, checkpoint: bool) -> None:
+def test_a_commit_while_the_one_before_is_captured(live: Silent, checkpoint: bool) -> None:
     """What is written meanwhile wakes the capture once more; it is published at any step after that."""
 
     def scenario(steps: Steps) -> None:
@@ -135,3 +63,41 @@ def test_a_commit_while_the_one_before_is_captured(live: Live, checkpoint: bool)
     assert sweep(scenario, MODULES, pairs=150) > 100
     live.check()
     assert live.node.kinds().count("gap") == 0
+
+
+def test_the_watchdog_takes_nothing_for_a_defect(live: Silent) -> None:
+    """A commit is written, told of and published at any step of its look: what is on its way is not overlooked. The
+    watchdog's own looks capture nothing that the normal way would not."""
+
+    def scenario(steps: Steps) -> None:
+        before, told = live.database.position.txid, []
+        live.rested()
+        publish = live.commit()
+        dog = Watchdog(live.node.store, lambda: told and live.capture.wake(live.database))
+        live.database.app_handles = 1
+        live.worker.submit(dog.look).result()
+        steps.actions(lambda: (told.append(True), publish()))
+        with steps.on_worker(live.worker):
+            live.worker.submit(dog.look).result()
+            live.worker.submit(int).result()  # what it found is judged
+        steps.finish()
+        live.worker.submit(live.capture.wake, live.database).result()
+        live.has(before + 1)
+
+    sweep(scenario, [*MODULES, watchdog])
+    live.check()
+    assert "overlooked" not in live.node.kinds()
+
+
+def test_what_nobody_was_woken_for_is_found_and_told(live: Silent) -> None:
+    """The net works: a commit whose event is lost is captured, and counted as a defect."""
+    before = live.database.position.txid
+    live.database.app_handles = 1
+    dog = Watchdog(live.node.store, lambda: None)
+    live.worker.submit(dog.look).result()
+    live.rested()
+    live.commit()()
+    live.worker.submit(dog.look).result()
+    live.has(before + 1)
+    assert live.node.kinds().count("overlooked") == 1
+    live.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -30,6 +31,32 @@ def test_timers_that_are_always_due_do_not_keep_a_job_waiting() -> None:
     finally:
         over.set()
         worker.stop()
+
+
+def test_jobs_that_go_on_for_ever_keep_no_timer_and_no_descriptor_waiting() -> None:
+    """As the work of a long catch-up does, which submits itself again; the capture hangs on both."""
+    worker = Worker()
+    over, due, readable = threading.Event(), threading.Event(), threading.Event()
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        if not over.is_set():
+            worker.post(work)
+
+    worker.watch(reading, lambda: (os.read(reading, 1), readable.set()))
+    worker.start()
+    try:
+        worker.post(work)
+        worker.post(work)
+        worker.submit(worker.call_later, 0.01, due.set).result(timeout=30)
+        assert due.wait(30), "the timer is never run"
+        os.write(writing, b"x")
+        assert readable.wait(30), "the descriptor is never looked at"
+    finally:
+        over.set()
+        worker.stop()
+        os.close(reading)
+        os.close(writing)
 
 
 def test_who_comes_too_late_does_not_wait_for_ever() -> None:

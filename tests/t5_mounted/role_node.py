@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cluster_nodes import assert_nothing_overlooked
 from pylitefs.filesystem import mount
 
 DAEMON = Path(__file__).with_name("role_daemon.py")
@@ -94,6 +95,8 @@ class RoleNode:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+        if error is None:
+            assert_nothing_overlooked("the node", self.errors.read_text())
 
 
 class Writer:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pylitefs.engine.building import Building
-from pylitefs.engine.commit_points import finish
+from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
@@ -74,7 +74,7 @@ class Apply:
                 finish(done, lambda: self.activate(database))
 
         def done(error: BaseException | None) -> None:
-            then(error)
+            proceed(then, error)
             with self._lock:
                 self._opening[database.name] -= 1
 

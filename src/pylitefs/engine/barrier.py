@@ -22,6 +22,10 @@ class Barrier:
     def held(self) -> bool:
         return bool(self._fds)
 
+    def holds(self, fds: list[int]) -> bool:
+        """Whether it is held with these."""
+        return self._fds is fds
+
     def acquire(self, fds: list[int], view: WalView) -> bool:
         """Take it with descriptors of the mount's (database, -shm). They stay the caller's if this is False: no slot is
         free, or somebody locks the database exclusively."""

@@ -9,7 +9,6 @@ that may still be committed we look again, later and later.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -31,7 +30,7 @@ from pylitefs.ports import FileKind
 
 log = logging.getLogger("litefs.capture")
 
-_LOOK_AGAIN_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_LOOK_AGAIN_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # the last: a slow fsync before the publication
 _FSYNC_S = 0.002  # where an fsync is to follow what was written: it looks itself
 _PACE = 3.0
 _PAUSE_S = 0.0005  # for each transaction of the last pass: above 2,000/s batches grow to the longest pause
@@ -80,6 +79,10 @@ class Capture(CommitPoints):
         self._look_in(database, schedule, delay)
         return delay
 
+    def is_planned(self, database: Database) -> bool:
+        """Whether the next look is planned."""
+        return (schedule := self._schedules.get(database.name)) is not None and schedule.timer is not None
+
     def forget(self, database: Database) -> None:
         schedule = self._schedules.pop(database.name, None)
         if schedule is not None and schedule.timer is not None:
@@ -87,7 +90,7 @@ class Capture(CommitPoints):
 
     def _look_in(self, database: Database, schedule: _Schedule, delay_s: float) -> None:
         due = time.monotonic() + delay_s
-        if schedule.timer is not None and not schedule.timer.cancelled:
+        if schedule.timer is not None:
             if schedule.timer.due_s <= due:
                 return
             schedule.timer.cancel()
@@ -125,10 +128,8 @@ class Capture(CommitPoints):
             self._look_in(database, schedule, _RESTLESS_S)
             return
         except Exception as error:
-            if not isinstance(error, OSError):
-                log.exception("%s: capture failed, it will be tried again", database.name)
-            else:
-                log.warning("%s: capture waits for the disk: %s", database.name, error)
+            unexpected = not isinstance(error, OSError)
+            log.warning("%s: capture waits for the disk: %s", database.name, error, exc_info=unexpected)
             self._look_in(database, schedule, _RETRY_S)
             return
         took = time.monotonic() - started
@@ -142,8 +143,7 @@ class Capture(CommitPoints):
         if found:
             self._look_in(database, schedule, pause)
         else:
-            step = min(schedule.step, len(_LOOK_AGAIN_S) - 1)  # the last: a slow fsync before the commit is published
-            self._look_in(database, schedule, _LOOK_AGAIN_S[step])
+            self._look_in(database, schedule, _LOOK_AGAIN_S[min(schedule.step, len(_LOOK_AGAIN_S) - 1)])
             schedule.step += 1
 
     # -- files of the mount ------------------------------------------------------------------------------------
@@ -178,13 +178,13 @@ class Capture(CommitPoints):
             self._worker.post(acquire, fds, database=database.name)
 
         def acquire(fds: list[int] | None) -> None:
-            if fds is None or wal.barrier.held or database.wal is not wal:
-                if fds is not None:
-                    self._opener.close(fds)
-                then(wal.barrier.held)
-                return
-            held = wal.hold_restart(fds)
-            if not held and not wal.barrier.held:
+            held = wal.barrier.held
+            try:
+                if fds is not None and not held and database.wal is wal:
+                    held = wal.hold_restart(fds)
+            except Exception as error:
+                log.warning("%s: its WAL cannot be kept from a restart: %s", database.name, error)
+            if fds is not None and not wal.barrier.holds(fds):
                 self._opener.close(fds)
             then(held)
 
@@ -237,9 +237,11 @@ class Capture(CommitPoints):
         return database.position
 
     def flush_if_possible(self, database: Database) -> None:
-        """As `flush` where what cannot be read in peace is left to the gap detector. Raises OSError."""
-        with contextlib.suppress(UnstableSource):
+        """As `flush`; what cannot be read in peace is left to the gap detector and the next look. Raises OSError."""
+        try:
             self.flush(database)
+        except UnstableSource:
+            self._look_in(database, self._schedules.setdefault(database.name, _Schedule()), _RESTLESS_S)
 
     def flush_later(self, database: Database) -> Future[Position]:
         """`flush` from any thread; also settles writes in rollback modes that no hook saw the end of."""

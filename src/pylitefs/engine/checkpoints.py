@@ -13,7 +13,8 @@ again. With synchronous=OFF there are no fsyncs: see the gap detector in `wal_ca
 
 from __future__ import annotations
 
-from pylitefs.engine.commit_points import finish, wal_in_use
+from pylitefs.engine.commit_points import wal_in_use
+from pylitefs.engine.continuation import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.gated import GatedCommits
 from pylitefs.engine.store import Store

@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable
 
 from pylitefs.engine.checkpoints import Checkpoints
-from pylitefs.engine.commit_points import finish, wal_in_use
+from pylitefs.engine.commit_points import wal_in_use
+from pylitefs.engine.continuation import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.shown import Shown

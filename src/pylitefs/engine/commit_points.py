@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pylitefs.engine import ofd_locks
+from pylitefs.engine.continuation import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import read_at
 from pylitefs.engine.opener import Opener
@@ -27,7 +27,8 @@ from pylitefs.ports import FileKind
 log = logging.getLogger("litefs.capture")
 
 _SETTLE_S = 0.05
-_SETTLE_TRIES = 40
+_LONGEST_SETTLE_S = 1.0
+_TELL_TRIES = 60
 _LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
 _READ_PAGES = 64
 _SUM_BYTES = 4 << 20
@@ -149,17 +150,25 @@ class CommitPoints:
         """Pages or the journal were written: see in a while whether a commit went by that no hook saw."""
         if database.name not in self._settling:
             self._settling.add(database.name)
-            self._worker.call_later(_SETTLE_S, self._settle_due, database)
+            self._worker.call_later(_SETTLE_S, self.settle, database)
 
-    def _settle_due(self, database: Database, tries: int = 0) -> None:
+    def is_settling(self, database: Database) -> bool:
+        return database.name in self._settling
+
+    def settle(self, database: Database, tries: int = 0) -> None:
+        """Record them now if that is possible, else as soon as it is. On the worker."""
         self._settling.discard(database.name)
         if not database.rollback.pending:
             return
 
         def again(error: BaseException | None) -> None:
-            if database.rollback.pending and tries < _SETTLE_TRIES and database.name not in self._settling:
+            """For as long as it takes: a lock that is given up tells nobody."""
+            if error is not None and tries % _TELL_TRIES == 0:
+                log.warning("%s: what was written is not recorded yet: %s", database.name, error)
+            if database.captures and database.rollback.pending and database.name not in self._settling:
                 self._settling.add(database.name)
-                self._worker.call_later(_SETTLE_S * (tries + 2), self._settle_due, database, tries + 1)
+                delay_s = min(_SETTLE_S * (tries + 2), _LONGEST_SETTLE_S)
+                self._worker.call_later(delay_s, self.settle, database, tries + 1)
 
         self.settle_later(database, again)
 
@@ -194,14 +203,3 @@ def file_checksums(path: str) -> NDArray[np.uint64]:
 def wal_in_use(database: Database) -> bool:
     """Whether the database is in WAL mode at this moment: there is a WAL with something in it."""
     return stamp(database.files.wal)[0] > 0
-
-
-def finish(then: Callable[[BaseException | None], None], work: Callable[[], object]) -> None:
-    """Do `work`, then continue a request with how it went."""
-    error: BaseException | None = None
-    try:
-        work()
-    except BaseException as caught:
-        error = caught
-    with contextlib.suppress(Exception):
-        then(error)

@@ -22,6 +22,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from pylitefs.engine import ofd_locks
+from pylitefs.engine.continuation import proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.pending import Pending, Tail, Wait
 from pylitefs.engine.rollback_capture import journal_head
@@ -92,6 +93,10 @@ class GatedCommits:
         gate = self.gate_of(database)
         try:
             txid = self._take(database, wait)
+            if txid is None or gate is None:
+                wait.done(None)
+            else:
+                gate.wait(database.name, txid, wait.done)
         except UnstableSource:
             hidden = database.wal.view.index_is_hidden()  # it is being opened: for as long as that takes
             if tries or hidden:
@@ -103,11 +108,6 @@ class GatedCommits:
         except Exception as error:
             log.exception("%s: a commit could not be taken", database.name)
             wait.done(OSError(errno.EIO, str(error)))
-        else:
-            if txid is None or gate is None:
-                wait.done(None)
-            else:
-                gate.wait(database.name, txid, wait.done)
 
     def _take(self, database: Database, wait: Wait) -> int | None:
         """Take the commit that is not published into the log; the TXID to wait for, None if there is no commit."""
@@ -160,13 +160,12 @@ class GatedCommits:
         """See to it until it is decided: a writer that was killed leaves nothing else to notice it by."""
         wal, opener = database.wal, self._store.opener
         pending.quiet = False
-        if wal.pending is pending:
-            with contextlib.suppress(OSError):  # the next look tells of it
-                self._store.capture.flush_if_possible(database)
         if wal.pending is not pending:
             return
         self._store.worker.call_later(_WATCH_S[min(step, len(_WATCH_S) - 1)], self._watch, database, pending, step + 1)
-        if not wal.nobody_writes():
+        with contextlib.suppress(OSError):  # the next look tells of it
+            self._store.capture.flush_if_possible(database)
+        if wal.pending is not pending or not wal.nobody_writes():
             return
 
         def opened(fds: list[int] | None) -> None:
@@ -220,6 +219,9 @@ class GatedCommits:
         self._nonces[database.name] = nonce
 
         def on_the_worker(error: BaseException | None) -> None:
-            self._store.worker.post(then, error, database=database.name)
+            self._store.worker.post(proceed, then, error, database=database.name)
 
-        gate.wait(database.name, database.position.txid, on_the_worker if on_worker else then)
+        try:
+            gate.wait(database.name, database.position.txid, on_the_worker if on_worker else then)
+        except Exception as error:
+            proceed(then, error)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.commit_hooks import CommitHooks
-from pylitefs.engine.commit_points import finish, wal_in_use
+from pylitefs.engine.commit_points import wal_in_use
+from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_file, sync_folder
 from pylitefs.engine.store import Store
@@ -58,8 +59,15 @@ class EngineHooks(CommitHooks):
             self._apply.before_open(database, then)
         elif database.captures or (flags & _WRITES and ref.kind is not FileKind.SHM):
             writing = flags & _WRITES != 0 and ref.kind is not FileKind.SHM
-            again = (lambda: self.may_open(ref, flags, by_daemon, then)) if ref.kind is FileKind.DATABASE else None
-            self._store.roles.let_in(database, writing=writing, then=then, again=again)
+
+            def again() -> None:
+                try:
+                    self.may_open(ref, flags, by_daemon, then)
+                except Exception as error:
+                    proceed(then, error)
+
+            waits = again if ref.kind is FileKind.DATABASE else None
+            self._store.roles.let_in(database, writing=writing, then=then, again=waits)
         elif ref.kind is FileKind.DATABASE and database.set_aside_reason is None:
             self._apply.before_open(database, then)
         else:
@@ -162,7 +170,7 @@ class EngineHooks(CommitHooks):
         pending = database.rollback.pending
         if database.captures:
             if pending:
-                self._store.capture.settle_later(database, lambda error: None)
+                self._store.worker.post(self._store.capture.settle, database, database=database.name)
         elif database.app_handles == 0:
             self._apply.idle(database)
 

@@ -9,10 +9,15 @@ Closing is done here as well, because close(2) of a FUSE file may send a request
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+
+from pylitefs.engine.continuation import guarded
+
+log = logging.getLogger("litefs.engine")
 
 Opened = Callable[[list[int] | None], object]
 
@@ -54,12 +59,13 @@ class Opener:
         try:
             for path in paths:
                 fds.append(os.open(path, flags | os.O_CLOEXEC))
-        except OSError:
+        except Exception as error:
             self._close_all(fds)
+            if not isinstance(error, OSError):
+                log.exception("%s cannot be opened", paths)
             return None
         return fds
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
-            with contextlib.suppress(Exception):
-                job()
+            guarded(job)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
+
+from pylitefs.engine.continuation import guarded
 
 
 class Pause:
@@ -31,5 +32,4 @@ class Pause:
             self.on = False
             held, self._held = self._held, []
         for again in held:
-            with contextlib.suppress(Exception):
-                again()
+            guarded(again)

@@ -26,7 +26,6 @@ the rest of the log would leave it as false evidence (see `evidence`).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import threading
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pylitefs.engine.batches import NONE, Batch, Cursor
+from pylitefs.engine.continuation import proceed
 from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_compare import WalPages
 from pylitefs.engine.wal_view import Committed, WalView
@@ -85,8 +85,7 @@ class Wait:
             self._result = (error,)
             waiting, self._then = self._then, []
         for then in waiting:
-            with contextlib.suppress(Exception):
-                then(error)
+            proceed(then, error)
 
     def told(self, *, failed: bool) -> None:
         """The caller of an fsync is told this. One that was told of success makes it a success."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from pylitefs.engine import damage, ofd_locks
+from pylitefs.engine import damage, ofd_locks, takeover
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_filesystem
 from pylitefs.engine.inotify import DirectoryWatch
@@ -21,15 +22,21 @@ from pylitefs.engine.scrubber import Scrubber
 from pylitefs.engine.startup import Startup
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.verifier import Verifier
+from pylitefs.engine.watchdog import Watchdog
 from pylitefs.errors import LitefsError, Unavailable
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.format import HEADER_SIZE, Header, Position
 from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
 from pylitefs.ports import Notifier
 
+log = logging.getLogger("litefs.store")
+
 _CHUNK_BYTES = 1 << 20
+_RETRY_S = 1.0
+_IMPORT_RETRY_S = 10.0
 _WATCH_PAUSE_S = 0.001
 _PLAIN_SETTLE_S = 0.2
+_PLAIN_TRIES = 5  # the longest wait is so many times the first
 _HIDDEN_SETTLE_S = 5.0  # rsync and others write `.NAME.XXXXXX` first, and rename it
 
 
@@ -141,6 +148,7 @@ class Store(Registry):
             assert self.mount_dir is not None
             self._watch = DirectoryWatch(self.mount_dir)
             self.worker.watch(self._watch.fd, self._written)
+            self._look_at_all()  # what was written before has woken nobody
         elif not wanted and self._watch is not None:
             self.worker.unwatch(self._watch.fd)
             self._watch.close()
@@ -156,53 +164,85 @@ class Store(Registry):
                 self.notifier.changed(name)
 
     def _written(self) -> None:
-        """Files of the mount were written to: look at the WALs among them."""
+        """Files of the mount were written to: look at them."""
         if self._watch is None:
             return
-        names = self._watch.read()
-        if names is None:
-            names = {name + "-wal" for name in self.names()}
-        pauses = []
-        for name in names:
-            if name.endswith("-wal"):
-                database = self.databases.get(name[:-4])
-                if database is not None and database.exists and database.captures:
-                    pauses.append(self.capture.wake(database))
-            else:
-                base = name.removesuffix("-journal")
-                database = self.databases.get(base)
-                if database is not None and database.captures and self.capture.has_unseen_writes(database):
-                    self.capture.wake_rollback(database)
-                elif (database is None or not database.exists) and self.is_primary and self.is_plain_database(base):
-                    self._wake_plain(base)
-
+        pauses = self._hear()
         # A busy writer would wake us for every write: look away for a moment, events are kept meanwhile.
         self.worker.unwatch(self._watch.fd)
         self.worker.call_later(max(_WATCH_PAUSE_S, min(pauses, default=0.0)), self._watch_again, self._watch)
+
+    def _hear(self) -> list[float]:
+        """Look at what was written to, as far as the kernel has told of it; how long that may take for each WAL."""
+        names = self._watch.read() if self._watch is not None else set()
+        if names is None:
+            self._look_at_all()
+        return [pause_s for name in names or () if (pause_s := self._look_at(name)) is not None]
+
+    def _look_at_all(self) -> None:
+        """Events were lost, or nobody listened: look at every file, plain ones too."""
+        try:
+            takeover.wake_all(self)
+            for name in os.listdir(self.plain_dir):
+                self._look_at(name)
+        except Exception:
+            log.exception("what was written could not be looked at, it will be tried again")
+            self.worker.call_later(_RETRY_S, self._look_at_all)
+
+    def _look_at(self, name: str) -> float | None:
+        """A file of the mount was written to. Of a WAL: how long it may take until it is looked at, in seconds. What
+        goes wrong here is tried again, and keeps nobody from looking at the other files."""
+        try:
+            return self._look_at_file(name)
+        except Exception:
+            log.exception("%s: it could not be looked at, it will be tried again", name)
+            self.worker.call_later(_RETRY_S, self._look_at, name)
+            return None
+
+    def _look_at_file(self, name: str) -> float | None:
+        if name.endswith("-wal"):
+            database = self.databases.get(name[:-4])
+            if database is not None and database.exists and database.captures:
+                return self.capture.wake(database)
+            return None
+        base = name.removesuffix("-journal")
+        database = self.databases.get(base)
+        if database is not None and database.captures and self.capture.has_unseen_writes(database):
+            self.capture.wake_rollback(database)
+        elif (database is None or not database.exists) and self.is_primary and self.is_plain_database(base):
+            self._wake_plain(base)
+        return None
 
     def _watch_again(self, watch: DirectoryWatch) -> None:
         if self._watch is watch:
             self.worker.watch(self._watch.fd, self._written)
 
-    def _wake_plain(self, name: str) -> None:
+    def _wake_plain(self, name: str, tries: int = 0) -> None:
         """A plain file that holds a database is being written, and no journal tells of its commits."""
         if name not in self._settling:
             self._settling.add(name)
             delay_s = _HIDDEN_SETTLE_S if name.startswith(".") else _PLAIN_SETTLE_S
-            self.worker.call_later(delay_s, self._open_plain, name)
+            self.worker.call_later(delay_s * min(tries + 1, _PLAIN_TRIES), self._open_plain, name, tries)
 
-    def _open_plain(self, name: str) -> None:
+    def _open_plain(self, name: str, tries: int) -> None:
         self._settling.discard(name)
 
         def opened(fds: list[int] | None) -> None:
-            if fds is not None:
-                if not ofd_locks.any_locked(fds[0], PENDING, SHARED_SIZE + 2) and not journal_in_use(
-                    self.plain_path(name + "-journal")
-                ):
-                    threading.Thread(target=self.import_plain, args=(name,), name="import", daemon=True).start()
-                self.opener.close(fds)
+            in_use = fds is None or ofd_locks.any_locked(fds[0], PENDING, SHARED_SIZE + 2)
+            self.opener.close(fds or ())
+            if in_use or journal_in_use(self.plain_path(name + "-journal")):
+                self.worker.post(self._wake_plain, name, tries + 1)  # who lets go of a lock tells nobody
+            else:
+                threading.Thread(target=imported, name="import", daemon=True).start()
 
-        if self.mount_dir is not None and self.is_plain_database(name):
+        def imported() -> None:
+            try:
+                self.import_plain(name)
+            except Exception as error:
+                log.warning("%s: it cannot be taken over yet: %s", name, error)
+                self.worker.post(self.worker.call_later, _IMPORT_RETRY_S, self._wake_plain, name)
+
+        if self.mount_dir is not None and self.is_primary and self.is_plain_database(name):
             self.opener.open([os.path.join(self.mount_dir, name)], os.O_RDONLY, opened)
 
     def unmounted(self) -> None:
@@ -243,7 +283,7 @@ class Store(Registry):
         def done(name: str, position: Future[Position]) -> None:
             database = self.databases.get(name)
             with lock:
-                failed = position.exception() is not None
+                failed = position.cancelled() or position.exception() is not None
                 found[name] = (database.position if database else Position(0, 0)) if failed else position.result()
                 if len(found) == len(names):
                     result.set_result(dict(found))
@@ -270,6 +310,7 @@ class Store(Registry):
         if self.options.retention_interval_s > 0:
             self.worker.post(self.worker.call_later, self.options.retention_interval_s, self._retain)
         self.worker.post(self._startup.retry_busy)
+        Watchdog(self, self._hear).start()
         if self.options.strict_verify:
             Verifier(self).start()
         if self.options.scrub_interval_s > 0:
@@ -277,10 +318,10 @@ class Store(Registry):
             self._scrubber.start()
 
     def _retain(self) -> None:
+        self.worker.call_later(self.options.retention_interval_s, self._retain)
         for database in list(self.databases.values()):
             with contextlib.suppress(OSError):
                 database.log.retain(max(0.0, self.options.retention_s), self.options.max_log_size_bytes)
-        self.worker.call_later(self.options.retention_interval_s, self._retain)
 
     def start(self) -> None:
         """Start the worker and its helper."""

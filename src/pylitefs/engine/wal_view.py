@@ -37,6 +37,7 @@ from pylitefs.formats.sqlite.wal import (
 )
 from pylitefs.formats.sqlite.wal_index import (
     CHECKPOINT_INFO_OFFSET,
+    HEADER_COPY_SIZE,
     HEADER_SIZE,
     CheckpointInfo,
     pgno_locations,
@@ -139,6 +140,14 @@ class WalView:
             time.sleep(0.00005)
         self.torn = True
         return None
+
+    def glance(self) -> tuple[int, bytes | None] | None:
+        """A descriptor of the wal-index, and the first copy of its header, which changes with every commit; None in its
+        place if there is no index in use; None if there is no WAL either."""
+        shm = self._fd(FileKind.SHM)
+        if shm is not None and self._in_use():
+            return shm, os.pread(shm, HEADER_COPY_SIZE, 0)
+        return None if self._fd(FileKind.WAL) is None else (-1, None)
 
     def _drop_orphans(self) -> None:
         """A file that has no name any more is not the database's: its name may be another file's by now."""

@@ -40,6 +40,7 @@ class Timer:
 
 
 _MAX_NESTING = 4
+_JOBS_S = 0.01  # then timers and descriptors have their turn
 _GIVE_WAY_ITEMS = 256
 
 
@@ -171,10 +172,18 @@ class Worker:
 
     def _run(self) -> None:
         while not (self._stopping and not self._jobs):
-            while self._jobs:
-                self._jobs.popleft().run()
+            self._run_jobs()
             self._run_timers()
             self._wait()
+
+    def _run_jobs(self) -> None:
+        """Those that are here now, for a while: jobs that submit themselves again must not keep timers and descriptors
+        away."""
+        until_s = time.monotonic() + _JOBS_S
+        for _ in range(len(self._jobs)):
+            if not self._jobs or time.monotonic() > until_s:  # they were done by one that gave way, or take long
+                break
+            self._jobs.popleft().run()
 
     def _run_timers(self) -> None:
         """Those that are due now. What they ask for again waits for the jobs: an application may wait for one, and what

@@ -68,6 +68,9 @@ class Metrics:
             event_type: Counter(name, text, registry=registry)
             for event_type, (name, text) in {
                 "gap": ("litefs_gaps", "Times that captured transactions were missed"),
+                "overlooked": (
+                    "litefs_overlooked", "Commits that nobody was woken for, found by the watchdog: a defect of litefs"
+                ),
                 "repair": ("litefs_repairs", "Gaps and doubts repaired by diff"),
                 "resync": ("litefs_resyncs", "Times this replica fetched the pages that differ"),
                 "snapshotSent": ("litefs_snapshots_sent", "Snapshots sent to replicas"),

@@ -304,10 +304,11 @@ class Daemon:
 
     def _unmount_now(self) -> None:
         assert self._session is not None
+        self._store.close_doors()
+        self._store.roles.stop()
         if not self._store.is_primary:
             with contextlib.suppress(Exception):
                 self._store.worker.submit(self._store.rest_all).result(timeout=30)
-        self._store.roles.stop()
         self._session.stop()
         self._store.worker.submit(self._store.unmounted).result(timeout=60)
 

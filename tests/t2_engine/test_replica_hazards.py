@@ -15,7 +15,7 @@ from test_apply import Pair, state_of
 
 from pylitefs.engine.database import Database
 from pylitefs.engine.hooks import EngineHooks
-from pylitefs.engine.replica_wal import ReplicaWal
+from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.errors import DatabaseBusy, PositionMismatch
 from pylitefs.ports import FileKind, FileRef
 
@@ -147,7 +147,7 @@ def test_a_piece_that_could_not_be_taken_is_taken_again(pair: Pair, monkeypatch:
     held = [OSError(errno.EMFILE, "Too many open files"), DatabaseBusy("another process holds its lock exclusively")]
     activate = pair.replica.apply.activate
 
-    def busy(database: Database) -> ReplicaWal:
+    def busy(database: Database) -> SharedWal:
         if held:
             raise held.pop()
         return activate(database)

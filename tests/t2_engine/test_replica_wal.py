@@ -14,7 +14,7 @@ from engine_nodes import NamedFiles, make_sqlite, rows_of
 from limits import largest_file
 from sqlite_process import SqliteProcess
 
-from pylitefs.engine.replica_wal import ReplicaWal
+from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.wal_view import WalView
 from pylitefs.errors import DatabaseBusy
 from pylitefs.formats.sqlite.wal_index import read_header
@@ -34,7 +34,7 @@ class Pair:
         os.makedirs(self.files.folder)
         shutil.copyfile(self.source, self.files.database)
         self.image = self.source.read_bytes()
-        self.replica = ReplicaWal(self.files, page_size, len(self.image) // page_size, 0o644)
+        self.replica = SharedWal(self.files, page_size, len(self.image) // page_size, 0o644)
         self.replica.open()
         self.readers = SqliteProcess(self.files.database)
 
@@ -71,7 +71,7 @@ class Pair:
 
     def close(self) -> None:
         self.readers.kill()
-        self.replica.close(remove=False)
+        self.replica.close()
 
 
 @pytest.fixture
@@ -298,8 +298,8 @@ def test_a_generation_that_was_begun_but_not_written_to(pair: Pair) -> None:
         header = read_header(shm.read(136))
     assert header is not None and header.mx_frame == 0
     pair.check()
-    pair.replica.close(remove=False)
-    pair.replica = ReplicaWal(pair.files, 1024, len(pair.image) // 1024, 0o644)
+    pair.replica.close()
+    pair.replica = SharedWal(pair.files, 1024, len(pair.image) // 1024, 0o644)
     os.unlink(pair.files.shm)
     pair.replica.open()
     pair.insert()
@@ -313,7 +313,7 @@ def test_an_active_writer_elsewhere_is_busy(tmp_path: Path) -> None:
     sql = SqliteProcess(str(path))
     try:
         sql("BEGIN IMMEDIATE")
-        replica = ReplicaWal(files, 4096, 2, 0o644)
+        replica = SharedWal(files, 4096, 2, 0o644)
         with pytest.raises(DatabaseBusy):
             replica.open()
         sql("INSERT INTO t (v) VALUES (1)")

@@ -205,7 +205,7 @@ def test_the_daemon_goes_on_in_the_wal_of_an_application(tmp_path: Path, big_end
             header = WalHeader.unpack(wal.read(32))
             scan = scan_frames(header, wal.read(), header.checksum1, header.checksum2)
         assert header.big_endian == big_endian and scan.committed == commits + 1
-        replica.close(remove=False)
+        replica.close()
     finally:
         grip.release()
         client.stop()

@@ -104,9 +104,10 @@ class RoleNode:
         return list(self.events)
 
     def stop(self) -> None:
+        self.store.close_doors()
+        self.store.roles.stop()
         if not self.store.is_primary:
             self.store.worker.submit(self.store.rest_all).result(timeout=30)
-        self.store.roles.stop()
         self.session.stop()
         self.store.worker.submit(self.store.unmounted).result(timeout=60)
         self.store.close(clean=True)

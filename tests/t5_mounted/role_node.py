@@ -17,6 +17,7 @@ from cluster_nodes import assert_nothing_overlooked
 from pylitefs.filesystem import mount
 
 DAEMON = Path(__file__).with_name("role_daemon.py")
+OPENER = Path(__file__).parents[1] / "harness" / "opener.py"
 WRITER = Path(__file__).with_name("role_writer.py")
 
 
@@ -132,6 +133,38 @@ class Writer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait(10)
+
+
+class Opener:
+    """A process that opens, reads, checks and closes a database without end, see `harness/opener.py`."""
+
+    def __init__(self, path: str, log: Path, kind: str) -> None:
+        self.log = log
+        log.touch()
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-E", str(OPENER), path, str(log), kind], stdin=subprocess.PIPE
+        )
+
+    def found(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    def wait_for(self, line: str, timeout_s: float = 20.0) -> None:
+        until_s = time.monotonic() + timeout_s
+        while line not in self.found():
+            assert time.monotonic() < until_s, f"{line!r} was not seen: {self.found()[-5:]}"
+            time.sleep(0.01)
+
+    def stop(self) -> list[str]:
+        """What it found that must not be."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+        return [line for line in self.found() if line.startswith("BAD")]
 
 
 def needs_mount() -> bool:

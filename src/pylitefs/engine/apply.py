@@ -21,6 +21,7 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
+from pylitefs.engine.apply_checks import check, is_set_aside, is_stopping
 from pylitefs.engine.building import Building
 from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
@@ -29,11 +30,11 @@ from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.worker import Worker
-from pylitefs.errors import DatabaseBusy, FormatError, PositionMismatch
+from pylitefs.errors import DatabaseBusy, FormatError
 from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.decoder import Reader, decode
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, Trailer
-from pylitefs.ports import SUFFIXES, FileKind, Notifier, Then
+from pylitefs.ports import SUFFIXES, Notifier, Then
 
 log = logging.getLogger("litefs.apply")
 
@@ -57,6 +58,7 @@ class Apply:
         self._lock = threading.Lock()
         self.names_wait: Callable[[], bool] = lambda: False
         """Whether requests about names may wait for the worker, which must then not resolve any."""
+        self._stopped = False  # the mount is about to go: no database is made active any more
 
     # -- active and at rest ------------------------------------------------------------------------------------
 
@@ -68,7 +70,9 @@ class Apply:
         def work() -> None:
             if database.set_aside_reason is not None or database.captures:  # its WAL is all there is of what it holds
                 done(None)
-            elif database.replica is None and self.names_wait():
+            elif self._stopped:
+                done(is_stopping(database))
+            elif database.replica is None and (self.names_wait() or self.is_made_active(database)):
                 self.activate_aside(database).add_done_callback(lambda made: done(made.exception()))
             else:
                 finish(done, lambda: self.activate(database))
@@ -83,9 +87,11 @@ class Apply:
     def activate(self, database: Database) -> SharedWal:
         """Raises DatabaseBusy, OSError; PositionMismatch for a database that was set aside."""
         if database.set_aside_reason is not None:
-            raise _is_set_aside(database)
+            raise is_set_aside(database)
         self._refuse(database)
-        if database.replica is None and self.names_wait():
+        if self._stopped:
+            raise is_stopping(database)
+        if database.replica is None and (self.names_wait() or self.is_made_active(database)):
             self.activate_aside(database)
             raise DatabaseBusy(f"{database.name}: its WAL is being made")
         if database.replica is None:
@@ -94,9 +100,17 @@ class Apply:
         return database.replica
 
     def _open(self, database: Database) -> SharedWal:
+        """With the -wal and -shm that are there, if any. What they make of the database must be what the log says."""
         replica = SharedWal(database.files, database.page_size, database.commit, self._file_mode)
-        self._remove(database, FileKind.WAL, FileKind.SHM)
         replica.open()
+        known = database.file_sums_expected()
+        if replica.mx_frame and (replica.commit != len(known) or replica.differing(known)):
+            replica.close()
+            database.set_aside_reason = "its WAL holds something else than its log"
+            database.position = Position(database.log.head.txid, CHECKSUM_FLAG, database.log.head.epoch)
+            log.error("%s: set aside, read-only: %s", database.name, database.set_aside_reason)
+            database.emit("setAside", reason=database.set_aside_reason)
+            raise is_set_aside(database)
         return replica
 
     @staticmethod
@@ -136,6 +150,9 @@ class Apply:
         self._opener.do(make)
 
     def _end_aside(self, database: Database, replica: SharedWal | None, error: Exception | None) -> None:
+        if replica is not None and self._stopped:
+            replica.retire()
+            replica, error = None, is_stopping(database)
         if replica is not None:
             database.replica = replica
             self._later(database)
@@ -184,17 +201,26 @@ class Apply:
         replica = database.replica
         if replica is None:
             return True
-        if not replica.checkpoint():
+        if not replica.checkpoint() or not replica.remove():
             return False
-        replica.close(remove=True)
         database.replica = None
         return True
 
-    @staticmethod
-    def _remove(database: Database, *kinds: FileKind) -> None:
-        for kind in kinds:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(database.files.live(kind))
+    def stop(self, databases: Iterable[Database], *, may_rest: bool) -> None:
+        """The mount is about to go: no database is made active from now on. One that nobody uses is left as one plain
+        file (`may_rest`: the worker may resolve names of the mount). One in use keeps its -wal and -shm: who has a
+        snapshot reads on in it, nobody begins to read or to write (`retire`), and the next start finds every commit."""
+        self._stopped = True
+        for database in databases:
+            replica = database.replica
+            if replica is None:
+                continue
+            with contextlib.suppress(OSError):
+                if may_rest and self.is_unused(database) and self.rest(database):
+                    continue
+                replica.checkpoint()
+            replica.retire()
+            database.replica = None
 
     # -- transactions ------------------------------------------------------------------------------------------
 
@@ -262,7 +288,7 @@ class Apply:
 
     def _drop_files(self, database: Database) -> None:
         if database.replica is not None:
-            database.replica.close(remove=False)
+            database.replica.close()
             database.replica = None
         database.remove_live_files()
 
@@ -321,7 +347,7 @@ class Apply:
         self._refuse(database)
         building.sync()
         if database.replica is not None:  # its WAL need not be in the old file: the log has what it holds
-            database.replica.close(remove=not self.names_wait())
+            database.replica.close()
             database.replica = None
         building.publish(self._file_mode)
 
@@ -330,7 +356,7 @@ class Apply:
         if database.replica is not None:
             with contextlib.suppress(OSError):
                 database.replica.checkpoint()
-            database.replica.close(remove=False)
+            database.replica.close()
             database.replica = None
 
     def remove_files(self, database: Database) -> None:
@@ -344,41 +370,3 @@ def _inode(path: str) -> int | None:
         return os.stat(path).st_ino
     except FileNotFoundError:
         return None
-
-
-def check(
-    database: Database, header: Header, trailer: Trailer, pgnos: NDArray[np.uint32], sums: NDArray[np.uint64]
-) -> None:
-    """Whether a transaction follows our position and leads where it says. Raises PositionMismatch."""
-    if database.set_aside_reason is not None:
-        raise _is_set_aside(database)
-    position = database.position
-    follows = header.min_txid == position.txid + 1
-    if not follows or (position.txid and header.pre_apply_checksum != position.checksum):
-        raise PositionMismatch(
-            f"{database.name}: a transaction for position {header.pre_apply_position} does not fit {position}"
-        )
-    if header.has_checksums and predict(database, header, pgnos, sums) != trailer.post_apply_checksum:
-        raise PositionMismatch(
-            f"{database.name}: transaction {header.max_txid:016x} would not lead to the checksum it states"
-        )
-
-
-def _is_set_aside(database: Database) -> PositionMismatch:
-    return PositionMismatch(f"{database.name}: it was set aside ({database.set_aside_reason}), only a new copy helps")
-
-
-def predict(database: Database, header: Header, pgnos: NDArray[np.uint32], sums: NDArray[np.uint64]) -> int:
-    """The database checksum after a transaction, from the checksum table."""
-    reduce = np.bitwise_xor.reduce
-    if not database.exists or header.page_size != database.page_size:
-        return (int(reduce(sums)) if len(sums) else 0) | CHECKSUM_FLAG
-    with database.lock:
-        values = database.table.values
-        checksum = database.position.checksum
-        known = pgnos[pgnos <= database.commit] - 1
-        checksum ^= int(reduce(values[known])) if len(known) else 0
-        checksum ^= int(reduce(sums)) if len(sums) else 0
-        if header.commit < database.commit:
-            checksum ^= int(reduce(values[header.commit : database.commit]))
-    return checksum | CHECKSUM_FLAG

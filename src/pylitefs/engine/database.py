@@ -339,7 +339,7 @@ class Database(LiveFiles):
         with self.lock:
             self._close_now(self.wal.forget_all())
             if self.replica is not None:
-                self.replica.close(remove=False)
+                self.replica.close()
                 self.replica = None
             if self._table is None:
                 return

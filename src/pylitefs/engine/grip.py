@@ -21,29 +21,16 @@ import numpy as np
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.commit_points import file_checksums
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import write_at
 from pylitefs.engine.leftovers import play_back
 from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.shared_wal import Descriptors
-from pylitefs.engine.wal_view import WalView
+from pylitefs.engine.wal_index_rebuild import rebuild_index
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import DatabaseHeader
 from pylitefs.formats.sqlite.locks import CKPT, DMS, PENDING, RESERVED, SHARED_FIRST, SHARED_SIZE, WRITE
-from pylitefs.formats.sqlite.wal_index import (
-    CHECKPOINT_INFO_OFFSET,
-    HEADER_COPY_SIZE,
-    HEADER_SIZE,
-    READMARK_NOT_USED,
-    REGION_SIZE,
-    CheckpointInfo,
-    HashTables,
-    WalIndexHeader,
-    read_header,
-)
+from pylitefs.formats.sqlite.wal_index import HEADER_SIZE, read_header
 from pylitefs.ports import FileKind
-
-_UNUSED = (0, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED, READMARK_NOT_USED)
 
 
 class Grip:
@@ -83,7 +70,7 @@ class Grip:
             self.release()
             return False
         if alone:
-            self._rebuild_index()
+            self._rebuild_index(alone=True)
             ofd_locks.try_lock(shm, DMS, exclusive=False)
         return True
 
@@ -134,8 +121,7 @@ class Grip:
             self.holds_checkpoint = ofd_locks.try_lock(shm, CKPT, exclusive=True)
             self.is_sealed = read_header(os.pread(shm, HEADER_SIZE, 0)) is not None
             if not self.is_sealed and self.holds_checkpoint:  # recovery is for who holds both
-                self._rebuild_index()
-                self.is_sealed = True
+                self.is_sealed = self._rebuild_index(alone=False)
             return self.is_sealed
         database = self._fds[FileKind.DATABASE]
         if not ofd_locks.try_lock(database, PENDING, exclusive=True):
@@ -223,36 +209,15 @@ class Grip:
         except FormatError:
             return False
 
-    def _rebuild_index(self) -> None:
-        """As SQLite's recovery: all whole transactions of the WAL count. Nobody writes meanwhile."""
-        wal = self._database.wal
-        view = WalView(self._files, lambda: False)
-        try:
-            now = view.committed()
-            pgnos = view.pgnos(1, now.mx_frame) if now is not None and now.mx_frame else np.zeros(0, dtype=np.uint32)
-            header = view.wal_header()
-        finally:
-            view.close()
+    def _rebuild_index(self, *, alone: bool) -> bool:
+        """As SQLite's recovery. Nobody writes meanwhile. False: not now."""
+        wal, database = self._database.wal, self._database
         wal.before_index_truncate()
-        shm = self._fds[FileKind.SHM]
-        tables = HashTables()
-        os.ftruncate(shm, max(REGION_SIZE, os.fstat(shm).st_size))
-        for offset, patch in tables.append(pgnos):
-            write_at(shm, patch, offset)
-        info = CheckpointInfo(0, _UNUSED, 0)
-        old = os.pread(shm, HEADER_SIZE, 0)
-        if read_header(old) is None and any(old[:HEADER_COPY_SIZE]):  # torn: there may be readers with marks of theirs
-            info = CheckpointInfo(0, CheckpointInfo.unpack(old[CHECKPOINT_INFO_OFFSET:]).read_marks, 0)
-        write_at(shm, info.pack(), CHECKPOINT_INFO_OFFSET)
-        committed = now is not None and now.mx_frame > 0
-        packed = WalIndexHeader(
-            0, header is not None and header.big_endian, self._database.page_size, len(pgnos),
-            now.commit if committed and now is not None else self._database.commit,
-            (now.s0, now.s1) if now is not None else (0, 0), header.salts if header is not None else (0, 0),
-        ).pack()  # fmt: skip
-        write_at(shm, packed, HEADER_COPY_SIZE)
-        write_at(shm, packed, 0)
+        done = rebuild_index(
+            self._files, self._fds[FileKind.SHM], database.page_size, database.commit, shared=not alone
+        )  # fmt: skip
         wal.after_index_truncate()
+        return done
 
     def _clear_journal(self, database: int) -> None:
         """Nobody reads or writes. Raises OSError."""

@@ -51,7 +51,7 @@ class EngineHooks(CommitHooks):
         database = self._database(ref)
         if database is None or by_daemon or ref.kind in VIRTUAL_KINDS:
             then(None)
-        elif database.is_busy:
+        elif database.is_busy or self._store.is_closing:
             then(_busy(database))
         elif database.set_aside_reason is not None and (flags & _WRITES or ref.kind is not FileKind.DATABASE):
             then(read_only())
@@ -91,7 +91,7 @@ class EngineHooks(CommitHooks):
             then(None)
         elif ref.kind in VIRTUAL_KINDS:
             then(PermissionError(errno.EPERM, ref.name))
-        elif database is not None and database.is_busy:
+        elif database is not None and (database.is_busy or self._store.is_closing):
             then(_busy(database))
         elif not self._may_begin(ref, database):
             self._remove_stillborn(ref)

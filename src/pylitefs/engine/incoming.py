@@ -9,7 +9,8 @@ from array import array
 
 import numpy as np
 
-from pylitefs.engine.apply import Apply, check, predict
+from pylitefs.engine.apply import Apply
+from pylitefs.engine.apply_checks import check, predict
 from pylitefs.engine.database import Database
 from pylitefs.engine.evidence import Standing, counts_on, standing
 from pylitefs.engine.files import file_chunks, write_at

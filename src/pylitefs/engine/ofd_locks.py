@@ -44,6 +44,17 @@ def lock_shared(database: int) -> bool:
         unlock(database, PENDING)
 
 
+def lock_exclusive(database: int) -> bool:
+    """EXCLUSIVE of the database file, by who holds SHARED: alone on it. False: somebody else reads or writes it; SHARED
+    is still held then."""
+    if not try_lock(database, PENDING, exclusive=True):
+        return False
+    if try_lock(database, SHARED_FIRST, SHARED_SIZE, exclusive=True):
+        return True
+    unlock(database, PENDING)
+    return False
+
+
 def unlock(fd: int, start: int, length: int = 1) -> None:
     _call(fd, F_OFD_SETLK, fcntl.F_UNLCK, start, length)
 

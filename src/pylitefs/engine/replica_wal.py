@@ -5,11 +5,23 @@ the mount: SHARED on the database, DMS shared, WRITE and CKPT exclusive on -shm.
 hash tables, second copy of the header, first copy. Databases in a rollback mode are served the same way while
 applications have them open: SQLite opens a database in WAL mode whenever a non-empty -wal stands beside it.
 
+Who may change what, by the rules of wal.c. Nothing else touches -wal and -shm while a name can be opened:
+
+    append frames, publish the header      WRITE
+    cut off frames behind the header       WRITE: no snapshot reaches there (`SharedWal.adopt`)
+    begin the WAL anew (new salts)         WRITE and READ1..4, with everything in the database file
+    write the whole wal-index              WRITE, CKPT and RECOVER; or DMS exclusive, alone (`wal_index_rebuild`)
+    remove -wal and -shm                   EXCLUSIVE on the database, with everything in the database file (`remove`)
+
 Crash table
     frames written, header not     the transaction is invisible; the log has it, recovery applies it again
     daemon dies                    the locks are gone with it and so is the mount; recovery checkpoints the WAL
+    daemon stops, others read      -wal and -shm stay as they are, the header is one that nobody opens (`retire`);
+                                   recovery checkpoints the WAL when the last of them has gone
+    -shm removed, -wal not         everything is in the database file: the WAL has the same pages once more
     power cut                      frames carry checksums: a prefix of whole transactions counts, the log redoes the
-    rest checkpoint interrupted         WAL fsynced before, database fsynced after: the WAL still has every page
+                                   rest
+    checkpoint interrupted         WAL fsynced before, database fsynced after: the WAL still has every page
 """
 
 from __future__ import annotations
@@ -20,17 +32,18 @@ import secrets
 import struct
 from collections.abc import Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.files import DatabaseFiles, read_at, sync_folder, write_at
 from pylitefs.engine.transaction import runs
 from pylitefs.engine.wal_view import read_frames
-from pylitefs.errors import DatabaseBusy
+from pylitefs.formats.ltx.checksum import page_checksum
+from pylitefs.formats.ltx.format import lock_pgno
 from pylitefs.formats.sqlite.locks import (
-    CKPT,
-    DMS,
     READ0,
     READ1,
-    WRITE,
     read_lock,
 )
 from pylitefs.formats.sqlite.wal import WalHeader, encode_frames, frame_offset, page_offset
@@ -85,22 +98,6 @@ class ReplicaWal:
 
     # -- life ------------------------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Create an empty WAL and a wal-index for it, under the locks of a writer. Raises DatabaseBusy, OSError."""
-        try:
-            self._database = os.open(self._files.live(FileKind.DATABASE), os.O_RDWR | os.O_CLOEXEC)
-            if not ofd_locks.lock_shared(self._database):
-                raise DatabaseBusy(f"{self._files.name}: another process holds its lock exclusively")
-            self._shm = self._create(FileKind.SHM)
-            for byte, exclusive in ((DMS, False), (WRITE, True), (CKPT, True)):
-                if not ofd_locks.try_lock(self._shm, byte, exclusive=exclusive):
-                    raise DatabaseBusy(f"{self._files.name}: another process holds lock byte {int(byte)} of its -shm")
-            self._wal = self._create(FileKind.WAL)
-            self._make_empty()
-        except BaseException:
-            self._close_fds()
-            raise
-
     def _make_empty(self) -> None:
         os.ftruncate(self._wal, 0)
         self._write_wal_header()
@@ -110,22 +107,21 @@ class ReplicaWal:
         write_at(self._shm, CheckpointInfo(0, marks, 0).pack(), CHECKPOINT_INFO_OFFSET)
         self._publish()
 
-    def _create(self, kind: FileKind) -> int:
-        fd = os.open(self._files.live(kind), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
-        owner = os.fstat(self._database)
-        with contextlib.suppress(OSError):
-            os.fchmod(fd, self._mode)
-            if os.geteuid() == 0:
-                os.fchown(fd, owner.st_uid, owner.st_gid)
-        return fd
-
-    def close(self, *, remove: bool) -> None:
-        """Drop the locks. `remove`: also remove -wal and -shm, which must be checkpointed to the end (or worthless)."""
-        if remove:
-            for kind in (FileKind.SHM, FileKind.WAL):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._files.live(kind))
+    def close(self) -> None:
+        """Drop the locks. -wal and -shm stay as they are: whoever opens the database next goes on with them."""
         self._close_fds()
+
+    def remove(self) -> bool:
+        """As SQLite's last connection: remove -wal and -shm, and drop the locks. Everything must be checkpointed.
+        False, and nothing has changed, while anybody else uses the database: the lock EXCLUSIVE is needed, because a
+        connection in WAL mode holds SHARED as long as it has -wal and -shm open."""
+        if self._before is not None or self.backfill < self.mx_frame or not ofd_locks.lock_exclusive(self._database):
+            return False
+        for kind in (FileKind.SHM, FileKind.WAL):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._files.live(kind))
+        self._close_fds()
+        return True
 
     def retire(self) -> None:
         """As `close`, while applications have it open: whoever does gets SQLITE_CANTOPEN from now on. Their descriptors
@@ -223,6 +219,19 @@ class ReplicaWal:
         if frame:
             return read_at(self._wal, self.page_size, page_offset(frame, self.page_size))
         return read_at(self._database, self.page_size, (pgno - 1) * self.page_size)
+
+    def differing(self, sums: NDArray[np.uint64]) -> bool:
+        """Whether a page of these frames is another one than these checksums say (index pgno - 1). Pages that no longer
+        belong to the database do not count."""
+        pgnos, frames = self._tables.latest_frames(1, self.mx_frame)
+        inside = (pgnos <= self.commit) & (pgnos != lock_pgno(self.page_size))
+        pgnos, frames = pgnos[inside], frames[inside]
+        for at in range(0, len(pgnos), _COPY_PAGES):
+            part = slice(at, at + _COPY_PAGES)
+            pages = read_frames(self._wal, pgnos[part], frames[part], self.page_size)
+            if any(page_checksum(pgno, page) != int(sums[pgno - 1]) for pgno, page in pages.items()):
+                return True
+        return False
 
     # -- checkpoint ------------------------------------------------------------------------------------------
 

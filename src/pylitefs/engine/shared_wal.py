@@ -1,5 +1,9 @@
 """The WAL of a database whose writer changes: from applications to the daemon, and back.
 
+The daemon never begins with an empty WAL in the place of another one. It takes the locks of a writer, and goes on with
+what is there: in the wal-index that others use, or, where nobody has one, in one that it makes from the frames. If its
+idea that nobody uses the database was wrong, a lock is in its way, or it shares the files: both are harmless.
+
 Both write the same files by the same rules, so a change of the writer is a change of who holds WRITE and CKPT. What is
 published (frames, salts, checksums, hash tables, read marks) stays as it is: readers in the middle of a transaction, of
 either time, notice nothing.
@@ -17,9 +21,10 @@ import numpy as np
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.files import write_at
 from pylitefs.engine.replica_wal import ReplicaWal
+from pylitefs.engine.wal_index_rebuild import published_frames, rebuild_index
 from pylitefs.engine.wal_view import Committed
-from pylitefs.errors import FormatError
-from pylitefs.formats.sqlite.locks import CKPT
+from pylitefs.errors import DatabaseBusy, FormatError
+from pylitefs.formats.sqlite.locks import CKPT, DMS, WRITE
 from pylitefs.formats.sqlite.wal import WAL_HEADER_SIZE, WalHeader, frame_offset
 from pylitefs.formats.sqlite.wal_index import (
     CHECKPOINT_INFO_OFFSET,
@@ -29,6 +34,7 @@ from pylitefs.formats.sqlite.wal_index import (
     pgno_locations,
     read_header,
 )
+from pylitefs.ports import FileKind
 
 Descriptors = tuple[int, int, int]
 """Of the mount's database, -wal and -shm, open for reading and writing."""
@@ -51,6 +57,48 @@ class SharedWal(ReplicaWal):
             self._holds_checkpoint = True
             self.backfill = min(self._info().backfill, self.mx_frame)
         return self._holds_checkpoint
+
+    def open(self) -> None:
+        """Become the writer of a database that nobody else writes. Whatever -wal and -shm are there, and whoever has
+        them open, is gone on with: nothing that was committed is taken away from anybody. Raises DatabaseBusy,
+        FormatError, OSError."""
+        try:
+            self._database = os.open(self._files.live(FileKind.DATABASE), os.O_RDWR | os.O_CLOEXEC)
+            if not ofd_locks.lock_shared(self._database):
+                raise DatabaseBusy(f"{self._files.name}: another process holds its lock exclusively")
+            self._shm = self._create(FileKind.SHM)
+            alone = self._lock_writer()
+            self._wal = self._create(FileKind.WAL)
+            if alone or read_header(os.pread(self._shm, HEADER_SIZE, 0)) is None:
+                last = published_frames(self._shm, _wal_header(self._wal))
+                if not rebuild_index(
+                    self._files, self._shm, self.page_size, self.commit, last=last, shared=not alone
+                ):  # fmt: skip
+                    raise DatabaseBusy(f"{self._files.name}: another process makes its wal-index anew")
+            if alone:  # from now on others may map it
+                ofd_locks.try_lock(self._shm, DMS, exclusive=False)
+            self.adopt((self._database, self._wal, self._shm))
+            self._restart_if_used()  # where it was not possible in `adopt`: SQLite looks for a WAL that is not empty
+        except BaseException:
+            self._close_fds()
+            raise
+
+    def _lock_writer(self) -> bool:
+        """DMS, WRITE and CKPT. True if nobody else has the wal-index; DMS is exclusive then. Raises DatabaseBusy."""
+        alone = ofd_locks.try_lock(self._shm, DMS, exclusive=True)
+        for byte, exclusive in ((DMS, alone), (WRITE, True), (CKPT, True)):
+            if not ofd_locks.try_lock(self._shm, byte, exclusive=exclusive):
+                raise DatabaseBusy(f"{self._files.name}: another process holds lock byte {int(byte)} of its -shm")
+        return alone
+
+    def _create(self, kind: FileKind) -> int:
+        fd = os.open(self._files.live(kind), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
+        owner = os.fstat(self._database)
+        with contextlib.suppress(OSError):
+            os.fchmod(fd, self._mode)
+            if os.geteuid() == 0:
+                os.fchown(fd, owner.st_uid, owner.st_gid)
+        return fd
 
     def begin_with(self, fds: Descriptors) -> None:
         """As `open`, with files that are open, and locked as there. Raises OSError; `fds` are the caller's then."""
@@ -83,7 +131,8 @@ class SharedWal(ReplicaWal):
             self._s0, self._s1 = index.frame_checksum
         else:  # the first frame brings the header, and new salts
             seq = 0 if header is None else header.checkpoint_seq + 1
-            salt = (index.salts[0] + 1) & 0xFFFFFFFF
+            # An index made for an empty WAL has no salts: two databases that counted from it would look like one.
+            salt = secrets.randbits(32) if index.salts == (0, 0) else (index.salts[0] + 1) & 0xFFFFFFFF
             self._header = WalHeader.create(self.page_size, seq, salt, secrets.randbits(32))
             self._header_stale = True
         for offset, patch in tables.truncate(tables.mx_frame):  # without the traces of those who gave up

@@ -198,7 +198,7 @@ class Startup:
                 else:
                     raise Unavailable(_missing(database))
                 database.note_files()
-            if database.replica is None:  # else it is empty, and applications have it open
+            if self._registry.mount_dir is None or database.is_busy:  # nobody can open it
                 remove_wal(database.files)
         except OSError as error:
             self._try_later(database, error)

@@ -47,6 +47,7 @@ class Store(Registry):
         super().__init__(data_dir, events, options)
         self.naming = Naming(self)
         self._startup = Startup(self, self.naming)
+        self.is_closing = False  # see `close_doors`
         self.primary_hostname: str | None = None
         self.lag_ms: int | None = None
         self._scrubber: Scrubber | None = None
@@ -328,15 +329,14 @@ class Store(Registry):
         self.worker.start()
         self.opener.start()
 
+    def close_doors(self) -> None:
+        """Before unmounting: no application is let into a database any more (EBUSY). Any thread."""
+        self.is_closing = True
+
     def rest_all(self) -> None:
-        """Replica, before unmounting: leave every database as one file where no reader needs more. On the worker."""
-        for database in list(self.databases.values()):
-            with contextlib.suppress(OSError):
-                in_use = self.captures_any or not self.apply.is_unused(database) or not self.apply.rest(database)
-                if in_use and database.replica is not None:
-                    database.replica.checkpoint()
-                    database.replica.retire()
-                    database.replica = None
+        """Replica, before unmounting, with the doors closed: leave every database as one file where nobody uses it, and
+        as it is otherwise. On the worker."""
+        self.apply.stop(list(self.databases.values()), may_rest=not self.captures_any)
 
     def close(self, *, clean: bool) -> None:
         """Stop the worker and release all databases. `clean`: nobody can write to them any more."""

@@ -63,7 +63,7 @@ def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:
             end, descriptors = replica.hand_over()
         except OSError as error:
             log.warning("%s: its WAL could not be passed on, it will be compared: %s", database.name, error)
-            replica.close(remove=False)
+            replica.close()
         else:
             wal.cursor, fds = Cursor(end.salts, end.mx_frame, end.change), list(descriptors)
     with database.lock:

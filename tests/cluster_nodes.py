@@ -31,7 +31,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fu
 PASSTHROUGH = ["auto", "off"]
 SCALE = float(os.environ.get("PYLITEFS_TEST_SCALE", "1"))
 START_S = 30.0  # for a node to become ready, and for everything else one waits for
-WATCHDOG_S = 100.0
+WATCHDOG_S = 100.0 * max(1.0, SCALE)
 PRIMARY_NAME = "prim.example"
 _LOG_TAIL = 60  # lines of each node's log shown with a failure
 

@@ -104,7 +104,9 @@ def test_a_plain_database_that_is_in_use_when_it_could_be_taken_over(live: Silen
         reader.stop()
 
 
-def test_one_database_that_fails_keeps_no_other_from_being_looked_at(live: Silent, mount: Path) -> None:
+def test_one_database_that_fails_keeps_no_other_from_being_looked_at(
+    live: Silent, mount: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = live.node.store
     live.worker.submit(store.serving).result(WAIT_S)
     before, failed = live.database.position.txid, threading.Event()
@@ -117,11 +119,13 @@ def test_one_database_that_fails_keeps_no_other_from_being_looked_at(live: Silen
             raise RuntimeError("this one is broken")
         return real(database)
 
-    store.capture.has_unseen_writes = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(store.capture, "has_unseen_writes", fail)
     (mount / "broken").touch()
-    (mount / "broken2-wal").touch()
+    assert store._watch is not None
+    read = store._watch.read
+    monkeypatch.setattr(store._watch, "read", lambda: sorted(read() or ()))
 
-    def told() -> None:  # both in one reading, in any order
+    def told() -> None:  # both in one reading, the broken one first
         for name in ("broken", "db-wal"):
             tell(mount, name)
 

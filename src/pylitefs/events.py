@@ -15,6 +15,8 @@ A lower layer emits; it knows nothing of the listeners. `EventBus` is the one pl
     repair            the state was taken over by diff           pages
     resync            a replica fetched the pages that differ    pages, bytes
     setAside          a database cannot be used                  reason
+    withheld          what a database's file holds now cannot be recorded: replicas keep the state before  reason
+    withheldEnd       it is recorded
     lost              a branch, or a database, was kept in lost/  folder, reason, transactions, epoch, max_txid, to;
                       of a branch also min_txid, after
     damaged           pages do not match their checksums         reason; where known pages (how many)

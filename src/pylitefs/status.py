@@ -56,6 +56,8 @@ class DatabaseView(Protocol):
     def sqlite_version(self) -> int: ...
     @property
     def set_aside_reason(self) -> str | None: ...
+    @property
+    def withheld(self) -> str | None: ...
     def copy_to(self, path: str) -> Position: ...
 
 
@@ -230,6 +232,7 @@ def database_document(database: DatabaseView) -> Json:
         "sqliteVersion": version_text(database.sqlite_version),  # of the library that wrote to it last
         "mayCorruptWAL": database.journal_mode == "wal" and 0 < database.sqlite_version < WAL_RESET_FIXED_IN,
         "setAside": database.set_aside_reason,  # why it is not replicated; null if all is well
+        "withheld": database.withheld,  # why replicas have the state before what its file holds; null if all is well
     }
 
 

@@ -182,7 +182,8 @@ def test_sizes_and_completeness(tmp_path: Path) -> None:
         database_size(b"x" * 100, 4096)
     path = tmp_path / "file"
     for content, complete in [
-        (data, True), (data[:-1], False), (data[:1024], False), (b"", False), (b"text", False), (bytes(4096), False)
+        (data, True), (data[:-1], True), (data + b"trailing", True), (data[:-1024], False), (data[:1024], False),
+        (b"", False), (b"text", False), (bytes(4096), False),
     ]:  # fmt: skip
         path.write_bytes(content)
         assert is_complete_database(str(path)) == complete

@@ -36,6 +36,7 @@ class FakeDatabase:
     page_size: int = 4096
     sqlite_version: int = 3_051_003
     set_aside_reason: str | None = None
+    withheld: str | None = None
 
     @property
     def size_bytes(self) -> int:

@@ -256,3 +256,74 @@ def test_ten_writers_share_the_round_trips(cluster: Cluster) -> None:
     (waited,) = re.findall(r"^litefs_sync_wait_seconds_count (.+)$", metrics, re.MULTILINE)
     assert float(waited) >= 10 * 7
     assert 'litefs_sync_failed_commits_total{reason="timeout"} 0.0' in metrics
+
+
+def _first_transaction(path: Path, mode: str) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10.0)) as connection:
+        connection.execute("pragma synchronous = full")
+        connection.execute(f"pragma journal_mode = {mode}")
+        connection.execute("create table t(id integer primary key, data)")
+
+
+def _gated(cluster: Cluster, **rules: Any) -> tuple[GatedNode, Node]:
+    primary, replica, writer = gated_pair(cluster, "delete", **rules)
+    writer.close()
+    wait_same_position(primary, replica, NAME)
+    return primary, replica
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate", "persist", "memory", "wal", "cp", "fsync", "mv", "import"])
+def test_a_new_database_waits_for_the_replica(cluster: Cluster, how: str, tmp_path: Path) -> None:
+    """Its first transaction is a commit like any other, however it comes about."""
+    primary, replica = _gated(cluster)
+    source, path = tmp_path / "source.db", primary.mount / "new.db"
+    _first_transaction(source, "delete")
+    words: list[Any]
+    if how in ("cp", "mv", "fsync"):
+        words = {"cp": ["cp"], "mv": ["mv"], "fsync": ["dd", "conv=fsync", "status=none"]}[how]
+        words += [f"if={source}", f"of={path}"] if how == "fsync" else [source, path]
+    elif how == "import":
+        words = [sys.executable, "-m", "pylitefs", "import", "-url", primary.url, "-name", "new.db", source]
+    else:
+        code = "import sys; sys.path[:0] = sys.argv[3:]; import test_sync as t; t._first_transaction(*sys.argv[1:3])"
+        here = Path(__file__).parent
+        words = [sys.executable, "-c", code, path, how, here, here.parent]
+    replica.pause()
+    try:
+        process = subprocess.Popen(list(map(str, words)))
+        wait_until(lambda: list((primary.data / "dbs").glob("new.db/ltx/*.ltx")), "it is in the log")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2.0)
+    finally:
+        replica.resume()
+    assert process.wait(START_S) == 0
+    with contextlib.closing(replica.connect("new.db")) as reader:
+        assert reader.execute("select name from sqlite_schema").fetchall() == [("t",)], "at once"
+    wait_same_position(primary, replica, "new.db")
+
+
+@pytest.mark.parametrize("mode", ["delete", "truncate", "persist"])
+def test_a_first_transaction_that_no_replica_held_in_time(cluster: Cluster, mode: str) -> None:
+    """It fails, is taken back on all nodes, and can be tried again: by the same connection, and by another one."""
+    primary, replica = _gated(cluster, timeout_s=1.0)
+    path = primary.mount / "new.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("pragma synchronous = full")
+        connection.execute(f"pragma journal_mode = {mode}")
+        replica.pause()
+        try:
+            with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+                connection.execute("create table t(id integer primary key, data)")
+        finally:
+            replica.resume()
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            assert other.execute("select name from sqlite_schema").fetchall() == []
+        wait_until(lambda: replica.databases() == primary.databases() == [NAME], "it is taken back on all nodes")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10.0)) as other:
+        other.execute("create table if not exists t(a)")
+        other.execute("insert into t values (1)")
+    wait_same_position(primary, replica, "new.db")
+    with contextlib.closing(replica.connect("new.db")) as reader:
+        assert count(reader) == 1
+        assert_sound(reader)
+    assert_same_bytes([primary, replica], "new.db")

@@ -139,6 +139,11 @@ def _databases(databases: list[Json]) -> RenderableType:
         for database in databases
         if database["setAside"]
     ]
+    problems += [
+        Text(f"{database['name']} is not replicated as it is now: {database['withheld']}", style="red")
+        for database in databases
+        if database.get("withheld")
+    ]
     old = sorted({d["sqliteVersion"] for d in databases if d["mayCorruptWAL"]})
     if old:
         problems.append(

@@ -208,10 +208,8 @@ class Capture(CommitPoints):
             fds = database.wal.removed(kind)
             unsure = kind is FileKind.WAL and database.wal.in_doubt
         self._opener.close(fds)
-        if unsure:
-            with database.lock:
-                database.rollback.suspect = True
-            self.wake_rollback(database)
+        if kind is FileKind.WAL:
+            self.wal_removed(database, unsure=unsure)
 
     def forget_files(self, database: Database) -> None:
         with database.wal.mutex:

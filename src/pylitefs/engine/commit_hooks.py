@@ -64,13 +64,6 @@ class CommitHooks(Shown):
         """Whether a new database may come to be."""
         return self._store.is_primary and self._store.fence.holds() and not self._store.roles.pause.on
 
-    def _is_importable(self, ref: FileRef) -> bool:
-        return (
-            ref.kind is FileKind.PLAIN
-            and self._store.is_plain_database(ref.name)
-            and not journal_in_use(self._plain(ref.name + "-journal"))
-        )
-
     @staticmethod
     def _in_thread(work: Callable[[], object], then: Then) -> None:
         threading.Thread(target=finish, args=(then, work), name="commit", daemon=True).start()
@@ -127,10 +120,8 @@ class CommitHooks(Shown):
                     recorded = self._store.capture.commit_point(database)
                     if recorded and not is_commit:
                         self._early.add(database.name)
-        elif ref.kind is FileKind.PLAIN and self._may_make and self._is_importable(ref):
-            self._store.import_plain(ref.name)
         if database is None:
-            then(None)
+            self._plain_synced(ref, then)
         else:
             self._gated.after_commit(database, recorded, if_held(database, then) if recorded else then)
 
@@ -167,17 +158,59 @@ class CommitHooks(Shown):
             return False
         return self._store.capture.commit_point(database)
 
+    # -- files that become databases -----------------------------------------------------------------------------
+
+    def _plain_synced(self, ref: FileRef, then: Then) -> None:
+        """A file that is no database yet was fsynced. Where commits wait for replicas its first transaction does so
+        here, with the journal still there, as those that follow (see `gated`)."""
+        hot = ref.kind is FileKind.PLAIN and journal_in_use(self._plain(ref.name + "-journal"))
+        gate = self._store.gate
+        if ref.kind is not FileKind.PLAIN or not self._store.is_primary or (hot and (gate is None or not gate.active)):
+            then(None)
+        else:
+            self._take_over(ref.name, then)
+
     def _plain_commit(self, ref: FileRef, then: Then, *, leave_journal: bool) -> None:
         """The journal of a file that is no database yet goes away: it may have become one."""
         base = ref.name.removesuffix("-journal")
-        if base != ref.name and not self._may_make and self._store.is_plain_database(base):
-            then(cut_off(base))
-        elif base != ref.name and self._store.is_plain_database(base):
-            self._in_thread(lambda: self._store.import_plain(base, leave_journal=leave_journal), then)
+        if base != ref.name and (self._store.is_primary or journal_in_use(self._plain(ref.name))):
+            self._take_over(base, then, leave_journal=leave_journal)
         else:
             then(None)
 
     def _import_base(self, journal: str) -> None:
-        """A plain file's journal was invalidated in place (PERSIST, EXCLUSIVE)."""
+        """A plain file's journal was invalidated in place (PERSIST, EXCLUSIVE). Raises OSError."""
+        base = journal.removesuffix("-journal")
         if self._may_make:
-            self._store.import_plain(journal.removesuffix("-journal"))
+            self._store.import_plain(base)
+        elif journal_in_use(self._plain(journal)) and self._store.is_plain_database(base):
+            raise cut_off(base)
+
+    def _take_over(self, name: str, then: Then, *, leave_journal: bool = False) -> None:
+        """If a plain file holds a database, it becomes one: a commit like any other, which is refused where nothing may
+        be committed, and waits for replicas."""
+        if not self._store.is_plain_database(name):
+            then(None)
+        elif not self._may_make:
+            then(cut_off(name))
+        else:
+            work = threading.Thread(target=self._import, args=(name, then, leave_journal), name="import", daemon=True)
+            work.start()
+
+    def _import(self, name: str, then: Then, leave_journal: bool) -> None:
+        try:
+            imported = self._store.import_plain(name, leave_journal=leave_journal)
+        except BaseException as error:
+            then(error)
+            return
+        database = self._store.get(name)
+        if not imported or database is None:
+            then(None)
+            return
+
+        def answer(error: BaseException | None) -> None:
+            if error is not None and leave_journal:  # it stays, and takes the transaction back
+                self._store.naming.take_journal(database)
+            then(error)
+
+        self._gated.after_commit(database, True, if_held(database, answer), on_worker=True)

@@ -15,7 +15,7 @@ from pylitefs.engine.database import Database
 from pylitefs.engine.files import read_at
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.page_checksums import stamp
-from pylitefs.engine.rollback_capture import database_size
+from pylitefs.engine.rollback_capture import database_size, whole_size
 from pylitefs.engine.transaction import Change
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import FormatError
@@ -41,6 +41,8 @@ class CommitPoints:
         self._worker = worker
         self._opener = opener
         self._settling: set[str] = set()
+        self.emptied: Callable[[Database], object] = lambda database: None
+        """What becomes of a database whose file is empty (`Naming.emptied`)."""
 
     def commit_point(self, database: Database, source: str = "capture") -> bool:
         """The database file holds a committed state now and nobody can change it before this returns: record it.
@@ -55,14 +57,16 @@ class CommitPoints:
                 os.close(fd)
 
     def _record_file(self, database: Database, fd: int, source: str) -> bool:
+        size = os.fstat(fd).st_size
+        if size == 0 and database.exists and database.loan is None:  # to SQLite a new database
+            self.emptied(database)
+            return True
         try:
-            page_size, commit = database_size(os.pread(fd, 100, 0), os.fstat(fd).st_size)
+            page_size, commit = whole_size(os.pread(fd, 100, 0), size)
         except FormatError as error:
-            if database.exists and os.fstat(fd).st_size:
-                log.warning("%s: not a database any more: %s", database.name, error)
+            if database.exists:
+                database.withhold(str(error))
             return False
-        if commit == 0 or os.fstat(fd).st_size < commit * page_size:
-            return False  # being copied: the rest is still to come
         everything = database.rollback.suspect or page_size != database.page_size or not database.exists
         pages: Iterable[tuple[int, bytes]]
         if everything:
@@ -80,6 +84,8 @@ class CommitPoints:
         if database.rollback.suspect and entry is not None and source == "capture":
             database.emit("repair", pages=commit)
         database.rollback.clear()
+        database.settled_stamp = stamp(database.files.database)
+        database.withhold(None)
         self._opener.do(database.log.make_spare)
         return entry is not None
 
@@ -93,10 +99,10 @@ class CommitPoints:
             with open(database.files.database, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 try:
-                    page_size, commit = database_size(file.read(100), size)
+                    page_size, commit = whole_size(file.read(100), size)
                 except FormatError:
                     return False
-                if (page_size, commit) != (database.page_size, database.commit) or size < page_size * commit:
+                if (page_size, commit) != (database.page_size, database.commit):
                     return False
                 known = database.file_sums_expected()
                 if database.rollback.suspect:
@@ -112,7 +118,7 @@ class CommitPoints:
         """Record noted writes whose commit nothing told us of (MEMORY, OFF, a copied file): committed they are when
         nobody holds a write lock and no journal could take them back. `mount_fd`: the mount's database file."""
         with database.lock:
-            if database.rollback.replacing or wal_in_use(database):
+            if database.rollback.replacing or (wal_in_use(database) and not _is_idle_and_empty(database)):
                 return False
             if not database.rollback.journal_is_finished() and (
                 database.rollback.journal_in_use()
@@ -145,6 +151,15 @@ class CommitPoints:
                 database.settled_stamp = now
                 database.rollback.suspect = True
         return database.rollback.pending
+
+    def wal_removed(self, database: Database, *, unsure: bool) -> None:
+        """A WAL goes whose frames were all copied into the database file. `unsure`: not all of them were taken."""
+        if unsure:
+            with database.lock:
+                database.rollback.suspect = True
+        database.settled_stamp = stamp(database.files.database)
+        if database.rollback.pending:  # also where somebody wrote over the file, who is not SQLite
+            self.wake_rollback(database)
 
     def wake_rollback(self, database: Database) -> None:
         """Pages or the journal were written: see in a while whether a commit went by that no hook saw."""
@@ -203,3 +218,9 @@ def file_checksums(path: str) -> NDArray[np.uint64]:
 def wal_in_use(database: Database) -> bool:
     """Whether the database is in WAL mode at this moment: there is a WAL with something in it."""
     return stamp(database.files.wal)[0] > 0
+
+
+def _is_idle_and_empty(database: Database) -> bool:
+    """An empty file that nobody has open: whatever stands in a WAL beside it, SQLite removes that when it opens it
+    (pager.c, pagerOpenWalIfPresent)."""
+    return stamp(database.files.database)[0] == 0 and database.app_handles == database.opening == 0

@@ -266,6 +266,7 @@ class Database(LiveFiles):
             self.position = self.log.head
             self.page_size, self.commit = header.page_size, header.commit
             self.timestamp_ms = header.timestamp_ms
+            self.withhold(None)
             self.log.agreed.end()  # what follows it was the primary's
             self.announce(header, entry, len(pgnos), "apply", time.monotonic() - started_s)
 
@@ -284,6 +285,7 @@ class Database(LiveFiles):
             self.timestamp_ms = int(time.time() * 1000)
             self._noted = (0, 0)
             self.durable_txid = self.log_durable_txid = 0
+            self.withhold(None)
             self._write_unclean()
 
     def announce(self, header: Header, entry: LogEntry, pages: int, source: str, seconds: float) -> None:

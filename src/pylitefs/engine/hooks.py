@@ -13,11 +13,13 @@ import os
 from collections.abc import Callable
 
 from pylitefs.engine.apply import Apply
-from pylitefs.engine.commit_hooks import CommitHooks
+from pylitefs.engine.commit_hooks import CommitHooks, if_held
 from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_file, sync_folder
+from pylitefs.engine.page_checksums import stamp
+from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.store import Store
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader, is_sqlite
@@ -163,7 +165,7 @@ class EngineHooks(CommitHooks):
             database.app_handles = max(0, database.app_handles - 1)
             raw = writable and not hooked
             database.raw_writers = max(0, database.raw_writers - raw)
-        if raw and database.captures and not wal_in_use(database) and not self._in_wal_mode(ref):
+        if raw and database.captures and self._has_unseen_content(database):
             database.rollback.suspect = True
         if writable:
             database.rollback.replacing = False
@@ -174,6 +176,14 @@ class EngineHooks(CommitHooks):
         elif database.app_handles == 0:
             self._apply.idle(database)
 
+    @staticmethod
+    def _has_unseen_content(database: Database) -> bool:
+        """A handle whose writes pass us by is released: whether the file was written to by who is not SQLite. The last
+        user removes the WAL, and then it is known which size and time the file has. Where that has not been, because it
+        was killed or may not write, the whole file is looked at once."""
+        with_wal = wal_in_use(database) and database.app_handles
+        return not with_wal and stamp(database.files.database) != database.settled_stamp
+
     def flushed(self, ref: FileRef, then: Then) -> None:
         database = self._database(ref)
         if database is not None:
@@ -182,8 +192,13 @@ class EngineHooks(CommitHooks):
                 self._store.capture.settle_later(database, then)
             else:
                 then(None)
-        elif self._may_make and not ref.name.startswith(".") and self._is_importable(ref):
-            self._in_thread(lambda: self._store.import_plain(ref.name), then)
+        elif (
+            ref.kind is FileKind.PLAIN
+            and self._store.is_primary
+            and not ref.name.startswith(".")
+            and not journal_in_use(self._plain(ref.name + "-journal"))
+        ):
+            self._take_over(ref.name, then)
         else:
             then(None)
 
@@ -220,7 +235,7 @@ class EngineHooks(CommitHooks):
 
     def before_truncate(self, ref: FileRef, size_bytes: int, then: Then, by_daemon: bool) -> None:
         database = self._database(ref)
-        if ref.kind is FileKind.PLAIN and size_bytes == 0 and self._store.is_primary:
+        if ref.kind is FileKind.PLAIN and size_bytes == 0:
             self._plain_commit(ref, then, leave_journal=False)
         elif database is None or by_daemon:
             then(None)
@@ -255,8 +270,18 @@ class EngineHooks(CommitHooks):
             return
         if ref.kind is FileKind.SHM:
             database.wal.after_index_truncate()
+        elif ref.kind is FileKind.DATABASE:
+            self._database_truncated(database, size_bytes)
         elif ref.kind is FileKind.JOURNAL and not size_bytes and self._gated.gate_of(database) is not None:
             sync_file(database.files.journal)  # see `unlinked`: with TRUNCATE SQLite does it from FULL on
+
+    @staticmethod
+    def _database_truncated(database: Database, size_bytes: int) -> None:
+        with database.lock:
+            if database.raw_writers or not size_bytes:
+                database.rollback.suspect = True
+            elif not wal_in_use(database):
+                database.rollback.note(size_bytes, 0)
 
     # -- names that go -----------------------------------------------------------------------------------------
 
@@ -265,10 +290,7 @@ class EngineHooks(CommitHooks):
         if ref.kind in VIRTUAL_KINDS:
             then(PermissionError(errno.EPERM, ref.name))
         elif ref.kind is FileKind.PLAIN:
-            if self._store.is_primary:
-                self._plain_commit(ref, then, leave_journal=True)
-            else:
-                then(None)
+            self._plain_commit(ref, then, leave_journal=True)
         elif database is None:
             then(None)
         elif database.is_busy:
@@ -318,11 +340,19 @@ class EngineHooks(CommitHooks):
             then(read_only())
             return
 
-        def rename() -> None:
-            self._store.worker.submit(self._store.naming.rename, old, new).result()
-            self._engine_renames.add((old.name, new.name))  # only if it was done: `then` looks at once
+        def answer(error: BaseException | None) -> None:
+            if error is None:
+                self._engine_renames.add((old.name, new.name))  # only if it was done: `then` looks at once
+            then(error)
 
-        self._in_thread(rename, then)
+        def renamed(error: BaseException | None) -> None:
+            database = self._store.get(new.name)
+            if error is None and database is not None and database.exists:
+                self._gated.after_commit(database, True, if_held(database, answer), on_worker=True)
+            else:
+                answer(error)
+
+        self._in_thread(lambda: self._store.worker.submit(self._store.naming.rename, old, new).result(), renamed)
 
     def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
         key = (old.name, new.name)

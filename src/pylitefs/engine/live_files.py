@@ -15,6 +15,20 @@ class LiveFiles:
     """The part of a `Database` that is about its files only. Any thread."""
 
     files: DatabaseFiles
+    withheld: str | None = None
+    """Why what the database file holds is not in the log, and on no replica; None if all is well."""
+
+    def emit(self, kind: str, **data: object) -> None:
+        raise NotImplementedError
+
+    def withhold(self, reason: str | None) -> None:
+        """The database file holds what cannot be recorded, or (None) does not any more. Any thread."""
+        if reason != self.withheld:
+            self.withheld = reason
+            if reason is None:
+                self.emit("withheldEnd")
+            else:
+                self.emit("withheld", reason=reason)
 
     @property
     def wal_size_bytes(self) -> int:

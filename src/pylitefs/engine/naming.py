@@ -83,15 +83,30 @@ class Naming:
                 database.rollback.suspect = True
                 self._registry.capture.commit_point(database, "import")
         except OSError:  # no room for the log, no descriptors: it stays plain, and its next commit tries again
-            with self._registry.lock:
-                if not database.exists:
-                    database.rollback.clear()
-                    self._make_plain(database, name)
+            self._stays_plain(database)
             raise
+        if self._stays_plain(database):  # it was written to meanwhile
+            return False
         self._remove_plain(name, kinds)
         self._registry.worker.post(self._registry.capture.wake, database, database=name)  # it may have a WAL
         self._tell(name)
         return True
+
+    def _stays_plain(self, database: Database) -> bool:
+        """If an import has come to nothing: the files go back. Whether it is so."""
+        with self._registry.lock, database.lock:
+            if database.exists:
+                return False
+            database.rollback.clear()
+            self._make_plain(database, database.name)
+            return True
+
+    def take_journal(self, database: Database) -> None:
+        """An import has left the journal among the plain files, because it was about to go, and now it stays. Any
+        thread."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._registry.plain_path(database.name + "-journal"), database.files.journal)
+        self._tell(database.name)
 
     def _tell(self, *names: str) -> None:
         """The names of databases, and those of their files, have changed."""
@@ -176,6 +191,41 @@ class Naming:
             self._clear_live(database)
         database.emit("drop", txid=database.position.txid)
 
+    def emptied(self, database: Database) -> None:
+        """An application has cut its file off to nothing, in place: to SQLite that is a new database. The file goes on
+        as a plain one, also for who has it open, until it holds a database again. Any thread, under `Database.lock`.
+
+        The name stands for the plain file from the moment in which the drop is recorded: until then the file has both
+        names, so that nobody finds none and makes another.
+        """
+        plain = self._registry.plain_path(database.name)
+        _link(database.files.database, plain)
+        try:
+            self.record_drop(database)
+        except OSError:
+            if os.path.exists(database.files.database):
+                os.unlink(plain)
+            else:
+                os.rename(plain, database.files.database)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(database.files.database)
+        for kind in SIDE_KINDS:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(database.files.backing(kind), self._registry.plain_path(database.name + SUFFIX_OF[kind]))
+        database.rollback.clear()
+        database.withhold(None)
+        self._tell(database.name)
+        self._registry.worker.post(self._leave, database, database=database.name)
+        database.emit("drop", txid=database.position.txid)
+
+    def _leave(self, database: Database) -> None:
+        """What was seen in the files of a database that was emptied does not count any more. On the worker."""
+        with database.wal.mutex:
+            if not database.exists:
+                self._registry.capture.forget(database)
+                self._registry.capture.replaced(database)
+
     def record_drop(self, database: Database) -> None:
         """Durable before any file goes: a power cut must not leave a log that knows nothing of it."""
         change = Change(database.page_size or DEFAULT_PAGE_SIZE, 0)
@@ -191,6 +241,7 @@ class Naming:
         database.remove_live_files()
         self._registry.capture.replaced(database)
         database.rollback.clear()
+        database.withhold(None)
         sync_folder(database.files.folder)
         self._tell(database.name)
 

@@ -23,6 +23,8 @@ Otherwise the files are brought to what SQLite itself would see, all page checks
     no restart of the machine since          difference recorded   the files have every write, the log may lack some
     a table that says "clean", and other     difference recorded   somebody has put them there
     files than it says
+    … and SQLite could not read the file,    withheld              what an application left is served as it is; replicas
+    or it is empty                           (empty: dropped)      keep the log's head until there is a database again
     a replica, equal to an earlier position  redo                  every position of its log was the primary's, which
                                                                    sends what follows
     a replica, anything else                 position unknown      the primary sends what differs
@@ -56,7 +58,7 @@ from pylitefs.engine.leftovers import forget_journal, is_in_use, normalise, remo
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.page_checksums import CleanState, stamp
 from pylitefs.engine.redo import REDO_ENTRIES, forget_redo, redo, redo_is_noted
-from pylitefs.engine.rollback_capture import database_size, journal_in_use
+from pylitefs.engine.rollback_capture import database_size, journal_in_use, whole_size
 from pylitefs.engine.transaction import Change
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksums
@@ -76,6 +78,7 @@ class Outcome(enum.Enum):
     DIFFERS = "differs"  # needs `record_difference` (primary) or a resync (replica)
     EMPTY = "empty"  # dropped or never written
     BUSY = "busy"  # an old process still has it open
+    WITHHELD = "withheld"  # primary: applications left what is no database; it stands at the log's head
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,10 @@ def _recover_unclean(database: Database, state: CleanState | None, start: Circum
     is_as_noted = state is not None and not state.clean and stamp(files.database) == state.database
     wal_end = normalise(files, start.super_journal_dirs)
     database.position = head = database.log.head
+    files_count = start.same_boot or (state is not None and state.clean)
+    if start.is_primary and files_count and previous is not None and not _is_readable(files.database):
+        _withhold(database, previous)
+        return Recovered(Outcome.WITHHELD, dropped, previous, wal_end)
     if stamp(files.database)[0] == 0:
         remove_wal(files)  # of another file, or of none
         outcome = _recover_missing(database, head, head_header)
@@ -167,12 +174,33 @@ def _recover_unclean(database: Database, state: CleanState | None, start: Circum
         proven = Standing.BEHIND if checksum == state.position.checksum else Standing.UNKNOWN
     if head.txid and checksum == head.checksum:
         return Recovered(Outcome.VERIFIED, dropped, None, wal_end, start.same_boot or proven is not Standing.UNKNOWN)
-    if start.same_boot or (state is not None and state.clean):
+    if files_count:
         proven = Standing.UNKNOWN
     if head.txid and redo(database, _is_start_of_redo(database, checksum, proven, start)):
         return Recovered(Outcome.REDONE, dropped, None, wal_end, not_ahead=True)
     database.position = Position(head.txid, checksum, head.epoch)
     return Recovered(Outcome.DIFFERS, dropped, previous, wal_end)
+
+
+def _is_readable(path: str) -> bool:
+    """Whether SQLite finds a database in the file, or there is none. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            whole_size(file.read(100), os.fstat(file.fileno()).st_size)
+    except FileNotFoundError:
+        return True
+    except FormatError:
+        return False
+    return True
+
+
+def _withhold(database: Database, previous: PreviousSums) -> None:
+    """It stays at the log's head, and its next commit point looks at the whole file."""
+    database.table.reset()
+    database.table.reserve(len(previous.values))
+    database.table.values[: len(previous.values)] = previous.values
+    database.page_size, database.commit = previous.page_size, len(previous.values)
+    database.rollback.suspect = True
 
 
 def _previous_sums(database: Database, header: Header | None) -> PreviousSums | None:
@@ -279,7 +307,7 @@ def record_difference(database: Database, previous: PreviousSums | None, txid: i
             database.page_size, database.commit = previous.page_size, len(previous.values)
         fd = os.open(database.files.database, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            page_size, commit = database_size(os.pread(fd, 100, 0), os.fstat(fd).st_size)
+            page_size, commit = whole_size(os.pread(fd, 100, 0), os.fstat(fd).st_size)
             database.record(
                 Change(page_size, commit, count), file_pages(fd, page_size, commit),
                 lambda pgno: read_at(fd, page_size, (pgno - 1) * page_size), lambda: True, "repair",

@@ -122,16 +122,30 @@ def database_size(head: bytes, file_size: int) -> tuple[int, int]:
     header = DatabaseHeader.unpack(head)
     if header.page_count_valid:
         return header.page_size, header.page_count
-    return header.page_size, file_size // header.page_size
+    return header.page_size, _pages(file_size, header.page_size)
+
+
+def whole_size(head: bytes, file_size: int) -> tuple[int, int]:
+    """`database_size` of a file that SQLite can read. As there, a page that the file ends within is filled up with
+    zeros, and what comes after the last page does not count. FormatError if the file ends before its last page begins:
+    SQLite calls that malformed."""
+    page_size, commit = database_size(head, file_size)
+    found = _pages(file_size, page_size)
+    if found < commit:
+        raise FormatError(f"the file ends after {found} of the {commit} pages that its header tells of")
+    return page_size, commit
+
+
+def _pages(file_size: int, page_size: int) -> int:
+    """How many pages a file has, also if it ends within one (pager.c, pagerPagecount)."""
+    return -(-file_size // page_size)
 
 
 def is_complete_database(path: str) -> bool:
     """Whether a file is a whole SQLite database (a copy that is still being written is not)."""
     try:
         with open(path, "rb") as file:
-            head = file.read(100)
-            size = os.fstat(file.fileno()).st_size
-        page_size, commit = database_size(head, size)
+            whole_size(file.read(100), os.fstat(file.fileno()).st_size)
     except (FormatError, OSError):
         return False
-    return commit > 0 and size >= page_size * commit and size % page_size == 0
+    return True

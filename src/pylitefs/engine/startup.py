@@ -189,7 +189,9 @@ class Startup:
         try:
             if self._naming.finish_move(database):
                 return True
-            if not found.not_ahead and found.outcome is not Outcome.CLEAN:
+            if found.outcome is Outcome.WITHHELD:
+                self._registry.capture.commit_point(database)
+            elif not found.not_ahead and found.outcome is not Outcome.CLEAN:
                 database.log.agreed.recorded_after = database.log.head.txid
                 if found.outcome is Outcome.VERIFIED:
                     begin_branch(database)
@@ -325,7 +327,7 @@ class Startup:
             database.release_files()
             normalise(files, [self._registry.plain_dir])
             remove_wal(files)
-            if database.wal.in_doubt:
+            if database.wal.in_doubt or database.rollback.pending:
                 return False
         return database.failing is None and not os.path.exists(files.wal) and not journal_in_use(files.journal)
 

@@ -46,6 +46,7 @@ class Store(Registry):
     def __init__(self, data_dir: str, events: EventBus, options: StoreOptions) -> None:
         super().__init__(data_dir, events, options)
         self.naming = Naming(self)
+        self.capture.emptied = self.naming.emptied
         self._startup = Startup(self, self.naming)
         self.is_closing = False  # see `close_doors`
         self.primary_hostname: str | None = None

@@ -225,7 +225,10 @@ class NameRequests:
                 self._side_files_gone(name)
                 self._volume.root.touch()
             else:
-                os.unlink(backing_path(ref))
+                try:
+                    os.unlink(backing_path(ref))
+                except FileNotFoundError:  # with the end of its transaction the engine may have moved it
+                    os.unlink(backing_path(self._hooks.resolve(name)))
                 self._name_changed(backing_path(ref))
             self._tree.remove(name)
             self._hooks.unlinked(ref)

@@ -309,6 +309,7 @@ class Daemon:
         if not self._store.is_primary:
             with contextlib.suppress(Exception):
                 self._store.worker.submit(self._store.rest_all).result(timeout=30)
+        self._store.stand_ins.stop()
         self._session.stop()
         self._store.worker.submit(self._store.unmounted).result(timeout=60)
 

@@ -119,11 +119,19 @@ class FileHooks(Protocol):
         """True if writes to this file must come to `write`: a database in rollback mode (or a new file). Asked
         when the first handle of an inode is opened; the answer holds until its last handle is released."""
 
+    def wants_wal_writes(self, ref: FileRef) -> bool:
+        """True if the writes of this handle must come to `write` though the file is passed through. Asked for each
+        handle that an application opens for writing."""
+
     def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
         """After a handle was opened or created. `hooked`: its writes come to `write` (False: passthrough)."""
 
     def write(self, ref: FileRef, fd: int, data: memoryview, offset: int) -> int:
         """A write that was not passed through; writes to `fd` (the backing file) and takes note. Raises OSError."""
+
+    def is_commit(self, ref: FileRef, fd: int, offset: int, size: int) -> bool:
+        """After an application's `write`: whether it was the last one of a commit that no fsync will follow. The
+        filesystem then does as if one had come, before the write is answered."""
 
     def before_truncate(self, ref: FileRef, size_bytes: int, then: Then, by_daemon: bool) -> None:
         """Before SETATTR(size), which the filesystem performs in `then`. On a replica only the daemon itself may

@@ -130,7 +130,11 @@ class RecordingVfs:
     def _x_write(self, file: int, data: int, size: int, offset: int) -> int:
         if not self._told(self._listener.write, self._paths[file], ctypes.string_at(data, size), offset):
             return SQLITE_IOERR
-        return int(self._originals[0](file, data, size, offset))
+        result = int(self._originals[0](file, data, size, offset))
+        written = getattr(self._listener, "written", None)  # which few want to know
+        if written is not None and not result and not self._told(written, self._paths[file], offset, size):
+            return SQLITE_IOERR
+        return result
 
     def _x_truncate(self, file: int, size: int) -> int:
         if not self._told(self._listener.truncate, self._paths[file], size):

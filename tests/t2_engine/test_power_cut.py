@@ -23,11 +23,15 @@ from power_cut import POLICIES, Recorder
 from recording_vfs import RecordingVfs, library
 
 from pylitefs.engine.database import Database
+from pylitefs.engine.stand_in import completes_commit
+from pylitefs.formats.sqlite.wal import WalHeader
 from pylitefs.ports import FileKind
 
 pytestmark = pytest.mark.skipif(library() is None, reason="Python's sqlite3 has no libsqlite3 of its own")
 
 IMAGES = 40
+STAND_IN = "STAND-IN"
+"""A database in mode DELETE that goes on in a WAL, see `pylitefs.engine.stand_in`."""
 
 
 def digest(db: sqlite3.Connection) -> tuple[int, str]:
@@ -75,6 +79,15 @@ class Mount:
             self._commit_point()
         self.recorder.write(path, data, offset)
 
+    def written(self, path: str, offset: int, size: int) -> None:
+        if path == self.files.wal and self.database.wal_stands_in:
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                if completes_commit(fd, offset, size):
+                    self.recorder.sync(path)
+            finally:
+                os.close(fd)
+
     def truncate(self, path: str, size: int) -> None:
         if path == self.files.journal:
             self._commit_point()
@@ -110,8 +123,12 @@ class Run:
         self.rng = random.Random(seed)
         self.folder = folder
         self.mode, self.synchronous = mode, synchronous
-        self.node = new_primary(folder / "node", page_size=self.rng.choice([512, 1024, 4096]), mode="DELETE")
+        page_size = self.rng.choice([512, 1024, 4096])
+        self.node = new_primary(folder / "node", page_size=page_size, mode="DELETE")
         self._prepare()
+        if mode == STAND_IN:
+            Path(self.node.database().files.wal).write_bytes(WalHeader.create(page_size, 0, 1, 2).pack())
+            self.node.database().wal_stands_in = True
         self.recorder = Recorder(folder / "node" / "dbs")
         self.states: dict[int, str] = {}
         self.mount = Mount(self.node, self.recorder)
@@ -142,7 +159,7 @@ class Run:
     def _connect(self) -> sqlite3.Connection:
         uri = f"file:{self.database.files.database}?vfs={self.vfs._name.decode()}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None)
-        if self.mode != "WAL":
+        if self.mode not in ("WAL", STAND_IN):
             db.execute(f"PRAGMA journal_mode = {self.mode}")
         db.execute(f"PRAGMA synchronous = {self.synchronous}")
         db.execute("PRAGMA wal_autocheckpoint = 0")
@@ -163,7 +180,7 @@ class Run:
                     db.execute("BEGIN")
                     db.execute("UPDATE t SET v = randomblob(3000)")
                     db.execute("ROLLBACK")
-                case 4 if step % 3 == 0:
+                case 4 if step % 3 == 0 and self.mode != STAND_IN:
                     self._checkpoint(db)
                     self.mount.checkpointing = True
                     db.close()
@@ -179,7 +196,7 @@ class Run:
         db.close()
 
     def _checkpoint(self, db: sqlite3.Connection) -> None:
-        if self.mode == "WAL":
+        if self.mode in ("WAL", STAND_IN):
             self.mount.checkpointing = True
             db.execute(f"PRAGMA wal_checkpoint({self.rng.choice(['PASSIVE', 'FULL', 'RESTART', 'TRUNCATE'])})")
             self.mount.checkpointing = False
@@ -246,7 +263,7 @@ def check_start(run: Run, node: Node, least: int) -> tuple[int, str]:
 CASES = [
     ("WAL", "NORMAL", 0), ("WAL", "NORMAL", 1), ("WAL", "NORMAL", 2), ("WAL", "FULL", 3), ("WAL", "FULL", 4),
     ("DELETE", "FULL", 5), ("DELETE", "EXTRA", 6), ("TRUNCATE", "FULL", 7), ("PERSIST", "FULL", 8),
-    ("PERSIST", "EXTRA", 9),
+    ("PERSIST", "EXTRA", 9), (STAND_IN, "NORMAL", 10), (STAND_IN, "NORMAL", 11), (STAND_IN, "FULL", 12),
 ]  # fmt: skip
 
 
@@ -261,7 +278,7 @@ def test_every_image_starts(tmp_path: Path, mode: str, synchronous: str, seed: i
             (folder / "dbs" / "db" / "database-shm").write_bytes(rng.randbytes(32768))
         least, state = sqlite_alone(folder / "dbs" / "db", tmp_path / "alone")
         assert run.states[least] == state, "the model of the disk is wrong: SQLite itself fails"
-        if synchronous == "EXTRA" or (mode == "WAL" and synchronous == "FULL"):
+        if synchronous == "EXTRA" or (mode == "WAL" and synchronous == "FULL") or mode == STAND_IN:
             assert least >= run.marked("commit", count)
         node = started(folder)
         if policy == "log first":

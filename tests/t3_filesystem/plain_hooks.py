@@ -107,6 +107,13 @@ class PlainHooks:
     def wants_write_hook(self, ref: FileRef) -> bool:
         return "hooked" in ref.name
 
+    def wants_wal_writes(self, ref: FileRef) -> bool:
+        return "direct" in ref.name and ref.kind is FileKind.WAL
+
+    def is_commit(self, ref: FileRef, fd: int, offset: int, size: int) -> bool:
+        self.calls.append(("is_commit", ref.name, offset, size))
+        return "direct" in ref.name and os.pread(fd, 6, offset) == b"commit"
+
     def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
         self.calls.append(("opened", ref.name, writable, hooked, by_daemon))
 

@@ -7,10 +7,12 @@ One JSON list per line, [command, argument...]; answers with one JSON line, {"ok
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -21,6 +23,36 @@ from pylitefs.events import EventBus
 from pylitefs.filesystem.guard import MountGuard
 from pylitefs.filesystem.session import Session
 from pylitefs.formats.ltx.decoder import verify_stream
+from pylitefs.ports import Then
+
+
+class Gate:
+    """A `CommitGate`: commits up to `granted` may go on, the others wait or `fail`."""
+
+    def __init__(self) -> None:
+        self.active = True
+        self._lock = threading.Lock()
+        self.granted: float = 0
+        self.fails = False
+        self.waiting: list[tuple[int, Then]] = []
+
+    def wait(self, name: str, txid: int, then: Then) -> None:
+        with self._lock:
+            fails, waits = self.fails, not self.fails and txid > self.granted
+            if waits:
+                self.waiting.append((txid, then))
+        if not waits:
+            then(OSError(errno.EIO, "no replica") if fails else None)
+
+    def set(self, granted: float | None, *, fails: bool = False) -> None:
+        """`granted` None: up to the last one that waits."""
+        with self._lock:
+            found, self.waiting = self.waiting, []
+            if granted is None:
+                granted = max([self.granted, *(txid for txid, _ in found)])
+            self.granted, self.fails = granted, fails
+        for txid, then in found:
+            self.wait("", txid, then)
 
 
 class RoleNode:
@@ -55,6 +87,23 @@ class RoleNode:
 
     def lead(self, lease_s: float) -> None:
         self.store.fence.until_s = time.clock_gettime(time.CLOCK_BOOTTIME) + lease_s
+
+    def gate(self, what: str) -> None:
+        """Synchronous replication: "shut", "grant" what waits, "open", "fail" what waits, "none"."""
+        gate = self.store.gate = self.store.gate or Gate()
+        assert isinstance(gate, Gate)
+        if what == "none":
+            gate.set(math.inf)
+            self.store.gate = None
+        elif what == "shut":
+            gate.set(self.store.find("db").position.txid)
+        else:
+            gate.set(math.inf if what == "open" else None if what == "grant" else 0, fails=what == "fail")
+
+    def waiting(self) -> int:
+        """How many requests wait for the gate."""
+        gate = self.store.gate
+        return len(gate.waiting) if isinstance(gate, Gate) else 0
 
     def demote(self, timeout_s: float) -> list[str]:
         return self.store.demote(timeout_s)

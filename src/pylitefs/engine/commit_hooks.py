@@ -18,6 +18,7 @@ from pylitefs.engine.continuation import finish
 from pylitefs.engine.database import Database
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.shown import Shown
+from pylitefs.engine.stand_in import completes_commit
 from pylitefs.engine.store import Store
 from pylitefs.ports import FileKind, FileRef, Then
 
@@ -124,6 +125,18 @@ class CommitHooks(Shown):
             self._plain_synced(ref, then)
         else:
             self._gated.after_commit(database, recorded, if_held(database, then) if recorded else then)
+
+    # -- a WAL that stands in for a rollback mode ----------------------------------------------------------------
+
+    def wants_wal_writes(self, ref: FileRef) -> bool:
+        database = self._database(ref) if ref.kind is FileKind.WAL else None
+        if database is None:
+            return False
+        return database.wal_stands_in or (not database.captures and database.journal_mode == "rollback")
+
+    def is_commit(self, ref: FileRef, fd: int, offset: int, size: int) -> bool:
+        database = self._capturing(ref) if ref.kind is FileKind.WAL else None
+        return database is not None and database.wal_stands_in and completes_commit(fd, offset, size)
 
     # -- commit points -----------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@
     WAL                          the fsync of the WAL: the commit is whole   SQLite takes it back, see `pending`
                                  in it, and not published yet
     WAL, EXCLUSIVE locking       the same; there is nothing to publish       the same
+    WAL, for a rollback mode     the write that makes the commit whole, see  the same
+                                 `stand_in`: nothing but that need follow
     DELETE, TRUNCATE, PERSIST    the fsync of the database, before the       SQLite rolls back, and what that writes is
                                  journal goes (synchronous=OFF: when it      recorded when the journal goes
                                  goes)

@@ -123,6 +123,8 @@ class EngineHooks(CommitHooks):
             return
         with contextlib.suppress(OSError):  # the database's permissions: SQLite would ask for them with another request
             os.chmod(database.files.backing(ref.kind), os.stat(database.files.database).st_mode & 0o777)
+        if ref.kind is FileKind.WAL:
+            database.wal_stands_in = False  # this one is SQLite's own
         if ref.kind is not FileKind.JOURNAL:
             self._store.worker.post(self._store.capture.created, database, ref.kind, database=database.name)
 
@@ -173,6 +175,8 @@ class EngineHooks(CommitHooks):
         if database.captures:
             if pending:
                 self._store.worker.post(self._store.capture.settle, database, database=database.name)
+            if database.app_handles == 0:
+                self._store.stand_ins.closed(database)
         elif database.app_handles == 0:
             self._apply.idle(database)
 
@@ -323,6 +327,7 @@ class EngineHooks(CommitHooks):
             self._store.capture.flush_if_possible(database)
             if kind is FileKind.WAL:
                 self._gated.wal_goes(database)
+                database.wal_stands_in = False
             self._store.capture.removed(database, kind)
 
         finish(then, take)

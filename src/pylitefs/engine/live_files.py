@@ -15,6 +15,7 @@ class LiveFiles:
     """The part of a `Database` that is about its files only. Any thread."""
 
     files: DatabaseFiles
+    wal_stands_in = False  # applications write it in a WAL, but its mode is a rollback mode, see `stand_in`
     withheld: str | None = None
     """Why what the database file holds is not in the log, and on no replica; None if all is well."""
 
@@ -66,6 +67,7 @@ class LiveFiles:
 
     def remove_live_files(self) -> None:
         """Remove database, journal, WAL and -shm (the drop of the database); the log stays."""
+        self.wal_stands_in = False
         for kind in (FileKind.DATABASE, FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):
             try:
                 os.unlink(self.files.backing(kind))

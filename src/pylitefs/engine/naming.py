@@ -269,6 +269,7 @@ class Naming:
                 replacement.note()
                 self._move(plain_name, database.name, replacement.exchange)
                 replacement.finish()
+                database.wal_stands_in = False
                 self._registry.set_owner(database.files.database)
                 self._registry.capture.replaced(database)
                 database.rollback.suspect = True
@@ -288,6 +289,7 @@ class Naming:
                 self._move(source.name, name, replacement.exchange)
                 self.record_drop(source)
                 replacement.finish()
+                source.wal_stands_in, target.wal_stands_in = False, source.wal_stands_in
                 self._registry.capture.replaced(source)
                 self._registry.capture.replaced(target)
                 source.rollback.clear()

@@ -238,7 +238,7 @@ class ReplicaWal:
     def sync(self) -> None:
         """Make what was appended durable, the first time the WAL's name too: a checkpoint that is cut off is finished
         from it, and an older WAL under that name would take the database back."""
-        if self._unsynced:
+        if self._unsynced or self._unnamed:
             os.fsync(self._wal)
             if self._unnamed:
                 sync_folder(self._files.folder)

@@ -143,8 +143,8 @@ class Roles:
             registry, database = self._registry, self._registry.find(name)
             if fence is None and not registry.is_primary:
                 return  # it had it back too late: by now all of them are taken over
+            takeover.sync_applied(registry, database)
             if not registry.is_primary:
-                takeover.sync_applied(registry, database)
                 names = {other.name for other in list(registry.databases.values()) if other.captures}
                 registry.marker.write(epoch_of_loans(registry), names | {name})
             self._wanted.discard(name)

@@ -19,6 +19,7 @@ from pylitefs.engine.registry import Registry, StoreOptions
 from pylitefs.engine.roles import Roles
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.scrubber import Scrubber
+from pylitefs.engine.stand_in import StandIns
 from pylitefs.engine.startup import Startup
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.verifier import Verifier
@@ -54,6 +55,7 @@ class Store(Registry):
         self._scrubber: Scrubber | None = None
         self._watch: DirectoryWatch | None = None
         self._settling: set[str] = set()
+        self.stand_ins = StandIns(self.worker)
         self.roles = Roles(self, settle=self._startup.settle_promoted, watch=self._watch_or_not, told=self._told_role)
         self.promote, self.demote = self.roles.promote, self.roles.demote
         self.promote_database, self.demote_database = self.roles.promote_database, self.roles.demote_database

@@ -17,6 +17,8 @@ from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_capture import WalCapture
+from pylitefs.errors import FormatError
+from pylitefs.formats.sqlite.header import DatabaseHeader
 from pylitefs.formats.sqlite.wal_index import HEADER_SIZE, read_header
 
 log = logging.getLogger("litefs.role")
@@ -55,6 +57,7 @@ def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:
     if registry.apply.is_made_active(database):
         return False
     replica, fds = database.replica, []
+    database.wal_stands_in = _stands_in(database)
     wal = WalCapture(database.files, database.file_sums_expected)
     if stamp(database.files.wal)[0]:
         wal.doubt()  # unless it is ours, and known
@@ -77,6 +80,17 @@ def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:
         wal.use_shm(fds.pop())  # else nobody could tell at first what is published, where only the mount shows it
         registry.opener.close(fds)
     return True
+
+
+def _stands_in(database: Database) -> bool:
+    """Whether applications that go on in the daemon's WAL have a database in a rollback mode. Page 1 tells: the newest,
+    which may be in the WAL only."""
+    if database.replica is None:
+        return bool(stamp(database.files.wal)[0]) and database.journal_mode == "rollback"
+    try:
+        return DatabaseHeader.unpack(database.replica.read_page(1)).journal_mode == "rollback"
+    except (FormatError, OSError):
+        return True
 
 
 def yield_at_rest(registry: Registry, database: Database) -> bool:

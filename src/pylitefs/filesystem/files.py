@@ -229,14 +229,20 @@ class FileRequests:
         self._hooks.virtual_content(ref, content)
         return None
 
-    def _write(self, rq: Request) -> bytes:
+    def _write(self, rq: Request) -> bytes | None:
         fh, offset, data, clear_setid = requests.parse_write(rq.data, rq.size)
-        node = self._handle(fh).node
+        handle = self._handle(fh)
+        node = handle.node
         if clear_setid:
             _clear_setid(node.fd, os.fstat(node.fd))
         with data:
-            if node.hooked:
-                return replies.pack_write(self._hooks.write(self._volume.ref(node), node.fd, data, offset))
+            if node.hooked or handle.direct:
+                ref = self._volume.ref(node)
+                written = self._hooks.write(ref, node.fd, data, offset)
+                if not handle.by_daemon and self._hooks.is_commit(ref, node.fd, offset, written):
+                    self._sync(rq, node, os.fdatasync, self._volume.after(rq, lambda: replies.pack_write(written)))
+                    return None
+                return replies.pack_write(written)
             done = 0
             while done < len(data):
                 done += os.pwrite(node.fd, data[done:], offset + done)
@@ -244,12 +250,13 @@ class FileRequests:
 
     def _fsync(self, rq: Request) -> None:
         fh, data_only = requests.parse_fsync(rq.data)
-        node = self._handle(fh).node
-        ref = self._volume.tree.refresh(node) if node.stale else node.ref
-        hooks = self._hooks
         fsync = os.fdatasync if data_only else os.fsync
+        self._sync(rq, self._handle(fh).node, fsync, self._volume.after(rq, lambda: b""))
 
-        pid, answered = rq.pid, self._volume.after(rq, lambda: b"")
+    def _sync(self, rq: Request, node: Node, fsync: Callable[[int], None], answered: Then) -> None:
+        """Have a file fsynced, and what it waits for beside that; then `answered`, on any thread."""
+        ref = self._volume.tree.refresh(node) if node.stale else node.ref
+        hooks, pid = self._hooks, rq.pid
 
         def act() -> None:
             try:

@@ -38,14 +38,16 @@ class BackingFiles(Protocol):
 
 
 class Handle:
-    """An open file of one process. `content` is what a virtual file said when this handle first read it."""
+    """An open file of one process. `content` is what a virtual file said when this handle first read it. `direct`: its
+    reads and writes come to us, beside others that pass through."""
 
-    __slots__ = ("by_daemon", "content", "lock", "node", "writable")
+    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "writable")
 
     def __init__(self, node: Node, writable: bool, by_daemon: bool) -> None:
         self.node = node
         self.writable = writable
         self.by_daemon = by_daemon
+        self.direct = False
         self.content: bytes | None = None
         self.lock: LockOpening | None = None  # of a lock file that is open for writing
 
@@ -79,8 +81,12 @@ class Handles:
             elif writable and not node.writable:
                 self._make_writable(node, open_fd(True))
             node.handle_count += 1
+            handle = Handle(node, writable, by_daemon)
             if node.mode is IoMode.PASSTHROUGH:
                 flags = abi.FOPEN_PASSTHROUGH | abi.FOPEN_NOFLUSH
+                if writable and not by_daemon and self._hooks.wants_wal_writes(node.ref):
+                    handle.direct = True
+                    flags |= abi.FOPEN_DIRECT_IO  # which the kernel allows beside a backing file (fuse_file_io_open)
             else:
                 flags = 0 if node.drop_cache else abi.FOPEN_KEEP_CACHE
                 if by_daemon or not (node.hooked and writable):
@@ -92,7 +98,7 @@ class Handles:
                 self._drop(node)
                 raise
             fh = next(self._numbers)
-            self.open[fh] = Handle(node, writable, by_daemon)
+            self.open[fh] = handle
             return fh, flags, node.backing_id
 
     def _enter(self, node: Node, open_fd: Callable[[bool], int], writable: bool, by_daemon: bool) -> None:

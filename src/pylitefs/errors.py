@@ -57,7 +57,7 @@ class DatabaseError(LitefsError):
 
 class DatabaseNotFound(DatabaseError):
     def __init__(self, name: str) -> None:
-        super().__init__(f'database not found: "{name}"')
+        super().__init__(f'database not found: "{name.encode("utf-8", "backslashreplace").decode()}"')
         self.name = name
 
 

@@ -76,6 +76,9 @@ class FakeStore:
     def names(self) -> list[str]:
         return list(self.databases)
 
+    def not_replicated(self) -> dict[str, str]:
+        return {}
+
     def get(self, name: str) -> FakeDatabase | None:
         return self.databases.get(name)
 

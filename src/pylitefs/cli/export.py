@@ -9,6 +9,7 @@ import time
 import click
 
 from pylitefs.errors import UsageError
+from pylitefs.formats.names import shown
 from pylitefs.http.client import DEFAULT_URL, Client
 
 
@@ -32,7 +33,7 @@ def export(url: str, name: str, path: str) -> None:
         raise UsageError(f"{path} is a directory: name the file to write")
     started_s = time.monotonic()
     export_to(Client(url), name, path)
-    click.echo(f'Export of database "{name}" in {time.monotonic() - started_s:.3f}s')
+    click.echo(f'Export of database "{shown(name)}" in {time.monotonic() - started_s:.3f}s')
 
 
 def export_to(client: Client, name: str, path: str) -> None:

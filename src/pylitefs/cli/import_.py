@@ -13,6 +13,7 @@ from urllib.parse import quote
 import click
 
 from pylitefs.errors import NotADatabase, UsageError
+from pylitefs.formats.names import shown
 from pylitefs.http.client import DEFAULT_URL, Client
 
 
@@ -39,7 +40,7 @@ def import_(url: str, name: str, path: str) -> None:
     client = Client(url)
     with _standalone(path) as source, open(source, "rb") as file:
         client.import_(name, file)
-    click.echo(f'Import of database "{name}" in {time.monotonic() - started_s:.3f}s')
+    click.echo(f'Import of database "{shown(name)}" in {time.monotonic() - started_s:.3f}s')
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from rich.text import Text
 from pylitefs.cli.cluster_view import head_rows, members_of, render_members
 from pylitefs.cli.forms import console, format_duration, format_ms, format_size, short_txid, table
 from pylitefs.errors import LitefsError
+from pylitefs.formats.names import shown
 from pylitefs.http.client import DEFAULT_URL, Client, Json
 
 __all__ = ["format_duration", "format_ms", "format_size", "render", "short_txid", "status"]
@@ -82,7 +83,8 @@ def _watch(client: Client, as_json: bool) -> None:
 def render(document: Json) -> RenderableType:
     """The document of `/status` for people; fits 80 columns."""
     cluster = document.get("cluster")
-    parts: list[RenderableType] = [_head(document), _databases(document["databases"])]
+    databases = _databases(document["databases"], document.get("notReplicated", []))
+    parts: list[RenderableType] = [_head(document), databases]
     if cluster is not None and len(members_of(cluster)) > 1:
         parts.append(render_members(cluster))
     elif document["node"]["role"] == "primary":
@@ -117,13 +119,13 @@ def _head(document: Json) -> Table:
     return grid
 
 
-def _databases(databases: list[Json]) -> RenderableType:
+def _databases(databases: list[Json], not_replicated: list[Json]) -> RenderableType:
     rows = []
     for database in databases:
         in_wal_mode = database["journalMode"] == "wal"
         rows.append(
             [
-                escape(database["name"]),
+                escape(shown(database["name"])),
                 short_txid(database["txid"]),
                 database["checksum"],
                 format_size(database["sizeBytes"]),
@@ -132,15 +134,13 @@ def _databases(databases: list[Json]) -> RenderableType:
                 format_size(database["logSizeBytes"]),
             ]
         )
+    aside = [(database["name"], database["setAside"]) for database in databases if database["setAside"]]
+    aside += [(entry["name"], entry["reason"]) for entry in not_replicated]
+    problems = [Text(f"{shown(name)} is not replicated: {reason}", style="red") for name, reason in aside]
     if not rows:
-        return _note("no databases yet")
-    problems = [
-        Text(f"{database['name']} is not replicated: {database['setAside']}", style="red")
-        for database in databases
-        if database["setAside"]
-    ]
+        return Group(_note("no databases yet"), *problems)
     problems += [
-        Text(f"{database['name']} is not replicated as it is now: {database['withheld']}", style="red")
+        Text(f"{shown(database['name'])} is not replicated as it is now: {database['withheld']}", style="red")
         for database in databases
         if database.get("withheld")
     ]

@@ -22,6 +22,7 @@ from pylitefs.cluster.tasks import finished
 from pylitefs.errors import LitefsError
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import Position
+from pylitefs.formats.names import is_database_name
 from pylitefs.formats.stream import (
     PROTOCOL_VERSION,
     Ack,
@@ -41,7 +42,7 @@ from pylitefs.formats.stream import (
     Welcome,
     batches,
 )
-from pylitefs.formats.stream_fields import ErrorCode, is_database_name
+from pylitefs.formats.stream_fields import ErrorCode
 from pylitefs.formats.stream_pages import AskPages, Pages
 from pylitefs.status import ReplicaInfo, ReplicaProgress
 

@@ -24,6 +24,7 @@ from pylitefs.cluster.transfer import send_entry
 from pylitefs.errors import FormatError, LitefsError
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import Header, Position
+from pylitefs.formats.names import is_database_name
 from pylitefs.formats.stream import (
     PROTOCOL_VERSION,
     Databases,
@@ -46,7 +47,7 @@ from pylitefs.formats.stream import (
     batches,
     checksum_messages,
 )
-from pylitefs.formats.stream_fields import ErrorCode, ResyncReason, is_database_name
+from pylitefs.formats.stream_fields import ErrorCode, ResyncReason
 from pylitefs.formats.stream_pages import MAX_PAGES_SIZE, AskPages, Pages, SnapshotPages
 
 log = logging.getLogger("litefs.replication")

@@ -25,7 +25,7 @@ from pylitefs.engine.apply_checks import check, is_set_aside, is_stopping
 from pylitefs.engine.building import Building
 from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import sync_folder, write_at
+from pylitefs.engine.files import Permissions, sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.shared_wal import SharedWal
@@ -48,14 +48,16 @@ _SYNC_ENTRIES = 1024
 class Apply:
     """Apply of all databases. On the worker, unless a method says otherwise."""
 
-    def __init__(self, worker: Worker, opener: Opener, file_mode: int) -> None:
+    def __init__(self, worker: Worker, opener: Opener, permissions: Permissions) -> None:
         self._worker = worker
         self._opener = opener
-        self._file_mode = file_mode
+        self._permissions = permissions
         self.notifier: Notifier | None = None
         self._opening: dict[str, int] = {}
         self._aside: dict[str, list[Future[None]]] = {}  # databases that are being made active by the opener
         self._lock = threading.Lock()
+        self.clear_name: Callable[[str], None] = lambda name: None
+        """A database has come to be: files of other kinds that have its name must make room."""
         self.names_wait: Callable[[], bool] = lambda: False
         """Whether requests about names may wait for the worker, which must then not resolve any."""
         self._stopped = False  # the mount is about to go: no database is made active any more
@@ -101,7 +103,7 @@ class Apply:
 
     def _open(self, database: Database) -> SharedWal:
         """With the -wal and -shm that are there, if any. What they make of the database must be what the log says."""
-        replica = SharedWal(database.files, database.page_size, database.commit, self._file_mode)
+        replica = SharedWal(database.files, database.page_size, database.commit, self._permissions.mode)
         replica.open()
         known = database.file_sums_expected()
         if replica.mx_frame and (replica.commit != len(known) or replica.differing(known)):
@@ -294,6 +296,8 @@ class Apply:
 
     def forget_names(self, database: Database) -> None:
         """A database came, went or has another file. When it counts as there, or as gone."""
+        if database.exists:
+            self.clear_name(database.name)
         if self.notifier is not None:
             for suffix in ("", *SUFFIXES):
                 self.notifier.changed(database.name + suffix)
@@ -302,7 +306,7 @@ class Apply:
         """The first state of a database that is not here: written aside, then given its name."""
         with Building(database) as building:
             building.write(Reader(entry.chunks()), entry.header())
-            building.publish(self._file_mode)
+            building.publish(self._permissions)
 
     def _change_page_size(self, database: Database, header: Header, entry: LogEntry) -> None:
         """Another page size: the entry holds every page. Needs a moment without readers; after some seconds of waiting
@@ -349,7 +353,7 @@ class Apply:
         if database.replica is not None:  # its WAL need not be in the old file: the log has what it holds
             database.replica.close()
             database.replica = None
-        building.publish(self._file_mode)
+        building.publish(self._permissions)
 
     def let_go(self, database: Database) -> None:
         """Close the live WAL; what it holds is checkpointed where readers allow."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import sync_folder, write_at
+from pylitefs.engine.files import Permissions, sync_folder, write_at
 from pylitefs.formats.ltx.format import Header
 from pylitefs.ports import FileKind
 
@@ -29,8 +29,8 @@ class Building:
         """After it nothing that `publish` does needs room on the disk."""
         os.fsync(self.fd)
 
-    def publish(self, mode: int) -> None:
-        os.fchmod(self.fd, mode)
+    def publish(self, permissions: Permissions) -> None:
+        permissions.give(self.fd)
         self.sync()
         files = self._database.files
         for kind in (FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):

@@ -77,6 +77,22 @@ class DatabaseFiles:
         return os.path.join(self.folder, "lost")
 
 
+@dataclass(frozen=True)
+class Permissions:
+    """Of database files: `fuse.mode`, `fuse.uid`, `fuse.gid` of this node."""
+
+    mode: int = 0o666
+    uid: int | None = None
+    gid: int | None = None
+
+    def give(self, file: str | int) -> None:
+        """To a file, by its path or descriptor. As far as we may: no OSError."""
+        with contextlib.suppress(OSError):
+            os.chmod(file, self.mode)
+            if self.uid is not None or self.gid is not None:
+                os.chown(file, -1 if self.uid is None else self.uid, -1 if self.gid is None else self.gid)
+
+
 def sync_folder(path: str) -> None:
     """Make names created or removed in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

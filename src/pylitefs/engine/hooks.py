@@ -19,9 +19,10 @@ from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_file, sync_folder
 from pylitefs.engine.page_checksums import stamp
-from pylitefs.engine.rollback_capture import journal_in_use
+from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.store import Store
 from pylitefs.errors import FormatError
+from pylitefs.formats.names import problem_of, shown
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader, is_sqlite
 from pylitefs.ports import SIDE_KINDS, VIRTUAL_KINDS, FileKind, FileRef, LockOpening, Then
 
@@ -337,8 +338,11 @@ class EngineHooks(CommitHooks):
         if kinds & VIRTUAL_KINDS or kinds & SIDE_KINDS:
             then(PermissionError(errno.EPERM, f"{old.name} -> {new.name}"))
             return
-        if FileKind.DATABASE not in kinds and not self._store.is_plain_database(old.name):
+        if FileKind.DATABASE not in kinds and not is_complete_database(self._plain(old.name)):
             then(None)
+            return
+        if old.kind is FileKind.DATABASE and (problem := problem_of(new.name)) is not None:
+            then(OSError(errno.EINVAL, f"{shown(new.name)}: {problem}"))
             return
         involved = [database for name in (old.name, new.name) if (database := self._store.get(name)) is not None]
         if not self._may_make or not all(database.may_commit for database in involved):

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
 from pylitefs.engine.lost import write_info
-from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, NAME_BYTES, Registry
+from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, was_moved
-from pylitefs.engine.rollback_capture import is_complete_database
 from pylitefs.engine.transaction import Change
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG
+from pylitefs.formats.names import MAX_FILE_NAME, shown
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef
 
 log = logging.getLogger("litefs.store")
@@ -157,7 +157,7 @@ class Naming:
                     os.unlink(plain)
                 else:
                     self.keep_plain(name)
-            elif may_import and is_complete_database(plain) and self._registry.is_name(name):
+            elif self._registry.is_plain_database(name) and may_import:
                 self._remove_plain(name, self._link_to_database(name))
         for name in os.listdir(self._registry.plain_dir):
             for suffix, kind in SUFFIXES.items():
@@ -314,6 +314,15 @@ class Naming:
                 os.rename(path, plain)
                 os.unlink(path)  # where both were names of one file rename(2) has done nothing
 
+    def clear_name(self, name: str) -> None:
+        """A database was made by what another node sent: plain files with its names, or those of its files, make
+        room."""
+        for suffix in SUFFIX_OF.values():
+            try:
+                self.keep_plain(name + suffix)
+            except OSError as error:  # it is hidden, and not lost
+                log.warning("%s: a file of this name was here already: %s", shown(name + suffix), error)
+
     def keep_plain(self, name: str) -> None:
         """A plain file has the name of a database, which comes first: an empty one goes, another one gets a name of its
         own. Raises OSError."""
@@ -324,11 +333,11 @@ class Naming:
                 return
             for number in itertools.count(1):
                 ending = f".local-{number}"
-                kept = os.fsdecode(os.fsencode(name)[: NAME_BYTES - len(ending)]) + ending
+                kept = os.fsdecode(os.fsencode(name)[: MAX_FILE_NAME - len(ending)]) + ending
                 if not os.path.lexists(self._registry.plain_path(kept)):
                     break
             os.rename(plain, self._registry.plain_path(kept))
-            log.warning("%s: a file of this name was here already: it is %s now", name, kept)
+            log.warning("%s: a file of this name was here already: it is %s now", shown(name), shown(kept))
             self._tell(kept)
 
     def set_aside(self, name: str, reason: str) -> None:

@@ -8,6 +8,7 @@ DATA/files/NAME          plain files: local, not replicated
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -21,19 +22,21 @@ from pylitefs.engine.capture import Capture
 from pylitefs.engine.database import Database
 from pylitefs.engine.epochs import FIRST, SeenEpoch
 from pylitefs.engine.fence import Fence
-from pylitefs.engine.files import DatabaseFiles, publish_file
+from pylitefs.engine.files import DatabaseFiles, Permissions, publish_file
 from pylitefs.engine.marker import Marker
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.rollback_capture import is_complete_database
 from pylitefs.engine.services import StoreServices
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError
-from pylitefs.events import EventBus
-from pylitefs.ports import SUFFIXES, CommitGate, LockFiles, Notifier
+from pylitefs.events import Event, EventBus
+from pylitefs.formats.names import problem_of, shown
+from pylitefs.ports import CommitGate, LockFiles, Notifier
+
+log = logging.getLogger("litefs.store")
 
 _CLUSTER_ID = re.compile(r"LFSC[0-9A-F]{16}")
 DEFAULT_PAGE_SIZE = 4096
-NAME_BYTES = 255  # of a file name
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ class Registry:
         self.worker = Worker()
         self.opener = Opener()
         self.capture = Capture(self.worker, self.opener)
-        self.apply = Apply(self.worker, self.opener, options.file_mode)
+        self.permissions = Permissions(options.file_mode, options.uid, options.gid)
+        self.apply = Apply(self.worker, self.opener, self.permissions)
         self.apply.names_wait = lambda: self.captures_any
         self.lock = threading.RLock()
         self.databases: dict[str, Database] = {}
         self.cluster_id: str | None = None
         self._has_databases = False
+        self._not_replicated: dict[str, str] = {}
         self.notifier: Notifier | None = None
         self.mount_dir: str | None = None
         self.passthrough = True
@@ -97,17 +102,26 @@ class Registry:
 
     # -- names -------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def is_name(name: str) -> bool:
-        return (
-            0 < len(os.fsencode(name)) <= 255 - len("-journal")
-            and name not in (".", "..", ".primary", ".lag")
-            and not any(c == "/" or ord(c) < 32 for c in name)
-            and not name.endswith(tuple(SUFFIXES))
-        )
-
     def is_plain_database(self, name: str) -> bool:
-        return self.is_name(name) and is_complete_database(self.plain_path(name))
+        """Whether a plain file is a whole database that is to be taken over. One that cannot be, because of its name,
+        is told of."""
+        if not is_complete_database(self.plain_path(name)):
+            return False
+        problem = problem_of(name)
+        if problem is None:
+            return True
+        if self._not_replicated.get(name) != problem:
+            self._not_replicated[name] = problem
+            log.error("%s is not replicated: %s", shown(name), problem)
+            self.events.emit(Event("notReplicated", name, {"reason": problem}))
+        return False
+
+    def not_replicated(self) -> dict[str, str]:
+        """Databases in the mount that are not replicated because of their names, and why. Any thread."""
+        for name in list(self._not_replicated):
+            if not is_complete_database(self.plain_path(name)):
+                self._not_replicated.pop(name, None)
+        return dict(self._not_replicated)
 
     def files_of(self, name: str) -> DatabaseFiles:
         return DatabaseFiles(name, os.path.join(self.databases_dir, name), self.mount_dir, self.passthrough)
@@ -126,8 +140,8 @@ class Registry:
         with self.lock:
             database = self.databases.get(name)
             if database is None:
-                if not self.is_name(name):
-                    raise FormatError(f"not a database name: {name[:80]!r}")
+                if (problem := problem_of(name)) is not None:
+                    raise FormatError(f"not a database name: {name[:80]!a}: {problem}")
                 database = Database(name, self.files_of(name), self.events)
                 database.serve_by(self._services)
                 database.captures, database.fence = self.is_primary, self.fence
@@ -158,11 +172,7 @@ class Registry:
 
     def set_owner(self, path: str) -> None:
         """Permissions of a database file, by `fuse.mode`, `fuse.uid` and `fuse.gid`."""
-        with contextlib.suppress(OSError):
-            os.chmod(path, self.options.file_mode)
-            if self.options.uid is not None or self.options.gid is not None:
-                os.chown(path, -1 if self.options.uid is None else self.options.uid,
-                         -1 if self.options.gid is None else self.options.gid)  # fmt: skip
+        self.permissions.give(path)
 
     @property
     def captures_any(self) -> bool:

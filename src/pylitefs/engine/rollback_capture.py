@@ -11,6 +11,7 @@ A handle that was opened with passthrough (in WAL mode) and now writes in rollba
 
 from __future__ import annotations
 
+import errno
 import os
 
 import numpy as np
@@ -102,8 +103,10 @@ def journal_head(path: str) -> bytes:
     """The first 28 bytes of a journal; empty if there is none."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return b""
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # of a file whose name leaves no room for "-journal"
+            return b""
+        raise
     try:
         return os.pread(fd, _HEADER_BYTES, 0)
     finally:

@@ -29,9 +29,11 @@ class Shown:
             if name.endswith(suffix):
                 database = self._store.get(name[: -len(suffix)])
                 if database is not None and database.exists:
-                    path = database.files.backing(kind) if kind in SIDE_KINDS else None
-                    return FileRef(name, kind, database.name, path)
-        return FileRef(name, FileKind.PLAIN, None, os.path.join(self._store.plain_dir, name))
+                    if kind in SIDE_KINDS:
+                        return FileRef(name, kind, database.name, database.files.backing(kind))
+                    if not os.path.lexists(self._store.plain_path(name)):  # a user's own file comes first
+                        return FileRef(name, kind, database.name, None)
+        return FileRef(name, FileKind.PLAIN, None, self._store.plain_path(name))
 
     def names(self) -> list[str]:
         found = [".lag"]
@@ -44,7 +46,7 @@ class Shown:
             for suffix, kind in SUFFIXES.items():
                 if kind in SIDE_KINDS and os.path.exists(database.files.backing(kind)):
                     found.append(name + suffix)
-        return found + os.listdir(self._store.plain_dir)
+        return list(dict.fromkeys(found + os.listdir(self._store.plain_dir)))
 
     def virtual_size(self, ref: FileRef) -> int | None:
         if ref.kind is FileKind.POSITION:

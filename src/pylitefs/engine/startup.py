@@ -23,6 +23,7 @@ from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.errors import FormatError, LitefsError, PositionMismatch, Unavailable
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
+from pylitefs.formats.names import is_database_name, shown
 from pylitefs.ports import SUFFIXES
 
 log = logging.getLogger("litefs.store")
@@ -69,15 +70,14 @@ class Startup:
         names = self._prepare()
         released_by_s = time.monotonic() + (_RELEASE_S if self.started_unclean else 0.0)
         for name in names:
-            if self._registry.is_name(name):
+            if is_database_name(name):
                 database = self._registry.get_or_create(name)
                 while is_in_use(database.files) and time.monotonic() < released_by_s:
                     time.sleep(_RELEASE_LOOK_S)
                 self._load_one(database)
             else:
-                log.warning(
-                    "%s: not a name for a database, left alone", os.path.join(self._registry.databases_dir, name)
-                )
+                folder = os.path.join(self._registry.databases_dir, name)
+                log.warning("%s: not a name for a database, left alone", shown(folder))
 
     def _load_one(self, database: Database) -> bool:
         """True unless it has to be tried again: an old process still holds its files, or the disk fails."""

@@ -48,6 +48,7 @@ class Store(Registry):
         super().__init__(data_dir, events, options)
         self.naming = Naming(self)
         self.capture.emptied = self.naming.emptied
+        self.apply.clear_name = self.naming.clear_name
         self._startup = Startup(self, self.naming)
         self.is_closing = False  # see `close_doors`
         self.primary_hostname: str | None = None

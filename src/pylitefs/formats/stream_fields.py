@@ -3,7 +3,7 @@
     u8 u16 u32 u64   big-endian                          flag      u8, 0 or 1
     text             varint length, then UTF-8           position  u64 txid, u64 checksum, u64 epoch
     list             varint count, then the items        rest      raw bytes up to the end of the message
-    name             text; a plain file name of 1 to 255 bytes: no slash, no NUL, neither "." nor ".."
+    name             varint length, then the bytes of a file name that a database can have (`formats.names`)
 
 A field is an annotated type: `Annotated[int, kind]`, whose `Kind` packs and reads it. Both directions check the same
 limits; a count or length is checked before anything is allocated. Anything wrong, also in packing: `FormatError`.
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeAlias, get_type_hints
 
 from pylitefs.errors import FormatError
-from pylitefs.formats.cursor import Cursor, pack_string, pack_uvarint
+from pylitefs.formats import names
+from pylitefs.formats.cursor import Cursor, pack_bytes, pack_uvarint
 from pylitefs.formats.ltx.format import HEADER_SIZE, TRAILER_SIZE, Position, is_page_size
 
 MAX_CHUNK: Final = 512 * 1024  # bytes of an LTX file in one message; a larger file is sent in pieces
-MAX_NAME: Final = 255  # bytes
 MAX_HOSTNAME: Final = 255
 MAX_CLUSTER_ID: Final = 64
 MAX_TEXT: Final = 1000
@@ -93,16 +93,13 @@ def number(size: int, low: int = 0, high: int | None = None) -> Kind:
 
 
 def text(limit: int) -> Kind:
-    """At most `limit` bytes of UTF-8."""
+    """At most `limit` bytes of UTF-8. What cannot be written so, as in a file name that is part of it, is escaped."""
 
     def pack(value: str) -> bytes:
-        try:
-            size = len(value.encode())
-        except UnicodeEncodeError:
-            raise FormatError(f"not a text in UTF-8: {value[:80]!a}") from None
-        if size > limit:
-            raise FormatError(f"a text of {size} bytes, at most {limit} are allowed")
-        return pack_string(value)
+        raw = value.encode("utf-8", "backslashreplace")
+        if len(raw) > limit:
+            raise FormatError(f"a text of {len(raw)} bytes, at most {limit} are allowed")
+        return pack_bytes(raw)
 
     return Kind(pack, lambda cursor: cursor.string(limit))
 
@@ -158,17 +155,8 @@ def rest(limit: int, unit: int = 1, least: int = 1) -> Kind:
     return Kind(pack, lambda cursor: cursor.take(check(cursor.remaining)))
 
 
-def is_database_name(name: str) -> bool:
-    """Whether a database of this name can be replicated: a plain file name in UTF-8."""
-    try:
-        _NAME.pack(name)
-    except FormatError:
-        return False
-    return True
-
-
 def _check_name(name: str) -> str:
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
+    if not names.is_database_name(name):
         raise FormatError(f"not a database name: {name[:80]!a}")
     return name
 
@@ -186,8 +174,10 @@ def _read_flag(cursor: Cursor) -> bool:
     return bool(value)
 
 
-_RAW_NAME: Final = text(MAX_NAME)
-_NAME: Final = Kind(lambda name: _RAW_NAME.pack(_check_name(name)), lambda cursor: _check_name(_RAW_NAME.read(cursor)))
+_NAME: Final = Kind(
+    lambda name: pack_bytes(names.to_bytes(_check_name(name))),
+    lambda cursor: _check_name(names.from_bytes(cursor.bytes(names.MAX_NAME))),
+)
 _U32: Final = number(4)
 _U64: Final = number(8)
 _POSITION: Final = Kind(

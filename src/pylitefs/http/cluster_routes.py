@@ -43,6 +43,7 @@ from pylitefs.http.health import Health, Ping
 from pylitefs.http.queries import (
     checked_name,
     flag,
+    name_in,
     optional_node_id,
     optional_txid,
     parse_epoch,
@@ -136,7 +137,7 @@ class ClusterRoutes:
     # --- positions ---------------------------------------------------------------------------------------------------
 
     async def sync(self, request: web.Request) -> web.Response:
-        name = checked_name(request.query.get("db"), "db")
+        name = checked_name(name_in(request.rel_url.raw_query_string, "db"), "db")
         txid = optional_txid(request.query)
         limit_s = timeout_s(request.query, SYNC_TIMEOUT_S, MAX_TIMEOUT_S)
         late = f'"{name}" has not reached that position within {limit_s:g} s: see the lag in litefs status'
@@ -145,7 +146,7 @@ class ClusterRoutes:
         return json_answer(position_answer(name, position))
 
     async def position(self, request: web.Request) -> web.Response:
-        name = checked_name(request.query.get("db"), "db")
+        name = checked_name(name_in(request.rel_url.raw_query_string, "db"), "db")
         limit_s = timeout_s(request.query, POSITION_TIMEOUT_S, MAX_TIMEOUT_S)
         late = f'no position of "{name}" within {limit_s:g} s: this node is busy, or cannot renew its lease'
         with _Counted(self):

@@ -92,7 +92,7 @@ def _unanswered(request: web.Request) -> web.StreamResponse:
 
 def status_and_text(error: BaseException) -> tuple[int, str]:
     """The answer to a request that failed with `error`."""
-    text = " ".join(str(error).split())[:_MAX_LINE]
+    text = " ".join(_printable(str(error)).split())[:_MAX_LINE]
     if isinstance(error, HttpProblem):
         return error.status, text
     for kind, status in STATUS_OF_ERROR:
@@ -101,6 +101,11 @@ def status_and_text(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return _OF_FULL_DISK, f"the disk of this node is full: {error.strerror}"
     return 500, "internal error: see the log of this node"
+
+
+def _printable(text: str) -> str:
+    """Without the surrogates of file names."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _headers(error: BaseException) -> dict[str, str]:

@@ -24,7 +24,7 @@ from pylitefs.cluster.tasks import blocking
 from pylitefs.errors import Ineligible, NotPrimary, UsageError
 from pylitefs.formats.ltx.format import Position
 from pylitefs.http.cluster_documents import halt_document, position_answer
-from pylitefs.http.queries import checked_name, parse_epoch, parse_lock_id, parse_node_id
+from pylitefs.http.queries import checked_name, name_in, parse_epoch, parse_lock_id, parse_node_id
 from pylitefs.http.route import Route, json_answer
 from pylitefs.http.transfers import check_size, read_chunk, temporary_file, write_all
 from pylitefs.http.waiting import Waiting
@@ -99,7 +99,7 @@ class HaltRoutes:
 
     def _lock_of(self, request: web.Request, key: str) -> tuple[str, int, int]:
         """(database, lock id, caller) of a request, whose epoch must be ours."""
-        name = checked_name(request.query.get("name"))
+        name = checked_name(name_in(request.rel_url.raw_query_string))
         lock_id = parse_lock_id(request.query, key)
         caller = parse_node_id(request.headers.get(ID_HEADER), ID_HEADER)
         if caller == self._node_id:

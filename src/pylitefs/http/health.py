@@ -25,7 +25,7 @@ from pylitefs.cluster.control import ClusterView, Control
 from pylitefs.cluster.election import lag
 from pylitefs.errors import LitefsError
 from pylitefs.http.errors import Handler, status_and_text
-from pylitefs.http.queries import LagLimit, checked_name, lag_limits
+from pylitefs.http.queries import LagLimit, checked_name, lag_limits, name_in
 from pylitefs.http.route import Route
 from pylitefs.status import FencedStoreView, NodeInfo
 
@@ -90,7 +90,8 @@ class Health:
     def _handler(self, check: Check) -> Handler:
         async def answer(request: web.Request) -> web.Response:
             try:
-                name = checked_name(request.query["db"], "db") if "db" in request.query else None
+                name = name_in(request.rel_url.raw_query_string, "db")
+                name = None if name is None else checked_name(name, "db")
                 limits = lag_limits(request.query.getall("lag", []))
                 if name is not None and (problem := self._database_problem(name)):
                     status, text = problem

@@ -14,16 +14,18 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import IO, Any
+from urllib.parse import urlencode
 
 import aiohttp
 
 from pylitefs.cluster.control import HaltLock, MemberView
 from pylitefs.errors import DatabaseNotFound, Ineligible, NotPrimary, Unavailable
 from pylitefs.formats.ltx.format import Position
+from pylitefs.formats.names import is_database_name
 from pylitefs.http.cluster_documents import members_from
 from pylitefs.http.errors import PRIMARY_HEADER
 from pylitefs.http.halts import EPOCH_HEADER, ID_HEADER
-from pylitefs.http.queries import MAX_LOCK_ID, MAX_NAME_BYTES
+from pylitefs.http.queries import MAX_LOCK_ID
 from pylitefs.http.replication import plain_error
 
 MAX_ANSWER_BYTES = 8 << 20
@@ -197,8 +199,9 @@ class Peers:
         headers: Mapping[str, str],
         data: bytes | IO[bytes] | None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        target = f"{url}?{urlencode(query, errors='surrogateescape')}"
         async with self._session.request(
-            method, url, params=query, headers=headers, data=data, allow_redirects=False
+            method, target, headers=headers, data=data, allow_redirects=False
         ) as response:
             if "Content-Encoding" in response.headers:
                 raise ValueError("its answer is compressed, which was not asked for")
@@ -277,7 +280,7 @@ def _is_position_entry(item: tuple[object, object]) -> bool:
     name, value = item
     return (
         isinstance(name, str)
-        and 0 < len(name) <= MAX_NAME_BYTES
+        and is_database_name(name)
         and isinstance(value, list)
         and len(value) == 2
         and all(map(_is_number, value))

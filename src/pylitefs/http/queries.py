@@ -1,6 +1,6 @@
 """The query parameters of requests. Pure; what is wrong is a UsageError that says what was expected.
 
-db, name       a database's name
+db, name       a database's name, percent-encoded by its bytes (`formats.names`)
 lag            how far behind is near enough: "10s", "500ms" (Go's form), or "100tx", transactions; may be repeated
 nodeID         up to 16 hex digits, not 0
 txid           up to 16 hex digits
@@ -15,13 +15,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import parse_qsl
 
 from pylitefs.config_values import ValueProblem, format_duration, parse_duration_s
 from pylitefs.errors import UsageError
+from pylitefs.formats.names import is_database_name
 
-MAX_NAME_BYTES = 255 - len("-journal")  # its journal is a file name too
 MAX_LOCK_ID = (1 << 63) - 1
 MAX_LIMITS = 8
+MAX_FIELDS = 100
 _MAX_SHOWN = 80  # characters of what was sent
 _HEX = re.compile(r"[0-9a-fA-F]{1,16}")
 _TRANSACTIONS = re.compile(r"([0-9]{1,18})tx")
@@ -46,18 +48,19 @@ def checked_name(name: str | None, key: str = "name") -> str:
     """The database name of a request. Raises UsageError for one that could not be a database's."""
     if not name:
         raise UsageError(f"name required: add ?{key}=DATABASE")
-    try:
-        size_bytes = len(name.encode())
-    except UnicodeEncodeError:
-        size_bytes = 0
-    if (
-        not 1 <= size_bytes <= MAX_NAME_BYTES
-        or name in (".", "..")
-        or "/" in name
-        or any(ord(character) < 32 or ord(character) == 127 for character in name)
-    ):
+    if not is_database_name(name):
         raise UsageError(f"not the name of a database: {_shown(name)}")
     return name
+
+
+def name_in(raw_query: str, key: str = "name") -> str | None:
+    """The database name in a query string as it came; None if there is none. (What the server has decoded already has
+    lost the bytes that are not UTF-8.)"""
+    try:
+        found = parse_qsl(raw_query, keep_blank_values=True, errors="surrogateescape", max_num_fields=MAX_FIELDS)
+    except ValueError:
+        raise UsageError(f"more than {MAX_FIELDS} parameters") from None
+    return next((value for name, value in found if name == key), None)
 
 
 def lag_limits(texts: Sequence[str]) -> tuple[LagLimit, ...]:

@@ -25,7 +25,7 @@ from aiohttp import web
 from pylitefs.errors import DatabaseNotFound, FormatError, NotADatabase, ReadOnlyReplica, Unavailable
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
 from pylitefs.http.errors import HttpProblem
-from pylitefs.http.queries import checked_name
+from pylitefs.http.queries import checked_name, name_in
 from pylitefs.status import StoreView
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Transfers:
     # --- export ------------------------------------------------------------------------------------------------------
 
     async def export(self, request: web.Request) -> web.StreamResponse:
-        name = checked_name(request.query.get("name"))
+        name = checked_name(name_in(request.rel_url.raw_query_string))
         async with self._slots:
             fd, position = await self._in_thread(self._copy, name)
             try:
@@ -110,7 +110,7 @@ class Transfers:
     # --- import ------------------------------------------------------------------------------------------------------
 
     async def import_(self, request: web.Request) -> web.StreamResponse:
-        name = checked_name(request.query.get("name"))
+        name = checked_name(name_in(request.rel_url.raw_query_string))
         if not self._store.is_primary:
             raise ReadOnlyReplica
         self._check_size(request.content_length or 0)

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from pylitefs import __version__
 from pylitefs.events import Event
+from pylitefs.formats.names import shown
 from pylitefs.status import ClusterNumbers, Replicas, StoreView, lag_txids
 
 _LATENCY_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
@@ -207,7 +208,7 @@ class _StateCollector(Collector):
             if database is None:
                 continue
             committed, latency_s = self._counted.read(name)
-            label = [name.encode("utf-8", "replace").decode()]  # surrogates of undecodable file names
+            label = [shown(name)]
             values: list[tuple[_Labelled, float]] = [
                 (txid, database.position.txid),
                 (count, database.log.count),

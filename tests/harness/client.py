@@ -3,9 +3,15 @@
     client.py write MOUNT NODE DATABASE full|normal PAUSE_MS HISTORY [REFUSED_MS]
     client.py halt  MOUNT NODE DATABASE full|normal PAUSE_MS HISTORY [REFUSED_MS]
     client.py read  MOUNT NODE DATABASE ro|rw       PAUSE_MS HISTORY
+    client.py open  MOUNT NODE DATABASE ro|rw       PAUSE_MS HISTORY
+    client.py keep  MOUNT NODE DATABASE ro|rw       PAUSE_MS HISTORY
 
 `halt` writes under the HALT lock of the database, wherever it runs, as with LiteFS's libraries: the lock, a connection,
-a few commits, and both closed. A reader opens the database as it is told.
+a few commits, and both closed. A reader opens the database as it is told, and stays. `open` opens it anew for each
+look, so that there is one at every moment of whatever happens; `keep` holds its read transaction for seconds, and looks
+twice. All that read do so in one transaction, with an integrity check now and then.
+
+A `journal` of "stay" is that of a writer that takes the database as it finds it, and does not choose a journal mode.
 
 PAUSE_MS is the pause after each commit or read, REFUSED_MS the one after a node has refused.
 
@@ -22,6 +28,8 @@ import contextlib
 import fcntl
 import json
 import os
+import random
+import re
 import select
 import sqlite3
 import sys
@@ -30,13 +38,26 @@ from pathlib import Path
 from typing import Any
 
 TABLE = "log"
-SCHEMA = f"create table {TABLE}(seq integer primary key autoincrement, value text not null, payload blob)"
+PADS = 40
+SCHEMA = f"""
+    create table {TABLE}(seq integer primary key autoincrement, value text not null unique, payload blob);
+    create table total(n integer);
+    insert into total values (0);
+    create trigger counted after insert on {TABLE} begin update total set n = n + 1; end;
+    create table pad(id integer primary key, filler blob);
+    with recursive number(i) as (select 1 union all select i + 1 from number limit {PADS})
+    insert into pad select i, randomblob(900) from number;
+"""
 BUSY_S = 0.3
 REFUSED_MS = "30"
 LOOK_S = 0.5
 HALT_BYTE = 72
 PAYLOAD = b"\xa5" * 200
 UNDER_ONE_LOCK = 5
+WIDE = 0.1  # of the transactions: many pages
+CHECKED = 0.3  # of the looks: with an integrity check
+UNREAD = re.compile(r"unable to get the page\. error code=(\d+)")
+KEPT_S = {True: 5.0, False: 0.4}  # the longest read transaction of `keep`, in WAL mode and where it keeps writers out
 
 
 class Client:
@@ -95,7 +116,7 @@ class Client:
     def choose_journal(self, connection: sqlite3.Connection) -> None:
         """Only WAL is kept in the file: PERSIST and TRUNCATE every connection has to choose. One that may not write,
         or on a node where the database is still in WAL mode because others have it open, is refused."""
-        if self.journal != "wal":
+        if self.journal not in ("wal", "stay"):
             with contextlib.suppress(sqlite3.OperationalError):
                 connection.execute(f"pragma journal_mode={self.journal}").fetchone()
 
@@ -129,6 +150,8 @@ def append(client: Client, value: str) -> bool:
         connection = client.connect()
         connection.execute("begin immediate")
         connection.execute(f"insert into {TABLE}(value, payload) values (?, ?)", (value, PAYLOAD))
+        if random.random() < WIDE:
+            connection.execute("update pad set filler = randomblob(900) where id % 3 = ?", (random.randrange(3),))
     except (sqlite3.Error, OSError):
         client.disconnect()
         return False
@@ -169,27 +192,91 @@ def halt(client: Client) -> None:
             client.note(f"close: {error}")
 
 
-def read(client: Client) -> None:
-    before: list[str] = []
-    while client.goes_on(client.pause_s):
-        start_s = time.monotonic()
+def look(client: Client, connection: sqlite3.Connection) -> tuple[list[str], list[str]]:
+    """In the transaction that is open: all values, and what cannot be."""
+    found = [value for (value,) in connection.execute(f"select value from {TABLE} order by seq")]
+    wrong = []
+    (total,) = connection.execute("select n from total").fetchone()
+    if total != len(found):
+        wrong.append(f"{len(found)} values, and a total of {total}")
+    if random.random() < CHECKED:
+        text = "; ".join(text for (text,) in connection.execute("pragma integrity_check(3)"))
+        failed = UNREAD.search(text)  # it tells of an I/O error as of damage
+        if text != "ok" and not (failed and int(failed[1]) & 0xFF == sqlite3.SQLITE_IOERR):
+            wrong.append(text)
+    return found, wrong
+
+
+class Reader:
+    """Looks, and writes down what has changed since it looked last."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.before: list[str] = []
+
+    def look(self, kept_s: float = 0.0) -> None:
+        """One read transaction; held for so long, and then looked at again."""
+        client, start_s = self.client, time.monotonic()
         try:
-            found = [value for (value,) in client.connect().execute(f"select value from {TABLE} order by seq")]
-        except (sqlite3.Error, OSError):
+            connection = client.connect()
+            connection.execute("begin")
+            found, wrong = look(client, connection)
+            self._record(found, wrong, start_s)
+            if kept_s:
+                client.goes_on(kept_s)
+                again, wrong = look(client, connection)
+                if again != found:
+                    wrong.append(f"the snapshot moved: {len(found)} values, then {len(again)}")
+                self._torn(wrong, start_s)
+            connection.execute("commit")
+        except sqlite3.DatabaseError as error:
             client.disconnect()
-            continue
+            if error.sqlite_errorname.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "no such table" in str(error):
+                self._torn([str(error)], start_s)
+        except OSError:
+            client.disconnect()
+
+    def _record(self, found: list[str], wrong: list[str], start_s: float) -> None:
+        client, before = self.client, self.before
         keep = len(before) if found[: len(before)] == before else 0
         while keep < min(len(before), len(found)) and found[keep] == before[keep]:
             keep += 1
         client.record(
             "read", t0=start_s, reader=client.name, node=client.node, db=client.db, keep=keep, new=found[keep:]
         )
-        before = found
+        self.before = found
+        self._torn(wrong, start_s)
+
+    def _torn(self, wrong: list[str], start_s: float) -> None:
+        client = self.client
+        for text in wrong:
+            client.record("torn", t0=start_s, reader=client.name, node=client.node, db=client.db, text=text[:300])
+
+
+def read(client: Client) -> None:
+    reader = Reader(client)
+    while client.goes_on(client.pause_s):
+        reader.look()
+
+
+def open_again(client: Client) -> None:
+    reader = Reader(client)
+    while client.goes_on(client.pause_s):
+        reader.look()
+        client.disconnect()
+
+
+def keep(client: Client) -> None:
+    reader = Reader(client)
+    while client.goes_on(client.pause_s):
+        reader.look(random.random() * KEPT_S[client.journal == "wal"])
+        if random.random() < 0.3:
+            client.disconnect()
 
 
 def main() -> None:
     client = Client(*sys.argv[2:])
-    {"write": write, "halt": halt, "read": read}[sys.argv[1]](client)
+    {"write": write, "halt": halt, "read": read, "open": open_again, "keep": keep}[sys.argv[1]](client)
     client.disconnect()
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import random
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -34,6 +36,7 @@ from harness.branches import lost_values
 from harness.history import History, Outcome
 from harness.network import Network
 from harness.nodes import Member, wait_for
+from harness.silent import content
 
 CLIENT = Path(__file__).with_name("client.py")
 ENGINES = ("etcd", "consul", "directory", "s3", "kubernetes")
@@ -50,7 +53,10 @@ NORMAL_DB = {"normal.db": ("wal", "normal")}
 DELETE_DB = {"delete.db": ("delete", "full")}
 PERSIST_DB = {"persist.db": ("persist", "full")}
 TRUNCATE_DB = {"truncate.db": ("truncate", "full")}
+ROLLBACK_DB = {"rollback.db": ("delete", "normal")}  # counts as FULL, in whatever mode it is shown
+MIXED_DB = {"mixed.db": ("wal", "mixed")}  # writers with FULL beside writers with NORMAL
 ALL_DBS = FULL_DB | NORMAL_DB | DELETE_DB
+SILENT_S = 20.0  # by when all nodes must have the last commit, with nobody asking
 
 
 class HaCluster(Cluster):
@@ -85,6 +91,7 @@ class HaCluster(Cluster):
         self._stack = ExitStack()
         self.clients = Clients(base / "history")
         self.forgetful: set[str] = set()
+        self._pause_ms, self._halts, self._watched = 10.0, False, False
 
     # -- what there is
 
@@ -179,7 +186,7 @@ class HaCluster(Cluster):
         try:
             mode = connection.execute(f"pragma journal_mode={journal}").fetchone()[0]
             assert mode == journal, f"{name}: journal mode {mode} instead of {journal}"
-            connection.execute(SCHEMA)
+            connection.executescript(SCHEMA)
         finally:
             connection.close()
 
@@ -241,7 +248,7 @@ class HaCluster(Cluster):
             self.clients.end_on(member)
         for name, (journal, synchronous) in self.databases.items():
             returns = journal == "delete" and not self.sync  # the journal may come back, as natively
-            if returns or synchronous != "full":
+            if returns or (synchronous != "full" and journal == "wal"):
                 self.forgetful.add(name)
 
     def plug_in(self, members: Iterable[Member]) -> None:
@@ -261,10 +268,12 @@ class HaCluster(Cluster):
     # -- clients
 
     @contextlib.contextmanager
-    def workload(self, pause_ms: float = 10.0, halts: bool = False) -> Iterator[Clients]:
+    def workload(self, pause_ms: float = 10.0, halts: bool = False, watched: bool = False) -> Iterator[Clients]:
         """On every node a writer and a reader of each database, with `halts` on one of them also a writer that takes
-        the HALT lock. They are stopped on exit, after healing."""
-        self._pause_ms, self._halts = pause_ms, halts
+        the HALT lock. With `watched` on every node readers, too, that open a database at every moment, and that hold
+        their read transactions; and half of the writers take a database in the journal mode in which they find it. They
+        are stopped on exit, after healing."""
+        self._pause_ms, self._halts, self._watched = pause_ms, halts, watched
         for member in self.members:
             self._work_on(member)
         self.clients.observe(self.members)
@@ -277,12 +286,65 @@ class HaCluster(Cluster):
     def _work_on(self, member: Member) -> None:
         number = self.members.index(member)
         for name, (journal, synchronous) in self.databases.items():
-            self.clients.start("write", member, name, synchronous, self._pause_ms, journal=journal)
+            chosen = "stay" if self._watched and number % 2 else journal
+            for one in ("full", "normal") if synchronous == "mixed" else (synchronous,):
+                self.clients.start("write", member, name, one, self._pause_ms, journal=chosen)
             self.clients.start("read", member, name, "rw" if number % 2 else "ro", 100.0)
             if self._halts and number == 1 and synchronous == "full":
                 self.clients.start("halt", member, name, synchronous, 500.0, 500.0)
 
+        if self._watched:
+            for number, name in enumerate(self.databases, self.members.index(member)):
+                # Each in turn: so many processes are too many for the machines that run the tests.
+                kind, pause_ms = (("open", 20.0), ("keep", 50.0))[number % 2]
+                self.clients.start(kind, member, name, "rw", pause_ms, journal=self.databases[name][0])
+
     # -- the end
+
+    def wait_silent(self, limit_s: float = SILENT_S) -> float:
+        """Until all that run have the same content in their data directories, without a word to them; how long it
+        took. AssertionError, with what they have when they are asked."""
+        start_s = time.monotonic()
+        while different := self._different():
+            if time.monotonic() - start_s > limit_s:
+                asked = {member.name: member.positions() for member in self.running()}
+                again = "all is the same then" if not self._different() else "and it is still different then"
+                raise AssertionError(f"SILENT not the same {limit_s:.0f} s after the last commit, with nobody asking: "
+                                     f"{different}; asked, they are at {asked}, {again}")  # fmt: skip
+            time.sleep(0.1)
+        return time.monotonic() - start_s
+
+    def _different(self) -> dict[str, dict[str, str]]:
+        found = {}
+        for name in self.databases:
+            there = {}
+            for member in self.running():
+                try:
+                    there[member.name] = content(member.data, name, self.base / "copy")
+                except (OSError, sqlite3.Error) as error:  # a checkpoint at this moment
+                    there[member.name] = f"{type(error).__name__} {error}"
+            if len(set(there.values())) > 1:
+                found[name] = there
+        return found
+
+    def hush(self, rounds: int, rng: random.Random) -> list[float]:
+        """So many times: a commit or a few on the primary, and silence until all nodes have it. How long each took."""
+        took_s = []
+        for number in range(rounds):
+            name = rng.choice(sorted(self.databases))
+            connection = self.primary().connect(name)
+            connection.execute(f"pragma synchronous={rng.choice(('full', 'normal'))}")
+            for one in range(rng.choice((1, 1, 1, 2, 20))):
+                self.clients.append(connection, f"hush.{number}.{one}.", name)
+            if rng.random() < 0.2:
+                connection.execute("pragma wal_checkpoint(passive)").fetchall()
+            closes = rng.random() < 0.5
+            if closes:
+                connection.close()
+            took_s.append(self.wait_silent())
+            if not closes:
+                connection.close()
+        return took_s
 
     def wait_settled(self, timeout_s: float = SETTLE_S) -> float:
         """Until one node takes writes and all that run are where it is."""
@@ -302,24 +364,36 @@ class HaCluster(Cluster):
     def outcome(self) -> Outcome:
         primary = self.primary()
         copies = {member.name: {name: member.copy(name) for name in self.databases} for member in self.running()}
-        fenced = frozenset(name for name, (_, synchronous) in self.databases.items() if synchronous == "full")
+        fenced = frozenset(
+            name for name, database in self.databases.items() if database != ("wal", "normal")
+        )
+        mixed = frozenset(name for name, (_, synchronous) in self.databases.items() if synchronous == "mixed")
         lost = {}
         for name in self.databases:
             values = self.clients.values(name)
             kept = lost_values([member.data for member in self.members], name, values)
             lost[name] = frozenset(values) if name in self.forgetful else kept
         durable = fenced if self.sync else frozenset()
-        return Outcome(primary.name, copies, lost, durable, fenced, fenced if self.clients.under_halt else frozenset())
+        awaited = fenced if self.clients.under_halt else frozenset()
+        return Outcome(primary.name, copies, lost, durable, fenced, awaited, mixed)
 
     def judge(self) -> tuple[History, Outcome]:
         """Heal, start what is dead, wait until all agree; then the checker must find nothing."""
         dead = [f"ENDED {member.name} by itself" for member in self.members if not member.runs and not member.ended]
         self.heal()
         self.revive()
+        self.wait_primary()
+        silent = []
+        try:
+            self.wait_silent()
+        except AssertionError as error:
+            silent.append(str(error))
         self.wait_settled()
         outcome = self.outcome()
         seen = self.clients.history()
-        problems = [*history.check(seen, outcome), *dead, *self.complaints()]
+        seen.downs = {member.name: member.killed_s for member in self.members}
+        seen.cuts = {member.name: member.cut_s for member in self.members}
+        problems = [*silent, *history.check(seen, outcome), *dead, *self.complaints()]
         assert not problems, "\n".join([f"{len(problems)} problems; histories in {self.clients.folder}", *problems])
         return seen, outcome
 
@@ -355,6 +429,14 @@ class Clients:
         words = [sys.executable, "-I", "-S", str(CLIENT), kind, str(member.mount), member.name, db, synchronous]
         words += [str(pause_ms), str(out), str(refused_ms), journal]
         self._processes.append(subprocess.Popen(words, stdin=subprocess.PIPE))
+
+    def append(self, connection: sqlite3.Connection, value: str, db: str) -> None:
+        """A commit of our own, that counts like the clients'."""
+        with open(self.folder / f"own-{db}", "a") as file:
+            named = {"node": "own", "db": db, "value": value}
+            file.write(json.dumps({"op": "invoke", "t": time.monotonic(), **named}) + "\n")
+            connection.execute("insert into log(value) values (?)", (value,))
+            file.write(json.dumps({"op": "ok", "t": time.monotonic(), "value": value}) + "\n")
 
     def end_on(self, member: Member) -> None:
         """Those of one node: its machine has lost its power."""

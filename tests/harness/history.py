@@ -7,6 +7,7 @@ Each line of a history file is a JSON object; times are CLOCK_MONOTONIC of the o
     {"op": "ok" | "fail" | "unknown", "t", "value"} its result; "fail" is certain. No result: unknown
     {"op": "read", "t0", "t", "reader", "node", "db", "keep", "new"}   a whole table, as the first `keep` values of what
                                                     the same reader read before, and `new`
+    {"op": "torn", "t0", "t", "reader", "node", "db", "text"}          what cannot be, seen in one read transaction
     {"op": "role", "t0", "t", "node", "primary", "epoch"}              what the node says of itself
 
 `check` returns what is wrong, one line each:
@@ -17,6 +18,9 @@ Each line of a history file is a JSON object; times are CLOCK_MONOTONIC of the o
     STRAY       a read is neither a prefix of the history as it finally is, nor such a prefix with a branch after it
                 that was kept in `lost/`, or, where commits wait for replicas, with one that was taken back
     BACK        a node showed less than before, and not because it left a branch
+    FLICKER     a node showed a value, then not, then again, whoever had read it there, with no power cut in between
+    DIRTY       a node showed a commit that had failed there and is not in the history, with no death of it in between
+    TORN        a read transaction saw what cannot be: a damaged index, a wrong count, or two states
     ORDER       a commit that was acknowledged before another one began comes after it
     STALE       a commit was acknowledged by a primary that another one had replaced, as its clients could tell
     SPLIT       two nodes were the primary of one epoch, or acknowledged commits in it
@@ -66,11 +70,24 @@ class Role:
     epoch: int
 
 
+@dataclass(frozen=True)
+class Torn:
+    node: str
+    db: str
+    end_s: float
+    text: str
+
+
 @dataclass
 class History:
+    """By node, and not from files: `downs`, when its daemon was killed, and `cuts`, when its machine lost its power."""
+
     writes: list[Write] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     roles: list[Role] = field(default_factory=list)
+    torn: list[Torn] = field(default_factory=list)
+    downs: dict[str, list[float]] = field(default_factory=dict)
+    cuts: dict[str, list[float]] = field(default_factory=dict)
 
     def acknowledged(self, db: str) -> list[Write]:
         return [write for write in self.writes if write.db == db and write.outcome == "ok"]
@@ -91,7 +108,8 @@ class Outcome:
     """`primary` names the node whose history counts. `copies`: by node, by database. `lost`: what is in branches that
     were kept, by database. `durable`: databases of which no acknowledged commit may be missing. `fenced`: those whose
     commits ask the daemon, so that a primary without a lease must not acknowledge any. `awaited`: those whose commits
-    may be on other nodes before they are answered."""
+    may be on other nodes before they are answered. `mixed`: databases with writers of either `synchronous`: what
+    is said of commits holds for those that are not NORMAL."""
 
     primary: str
     copies: Mapping[str, Mapping[str, Copy]]
@@ -99,6 +117,11 @@ class Outcome:
     durable: frozenset[str]
     fenced: frozenset[str] = frozenset()
     awaited: frozenset[str] = frozenset()
+    mixed: frozenset[str] = frozenset()
+
+    def counts(self, write: Write) -> bool:
+        """Whether what its database promises is promised for this commit."""
+        return write.db not in self.mixed or ".normal." not in write.value
 
     def may_be_taken_back(self, db: str) -> bool:
         return db in self.durable or db in self.awaited
@@ -131,6 +154,8 @@ def _parse_file(text: str, history: History) -> None:
             invoked[record["value"]] = record
         elif kind in ("ok", "fail", "unknown"):
             history.writes.append(_write(invoked.pop(record["value"]), at_s, kind))
+        elif kind == "torn":
+            history.torn.append(Torn(record["node"], record["db"], at_s, record["text"]))
         elif kind == "read":
             reader = record["reader"]
             values = last.get((reader, record["db"]), ())[: record["keep"]] + tuple(record["new"])
@@ -158,17 +183,26 @@ def check(history: History, outcome: Outcome) -> list[str]:
         lost = outcome.lost.get(db, frozenset())
         writes = [write for write in history.writes if write.db == db]
         reads = [read for read in history.reads if read.db == db]
+        unanswered = _unanswered(writes)
+        promised = [write for write in writes if outcome.counts(write)]
+        others = [write for write in writes if not outcome.counts(write)]
+        taken_back = unanswered | lost if db in outcome.mixed else unanswered
         found = [
-            *_lost(writes, final, lost, db in outcome.durable),
+            *_lost(promised, final, lost, db in outcome.durable),
+            *_lost(others, final, lost, False),
             *_twice(final, reads),
             *_invented(writes, final, reads, lost),
-            *_stray(reads, final, lost, _unanswered(writes) if outcome.may_be_taken_back(db) else frozenset()),
-            *_back(reads, final, _unanswered(writes) if db in outcome.durable else lost),
+            *_stray(reads, final, lost, unanswered if outcome.may_be_taken_back(db) else frozenset()),
+            *_back(reads, final, taken_back if db in outcome.durable else lost),
+            *_flicker(reads, history.cuts),
+            *(f"TORN read on {torn.node} at {torn.end_s:.3f} s: {torn.text}" for torn in history.torn if torn.db == db),
             *_order(writes, final),
         ]
+        if db in outcome.durable:
+            found += _dirty(promised, reads, final, history.downs)
         if db in outcome.fenced:
-            found += _stale(writes, epochs)
-            found += _stale_and_lost(writes, final, history.roles)
+            found += _stale(promised, epochs)
+            found += _stale_and_lost(promised, final, history.roles)
         problems += _first_of_each(db, found)
     return problems
 
@@ -277,6 +311,66 @@ def _back(reads: Sequence[Read], final: tuple[str, ...], lost: frozenset[str]) -
                 f"BACK {read.node} showed {len(before.values)} values until {before.end_s:.3f} s, and at "
                 f"{read.end_s:.3f} s no longer {before.values[still]}"
             )
+    return problems
+
+
+def _flicker(reads: Sequence[Read], cuts: Mapping[str, Sequence[float]]) -> list[str]:
+    """Of one node's reads, whoever made them: a value in one, not in a later one, and in a still later one. Two reads
+    that overlap in time are in no order. What a disk has lost with its power, another node may give back."""
+    by_node: dict[str, list[Read]] = defaultdict(list)
+    for read in reads:
+        by_node[read.node].append(read)
+    return [problem for node in sorted(by_node) for problem in _flicker_of(by_node[node], cuts.get(node, ()))]
+
+
+def _flicker_of(reads: Sequence[Read], cuts_s: Sequence[float]) -> list[str]:
+    """`reads` of one node, by their starts. A read is compared with the last one that had ended when it began."""
+    problems = []
+    ended: list[tuple[float, int]] = []  # the reads so far, by their ends
+    gone: dict[str, tuple[Read, Read]] = {}  # what a read had shown, and the next one did not
+    for at, read in enumerate(reads):
+        there: set[str] | None = None
+        for value, (_, without) in list(gone.items()):
+            if without.end_s < read.start_s:
+                there = set(read.values) if there is None else there
+                if value in there:
+                    shown, without = gone.pop(value)
+                    if any(shown.start_s < at_s < without.end_s for at_s in cuts_s):
+                        continue
+                    one, two, three = (f"{one.end_s:.3f} s ({len(one.values)})" for one in (shown, without, read))
+                    problems.append(f"FLICKER {read.node} showed {value} at {one}, not at {two}, and again at {three}")
+        last = bisect.bisect_left(ended, (read.start_s, -1)) - 1
+        if last >= 0:
+            before = reads[ended[last][1]]
+            if read.values[: len(before.values)] != before.values:
+                there = set(read.values) if there is None else there
+                gone.update({value: (before, read) for value in before.values if value not in there | gone.keys()})
+        bisect.insort(ended, (read.end_s, at))
+    return problems
+
+
+def _dirty(
+    writes: Sequence[Write], reads: Sequence[Read], final: Sequence[str], downs: Mapping[str, Sequence[float]]
+) -> list[str]:
+    """A commit that failed is not visible where it failed. After a death of the daemon it may be, until the node has
+    met the new primary: SQLite's own recovery counts what stands in the file."""
+    there = set(final)
+    failed = {
+        write.value: write for write in writes
+        if write.outcome != "ok" and write.end_s is not None and write.value not in there
+    }  # fmt: skip
+    problems = []
+    for read in reads if failed else ():
+        for value in read.values[-3:]:
+            write = failed.get(value)
+            if write is None or write.node != read.node or write.end_s is None or read.start_s < write.end_s:
+                continue
+            if not any(write.start_s < at_s < read.end_s for at_s in downs.get(read.node, ())):
+                del failed[value]
+                problems.append(
+                    f"DIRTY {value} failed on {write.node} at {write.end_s:.3f} s, was read there at {read.end_s:.3f} "
+                    "s, and is not in the history"
+                )
     return problems
 
 

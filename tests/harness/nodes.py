@@ -38,7 +38,7 @@ SKEWED = Path(__file__).with_name("skewed")
 
 
 class Member(Node):
-    """One node. `lease` and `replication` are sections of litefs.yml; hostname and URL are filled in."""
+    """One node. `lease`, `replication` and `data` are sections of litefs.yml; hostname, URL, folder are filled in."""
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class Member(Node):
         disk_bytes: int = DISK_BYTES,
         offset_s: int = 0,
         passthrough: str = "auto",
+        data: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.base = base / name
@@ -67,8 +68,10 @@ class Member(Node):
         self.url = f"http://{place.address}:{self.port}"
         self.stopped = False  # by SIGSTOP
         self.ended = False  # by a test, or told to
+        self.killed_s: list[float] = []
+        self.cut_s: list[float] = []  # its power, or its disk
         self.config = {
-            "data": {"dir": str(self.data)},
+            "data": {"dir": str(self.data), **(data or {})},
             "fuse": {"dir": str(self.mount), "passthrough": passthrough, "io-uring": passthrough},
             "http": {"addr": f"{place.address}:{self.port}"},
             "lease": {"hostname": name, "advertise-url": self.url, "reconnect-delay": "100ms", **lease},
@@ -132,12 +135,14 @@ class Member(Node):
     def kill(self) -> None:
         self.ended = True
         super().kill()
+        self.killed_s.append(time.monotonic())
         self.stopped = False
 
     def lose_power(self) -> None:
         """The daemon and its disk; its applications have to be killed too. `start` when they are."""
         assert isinstance(self.disk, RealDisk), f"{self.name} has no disk that can be cut off"
         self.kill()
+        self.cut_s.append(time.monotonic())
         self.disk.cut_off()
         self.unmount()
         self.disk.detach()
@@ -145,6 +150,7 @@ class Member(Node):
     def fail_disk(self) -> None:
         """Its disk answers with EIO; the daemon goes on. It has to be restarted: `lose_power`."""
         assert isinstance(self.disk, RealDisk), f"{self.name} has no disk that can be cut off"
+        self.cut_s.append(time.monotonic())
         self.disk.cut_off()
 
     def plug_in(self) -> None:

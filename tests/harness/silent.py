@@ -19,7 +19,14 @@ def content(data: Path, name: str, into: Path) -> str:
     into.mkdir(parents=True)
     live, copy = data / "dbs" / name, into / "copy.db"
     shutil.copyfile(live / "database", copy)
-    wal = live / "wal"
+    wal, journal = live / "wal", live / "journal"
+    if journal.exists() and journal.stat().st_size:  # may be hot: then a reader rolls back
+        shutil.copyfile(journal, into / "copy.db-journal")
+        connection = sqlite3.connect(copy)
+        try:
+            connection.execute("select count(*) from sqlite_schema").fetchall()
+        finally:
+            connection.close()
     if wal.exists() and wal.stat().st_size > 32:
         shutil.copyfile(wal, into / "copy.db-wal")
         with open(copy, "r+b") as file:  # a replica has a WAL whatever the database's mode is
@@ -38,8 +45,14 @@ def content(data: Path, name: str, into: Path) -> str:
 
 
 def is_image(path: Path) -> bool:
+    """Whether SQLite opens it; it says "file is not a database" where the versions or the fractions are others."""
     try:
         with open(path, "rb") as file:
-            return file.read(16) == MAGIC and not path.name.endswith(("-journal", "-wal"))
+            head = file.read(100)
     except OSError:
         return False
+    if len(head) < 100 or head[:16] != MAGIC or path.name.endswith(("-journal", "-wal")):
+        return False
+    page_size = int.from_bytes(head[16:18], "big")
+    size_ok = page_size == 1 or (page_size >= 512 and page_size & (page_size - 1) == 0)
+    return size_ok and head[19] <= 2 and head[21:24] == b"\x40\x20\x20"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness.branches import lost_values
-from harness.history import Copy, History, Outcome, Read, Role, Write, check, parse
+from harness.history import Copy, History, Outcome, Read, Role, Torn, Write, check, parse
 from pylitefs.formats.ltx.checksum import page_checksum
 from pylitefs.formats.ltx.encoder import encode
 from pylitefs.formats.ltx.format import Header
@@ -71,6 +71,9 @@ def ordered(history: History) -> History:
         sorted(history.writes, key=lambda found: found.start_s),
         sorted(history.reads, key=lambda found: found.start_s),
         sorted(history.roles, key=lambda found: found.start_s),
+        history.torn,
+        history.downs,
+        history.cuts,
     )
 
 
@@ -151,6 +154,35 @@ def went_back_with_its_branch(history: History, outcome: Outcome) -> None:
     history.reads.insert(4, read("a", 4.9, "a1"))
 
 
+def gone_and_back(history: History, outcome: Outcome) -> None:
+    """Seen by one reader, missed by another, seen by a third."""
+    for number, values in enumerate((FINAL, FINAL[:3], FINAL)):
+        one = read("d", 7.0 + number, *values)
+        history.reads.append(dataclasses.replace(one, reader=f"d.{number}"))
+
+
+def failed_and_seen(history: History, outcome: Outcome) -> None:
+    history.writes[2] = write("a3", 3.0, 3.1, "unknown")
+
+
+def read_that_cannot_be(history: History, outcome: Outcome) -> None:
+    history.torn.append(Torn("a", DB, 2.5, "wrong # of entries in index"))
+
+
+def mixed(history: History, outcome: Outcome, lost: str, in_lost: bool) -> Outcome:
+    history.reads.clear()
+    history.writes.append(Write(lost, "a", DB, 2.2, 2.3, "ok"))
+    return dataclasses.replace(outcome, mixed=frozenset({DB}), lost={DB: frozenset({lost} if in_lost else ())})
+
+
+def full_commit_of_a_mixed_database_missing(history: History, outcome: Outcome) -> Outcome:
+    return mixed(history, outcome, "a.1.full.9.", True)
+
+
+def normal_commit_of_a_mixed_database_not_kept(history: History, outcome: Outcome) -> Outcome:
+    return mixed(history, outcome, "a.1.normal.9.", False)
+
+
 def against_the_order_of_answers(history: History, outcome: Outcome) -> Outcome:
     history.reads.clear()
     return final_is(outcome, "a1", "b1", "a2", "b2")
@@ -212,6 +244,11 @@ BAD: list[tuple[Change, str]] = [
     (two_that_were_taken_back, "STRAY"),
     (went_back, "BACK"),
     (went_back_with_its_branch, "BACK"),
+    (gone_and_back, "FLICKER"),
+    (failed_and_seen, "DIRTY"),
+    (read_that_cannot_be, "TORN"),
+    (full_commit_of_a_mixed_database_missing, "LOST"),
+    (normal_commit_of_a_mixed_database_not_kept, "LOST"),
     (against_the_order_of_answers, "ORDER"),
     (two_primaries_of_an_epoch, "SPLIT"),
     (two_writers_of_an_epoch, "SPLIT"),
@@ -241,6 +278,16 @@ def test_what_may_happen() -> None:
     history.reads = history.reads[:3]
     kept = dataclasses.replace(final_is(outcome, "a1", "b1", "b2"), lost={DB: frozenset({"a2", "a3"})})
     assert check(history, dataclasses.replace(kept, durable=frozenset())) == []
+    history, outcome = good()
+    assert check(history, mixed(history, outcome, "a.1.normal.9.", True)) == []
+    history, outcome = good()  # the node died in between, and SQLite's recovery found the commit that had failed
+    failed_and_seen(history, outcome)
+    history.downs = {"a": [3.15]}
+    assert check(history, outcome) == []
+    history, outcome = good()
+    gone_and_back(history, outcome)
+    history.cuts = {"d": [7.5]}
+    assert [problem for problem in check(history, outcome) if "FLICKER" in problem] == []
 
 
 def test_only_the_first_problems_of_a_kind_are_told() -> None:
@@ -263,7 +310,9 @@ def test_files_become_a_history() -> None:
     reads = [line("read", 2, t0=1, reader="r", keep=0, new=["a1", "a2"], **named)]
     reads.append(line("read", 4, t0=3, reader="r", keep=1, new=["a3"], **named))
     roles = line("role", 1, t0=0, node="a", primary=True, epoch=3)
-    history = parse([writer, "".join(reads), roles])
+    more = line("torn", 4, t0=3, reader="r", text="2 values", **named)
+    history = parse([writer, "".join(reads), roles, more])
+    assert history.torn == [Torn("a", DB, 4, "2 values")]
     assert [(found.value, found.end_s, found.outcome) for found in history.writes] == [
         ("a1", 2, "ok"), ("a2", 4, "unknown"), ("a3", None, "unknown"),
     ]  # fmt: skip

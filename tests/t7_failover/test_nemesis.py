@@ -17,7 +17,18 @@ from dataclasses import dataclass
 import pytest
 
 from cluster_nodes import SCALE, needs_root, scaled
-from harness.cluster import DELETE_DB, ENGINE_HOST, FULL_DB, NORMAL_DB, PERSIST_DB, TRUNCATE_DB, HaCluster, gaps
+from harness.cluster import (
+    DELETE_DB,
+    ENGINE_HOST,
+    FULL_DB,
+    MIXED_DB,
+    NORMAL_DB,
+    PERSIST_DB,
+    ROLLBACK_DB,
+    TRUNCATE_DB,
+    HaCluster,
+    gaps,
+)
 from harness.disks import RamDisk, RealDisk
 from harness.nodes import Member
 
@@ -40,6 +51,7 @@ class Setup:
     passthrough: str
     disk: type[RamDisk]
     failsafe: bool
+    retention: str
 
     @staticmethod
     def drawn(seed: int) -> Setup:
@@ -49,19 +61,30 @@ class Setup:
             rng.choice(("etcd", "etcd", "s3", "kubernetes", "directory")),
             nodes,
             rng.choice((0, 1, 2) if nodes == 5 else (0, 1)),
-            FULL_DB | rng.choice((NORMAL_DB | DELETE_DB, DELETE_DB, PERSIST_DB, NORMAL_DB | TRUNCATE_DB)),
+            rng.choice((FULL_DB, MIXED_DB))
+            | rng.choice((NORMAL_DB | DELETE_DB, DELETE_DB, PERSIST_DB, NORMAL_DB | TRUNCATE_DB, *(ROLLBACK_DB,) * 3)),
             rng.choice(("auto", "auto", "off")),
             rng.choice((RamDisk, RealDisk)),
             rng.random() < 0.25,
+            rng.choice(("10m", "2s")),
         )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a fault lasts, and how long there is none."""
+
+    lasts_s: tuple[float, ...] = (0.3, 1.0, 2.5, 4.0)
+    rests_s: tuple[float, ...] = (0.1, 0.5, 2.0)
 
 
 class Nemesis:
     """One fault after the other, each undone after a while; sometimes two at a time."""
 
-    def __init__(self, cluster: HaCluster, seed: int) -> None:
+    def __init__(self, cluster: HaCluster, seed: int, faults: tuple[str, ...] = (), pace: Pace | None = None) -> None:
         self.cluster, self.rng = cluster, random.Random(seed)
         self.told: list[str] = []
+        self._pace = pace or Pace()
         self._begun_s = time.monotonic()
         self._faults = [self.kill, self.stop, self.isolate, self.halve, self.one_way, self.lose, self.delay, self.fill,
                         self.skew, self.hand_over, self.terminate]  # fmt: skip
@@ -69,14 +92,16 @@ class Nemesis:
             self._faults.append(self.engine)
         if all(isinstance(member.disk, RealDisk) for member in cluster.members):
             self._faults += [self.power, self.power_of_all]
+        if faults:
+            self._faults = [getattr(self, name) for name in faults]
 
     def run(self, for_s: float) -> None:
         while time.monotonic() - self._begun_s < for_s:
             with contextlib.ExitStack() as stack:
                 for _ in range(self.rng.choice((1, 1, 2))):
                     self._strike(stack)
-                time.sleep(self.rng.choice((0.3, 1.0, 2.5, 4.0)))
-            time.sleep(self.rng.choice((0.1, 0.5, 2.0)))
+                time.sleep(self.rng.choice(self._pace.lasts_s))
+            time.sleep(self.rng.choice(self._pace.rests_s))
 
     def _strike(self, stack: contextlib.ExitStack) -> None:
         members = self.cluster.members
@@ -169,6 +194,52 @@ class Nemesis:
             victim.post("/promote", timeout_s=2.0)
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What was broken once, small enough for each run of the tests: the faults that did it, with readers that hold
+    snapshots, readers that open the database at every moment, and applications that stay. So many rounds of silence
+    follow."""
+
+    name: str
+    seed: int
+    faults: tuple[str, ...]
+    databases: dict[str, tuple[str, str]]
+    sync: int = 0
+    retention: str = "10m"
+    rounds: int = 5
+    pace: Pace = Pace((0.0, 0.1, 1.0), (0.3, 1.0, 2.0))
+
+
+SCENES = [
+    Scene("stops", 7101, ("terminate",), FULL_DB | MIXED_DB, retention="2s"),
+    Scene("stops with sync", 7102, ("terminate", "hand_over"), FULL_DB | ROLLBACK_DB, sync=1, retention="2s"),
+    Scene("hand-over", 7103, ("hand_over",), MIXED_DB | ROLLBACK_DB | DELETE_DB, sync=1),
+    Scene("lost leases", 7104, ("engine", "stop"), FULL_DB | ROLLBACK_DB, sync=1, pace=Pace((2.2, 3.0), (1.5, 3.0))),
+    Scene("kills", 7105, ("kill",), MIXED_DB | PERSIST_DB, sync=1, retention="2s", pace=Pace((0.1, 3.0), (1.5, 3.0))),
+    Scene("silence", 7106, (), FULL_DB | NORMAL_DB | DELETE_DB, rounds=25),
+]
+SCENE_S = 15.0 * SCALE
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=[scene.name for scene in SCENES])
+def test_what_was_broken_once(new_cluster: New, scene: Scene) -> None:
+    cluster = new_cluster("etcd", sync=scene.sync, databases=scene.databases, limit_s=SCENE_S + 180)
+    cluster.start(3, data={"retention": scene.retention, "retention-monitor-interval": "1s"})
+    nemesis = Nemesis(cluster, scene.seed, scene.faults, scene.pace)
+    try:
+        with cluster.workload(pause_ms=20.0, watched=True):
+            if scene.faults:
+                nemesis.run(SCENE_S)
+        seen, _ = cluster.judge()
+        took_s = cluster.hush(scaled(scene.rounds), random.Random(scene.seed))
+        cluster.judge()
+    except BaseException as error:
+        error.add_note("\n".join([str(scene), *nemesis.told]))
+        raise
+    print(f"\n{scene.name}: {len(nemesis.told)} faults, {len(seen.writes)} writes, {len(seen.reads)} reads; "
+          f"silence for {max(took_s):.1f} s at most")  # fmt: skip
+
+
 @pytest.mark.parametrize("number", range(RUNS))
 def test_random_faults(new_cluster: New, number: int) -> None:
     setup = Setup.drawn(FIRST + number)
@@ -177,10 +248,11 @@ def test_random_faults(new_cluster: New, number: int) -> None:
         setup.engine, network=True, sync=setup.sync, databases=setup.databases, limit_s=FAULTS_S + 180,
         lease={"failsafe": setup.failsafe},
     )  # fmt: skip
-    cluster.start(setup.nodes, disk=setup.disk, passthrough=setup.passthrough)
+    retention = {"retention": setup.retention, "retention-monitor-interval": "1s"}
+    cluster.start(setup.nodes, disk=setup.disk, passthrough=setup.passthrough, data=retention)
     nemesis = Nemesis(cluster, FIRST + number)
     try:
-        with cluster.workload(pause_ms=20.0, halts=setup.sync >= HALTED_FROM):
+        with cluster.workload(pause_ms=20.0, halts=setup.sync >= HALTED_FROM, watched=True):
             nemesis.run(FAULTS_S)
         seen, outcome = cluster.judge()
     except BaseException as error:

@@ -2,7 +2,7 @@
 
 A *step* is one line of Python in the modules that are watched, on the threads that are followed. The actor's actions
 are plain calls (publish a commit, drop a database, renew a lease, demote, checkpoint). They run on the thread that is
-followed, right before a step, so a schedule is nothing but step numbers and every run of it is the same:
+followed (or see `aside`), right before a step, so a schedule is nothing but step numbers, and can be run again:
 
     def scenario(steps: Steps) -> None:
         world = ...                                   # what was there before
@@ -35,6 +35,9 @@ from pylitefs.engine.worker import Worker
 
 Action = Callable[[], object]
 
+_MOMENT_S = 0.03
+_LIMIT_S = 30.0
+
 
 class Steps:
     """One run of a scenario by one schedule. `schedule`: before which steps the actions happen, in ascending order."""
@@ -45,6 +48,7 @@ class Steps:
         self._actions: list[Action] = []
         self._next = 0  # of the actions
         self._lock = threading.RLock()
+        self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
         self.count = 0  # steps taken so far
         self.places: list[str] = []  # where the actions happened
@@ -56,6 +60,18 @@ class Steps:
         schedule happens with the one before it."""
         self._actions = list(actions)
         self._schedule += [self._schedule[-1] if self._schedule else 0] * (len(actions) - len(self._schedule))
+
+    def aside(self, action: Action) -> Action:
+        """The action, in a thread of its own: for actors that take locks, which the followed thread may hold. It has a
+        moment for it; if it has to wait, the code under test goes on, and `finish` waits for it."""
+
+        def begin() -> None:
+            thread = threading.Thread(target=self._guarded, args=(action,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+            thread.join(_MOMENT_S)
+
+        return begin
 
     @contextmanager
     def here(self) -> Iterator[None]:
@@ -90,6 +106,10 @@ class Steps:
         with self._lock:
             while self._next < len(self._actions):
                 self._act("the end")
+        for thread in self._threads:
+            thread.join(_LIMIT_S)
+            assert not thread.is_alive(), "an action does not come to its end"
+        with self._lock:
             if self._error is not None:
                 raise self._error
 
@@ -115,6 +135,9 @@ class Steps:
     def _act(self, place: str) -> None:
         action, self._next = self._actions[self._next], self._next + 1
         self.places.append(place)
+        self._guarded(action)
+
+    def _guarded(self, action: Action) -> None:
         try:
             action()
         except BaseException as error:
@@ -131,13 +154,15 @@ def sweep(
     pairs: int = 0,
     actions: int = 2,
     seed: int = 0,
+    stride: int = 1,
     most_steps: int = 5000,
 ) -> int:
-    """Run a scenario with its actions at every step once, then `pairs` times with each of its (first) `actions` at a
-    step of its own. Returns the number of steps. AssertionError with the schedule and its places, if one fails."""
-    steps = 0
+    """Run a scenario with its actions at every step once (every `stride`th, where a run is slow: from another one at
+    each seed), then `pairs` times with each of its (first) `actions` at a step of its own. Returns the number of steps.
+    An exception of the scenario is raised with a note of the schedule and its places."""
+    steps = seed % stride
     while _run(scenario, modules, [steps]).was_in_time:
-        steps += 1
+        steps += stride
         assert steps <= most_steps, "the code under test does not come to an end"
     assert steps, "the code under test took no step in these modules"
     chance = random.Random(seed)

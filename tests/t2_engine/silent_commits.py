@@ -16,6 +16,7 @@ from engine_nodes import Node, check_log, new_primary, replay, rows_of
 from sqlite_process import SqliteProcess
 
 from pylitefs.engine.database import Database
+from pylitefs.engine.wal_capture import WalCapture
 from pylitefs.formats.sqlite.wal_index import HEADER_COPY_SIZE
 
 LOADED_S = 10.0  # a machine under load may take so long; what is lost is never found
@@ -36,11 +37,36 @@ class Silent:
         self.node: Node = new_primary(folder / "node")
         self.database: Database = self.node.database()
         self.worker, self.capture = self.node.store.worker, self.node.store.capture
+        self.open()
+        self.awake()
+        until(lambda: self.database.wal.shm_fd >= 0)  # the opener is done, and wakes nobody any more
+
+    @property
+    def wal(self) -> WalCapture:
+        return self.database.wal
+
+    def open(self) -> None:
+        """An application, in a process of its own."""
         self.sql = SqliteProcess(self.database.files.database)
         self.sql("PRAGMA wal_autocheckpoint = 0")
         self.sql("SELECT count(*) FROM t")
-        self.awake()
-        until(lambda: self.database.wal.shm_fd >= 0)  # the opener is done, and wakes nobody any more
+
+    def take_back(self) -> None:
+        """Another application writes the next commit over one that was not published."""
+        self.sql.kill()
+        self.open()
+        self.commit()()
+
+    def agrees(self, before: int) -> None:
+        """The log gets to what SQLite sees, by itself; it was at TXID `before`."""
+
+        def same() -> bool:
+            with self.database.lock:
+                image = replay(self.database)
+            (self.folder / "replayed").write_bytes(image)
+            return rows_of(self.folder / "replayed") == self.sql("SELECT id, v FROM t ORDER BY id")
+
+        until(same, f"the log is not what SQLite sees, from TXID {before} on")
 
     def commit(self, sql: str = "INSERT INTO t (v) VALUES (randomblob(50))") -> Callable[[], None]:
         """Write the frames of a commit; call the result to publish it."""

@@ -4,15 +4,20 @@ everything within a second."""
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from silent_commits import Silent
+from silent_commits import Silent, until
 
 from harness.interleaver import Steps, sweep
-from pylitefs.engine import batches, capture, wal_capture, wal_view, watchdog
+from pylitefs.engine import batches, capture, pending, wal_capture, wal_view, watchdog
+from pylitefs.engine import gated as gated_module
+from pylitefs.engine.gated import GatedCommits
 from pylitefs.engine.watchdog import Watchdog
+from pylitefs.ports import Then
 
 MODULES = [capture, wal_capture, wal_view, batches]
 @pytest.fixture
@@ -100,4 +105,144 @@ def test_what_nobody_was_woken_for_is_found_and_told(live: Silent) -> None:
     live.worker.submit(dog.look).result()
     live.has(before + 1)
     assert live.node.kinds().count("overlooked") == 1
+    live.check()
+
+
+def test_a_fuse_thread_takes_a_commit_while_the_worker_looks(live: Silent) -> None:
+    """As one does at a checkpoint's fsync: both move the cursor, and what the one takes the other must not miss."""
+
+    def scenario(steps: Steps) -> None:
+        before = live.database.position.txid
+        live.rested()
+        publish = live.commit()
+
+        def take() -> None:
+            publish()
+            live.capture.collect_now(live.database)
+
+        steps.actions(steps.aside(take))
+        with steps.on_worker(live.worker):
+            live.awake()
+        steps.finish()
+        live.has(before + 1)
+
+    assert sweep(scenario, MODULES) > 100
+    live.check()
+    assert "gap" not in live.node.kinds()
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_an_application_that_is_killed_at_any_step(live: Silent, published: bool) -> None:
+    """What is whole in the WAL counts for the next who opens it, and so it does for the log, with nobody asking."""
+
+    def scenario(steps: Steps) -> None:
+        before = live.database.position.txid
+        live.rested()
+        publish = live.commit()
+
+        def kill() -> None:
+            if published:
+                publish()
+            live.sql.kill()
+
+        steps.actions(kill)
+        with steps.on_worker(live.worker):
+            live.awake()
+        steps.finish()
+        live.has(before + 1)
+        live.wal.before_index_truncate()  # the mount tells of what the next one does
+        live.open()
+        live.wal.after_index_truncate()
+
+    assert sweep(scenario, MODULES, stride=5) > 100
+    live.check()
+
+
+class Gate:
+    """Replicas that have everything at once."""
+
+    active = True
+
+    def wait(self, name: str, txid: int, then: Then) -> None:
+        then(None)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["answered", "failed"])
+def test_a_commit_that_waits_for_replicas_and_one_that_does_not(live: Silent, fails: bool) -> None:
+    """The disk is done with the first one's fsync at any step, and its application publishes it then, or takes it back;
+    the second one is written and published at any later ones."""
+    store, database = live.node.store, live.database
+    gated = GatedCommits(store)
+
+    def scenario(steps: Steps) -> None:
+        before = database.position.txid
+        done: list[BaseException | None] = []
+        store.gate = Gate()
+        live.rested()
+        publish = live.commit()
+
+        def answered(error: BaseException | None) -> None:
+            if error is None:
+                publish()
+            done.append(error)
+
+        def fsync() -> None:
+            if fails:
+                gated.wal_fsync_failed(database)
+                done.append(None)
+            else:
+                gated.after_wal_fsync(database, answered)
+
+        more: list[Callable[[], None]] = []
+
+        def write() -> None:
+            if done and not fails:
+                more.append(live.commit())
+                live.worker.post(live.capture.wake, database, database=database.name)
+
+        steps.actions(steps.aside(fsync), write, lambda: more and more.pop()())
+        with steps.on_worker(live.worker):
+            gated.before_wal_fsync(database)
+            live.awake()
+            for _ in range(3):
+                live.worker.submit(int).result()
+        steps.finish()
+        until(lambda: bool(done), "the fsync is never answered")
+        store.gate = None
+        if fails:  # SQLite's next commit is written over it
+            live.take_back()
+            live.worker.post(live.capture.wake, database, database=database.name)
+        until(lambda: database.wal.pending is None, "nobody sees what became of it")
+        live.agrees(before)
+
+    assert sweep(scenario, [*MODULES, gated_module, pending], pairs=40, actions=3, stride=7) > 100
+    live.check()
+
+
+def test_a_role_that_changes_at_any_step_of_a_look(live: Silent) -> None:
+    """The node ceases to be the primary and becomes it again, at any step; what is committed after that is captured."""
+    store, database = live.node.store, live.database
+    epochs = itertools.count(100)
+
+    def scenario(steps: Steps) -> None:
+        before = database.position.txid
+        live.rested()
+        publish = live.commit()
+
+        def there_and_back() -> None:
+            publish()
+            assert store.demote(10.0) == []
+            store.fence.until_s = math.inf
+            store.promote(next(epochs))
+
+        steps.actions(steps.aside(there_and_back))
+        with steps.on_worker(live.worker):
+            live.awake()
+        steps.finish()
+        live.has(before + 1)
+        live.commit()()
+        live.awake()
+        live.has(before + 2)
+
+    assert sweep(scenario, MODULES, stride=7) > 100
     live.check()

@@ -287,7 +287,8 @@ class Daemon:
         with contextlib.suppress(OSError):  # then the mount says what is in the way
             for path in await in_thread(put_away_side_files, fuse.dir, folder):
                 log.warning("left behind by an application where nothing was mounted, kept as %s", path)
-        guard = MountGuard(fuse.dir, "" if self._config.lease.is_static else os.path.realpath(self._config.data.dir))
+        data_dir = os.path.realpath(self._config.data.dir)
+        guard = MountGuard(fuse.dir, data_dir, retires=not self._config.lease.is_static)
         self._stack.callback(guard.stop)
         await in_thread(session.start)
         self._stack.push_async_callback(self._unmount)

@@ -1,30 +1,37 @@
-"""Ends a mount whose daemon was killed: python -I -S mount_guard.py DAEMON_PID MOUNT_DIR [DATA_DIR]
+"""Ends what a killed daemon has left: python -I -S mount_guard.py DAEMON_PID MOUNT_DIR [DATA_DIR [retire]]
 
 A process that is killed while one of its threads waits for an answer from its own mount cannot end: the thread waits
 for the FUSE connection, the connection for the last descriptor of /dev/fuse, the descriptor for the thread. All that
-use the mount hang with it. This little program waits beside the daemon; the kernel signals it when the daemon's main
-thread dies (PR_SET_PDEATHSIG), and it ends the connection, so that everybody gets an error and can go on:
+use the mount hang with it. And the kernel goes on to pass writes through: a process that has a database open in WAL
+mode could commit into files that nobody replicates any more. This little program waits beside the daemon; the kernel
+signals it when the daemon's main thread dies (PR_SET_PDEATHSIG). Then, in this order:
 
-1. it writes to the connection's `abort` in fusectl, which its owner may do, where that is mounted;
-2. as root, it unmounts by force, which aborts too;
-3. else it answers in the daemon's place, with an error, until the daemon's threads are gone. For that the daemon has
-   sent it a second descriptor of /dev/fuse, which lies in the socket that is its standard input until then. A request
-   that the daemon had read is known to nobody, but requests have numbers: those before the newest are all answered.
+1. With `retire` (where another node takes over) it locks writers out: each wal-index gets a version that SQLite does
+   not know ("unable to open database file"). A commit that is just being made writes the right one back, so that is
+   done again until it stays.
+2. It ends the connection, so that everybody gets an error and can go on: it writes to the connection's `abort` in
+   fusectl, which its owner may do, where that is mounted; as root it unmounts by force, which aborts too; else it
+   answers in the daemon's place, with an error, until the daemon's threads are gone. For that the daemon has sent it a
+   second descriptor of /dev/fuse, which lies in the socket that is its standard input until then. A request that the
+   daemon had read is known to nobody, but requests have numbers: those before the newest are all answered.
+3. It takes the mount away.
+
+It is often killed itself a moment later (systemd, KillMode=mixed; the end of a container). So writers are locked out at
+once, with nothing to be loaded or waited for. `litefs clean-up` and the next start do what it did not come to.
 
 Once it has mounted, the daemon also tells which mount it is: the path alone may by then show that of its successor.
-
-With DATA_DIR, where another node takes over, it also ends what the kernel would go on to pass through: a process that
-has a database open in WAL mode could commit into files that nobody replicates any more. Each wal-index gets a version
-that SQLite does not know ("unable to open database file"); a commit that is just being made writes the right one back,
-so that is done until it stays. The files were opened first: those of the next daemon are others.
+Whoever has DATA_DIR/lock is the successor, unless the daemon itself still lives: then nothing here is ours any more.
 
 It imports nothing of the package and little of the standard library: it runs as long as the node.
 """
 
 import ctypes
 import errno
+import fcntl
 import os
+import select
 import signal
+import socket
 import struct
 import sys
 import time
@@ -32,6 +39,7 @@ import time
 PR_SET_PDEATHSIG = 1
 MNT_FORCE, MNT_DETACH = 1, 2
 DIED = signal.SIGUSR1
+RETIRE = "retire"
 HELPER = "fusermount3"
 ANSWER_S = 10.0
 _LOOK_MS = 20
@@ -45,48 +53,92 @@ _RETIRE_S, _STAYS_S, _PAUSE_S = 2.0, 0.1, 0.001
 _OLDER_MAX = 1_000_000  # requests; about a second
 
 
-def main(daemon_pid: int, mount_dir: str, data_dir: str = "") -> None:
+def main(daemon_pid: int, mount_dir: str, data_dir: str = "", what: str = "") -> None:
     libc = ctypes.CDLL(None)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the daemon gets these, and ends us when it is done
     signal.pthread_sigmask(signal.SIG_BLOCK, {DIED})
+    databases = open_databases(data_dir) if what == RETIRE else -1
+    lock = open_lock(data_dir) if data_dir else -1
     libc.prctl(PR_SET_PDEATHSIG, DIED)
     if os.getppid() == daemon_pid:
         print("ready", flush=True)
         signal.sigwait({DIED})
-    indexes = open_indexes(data_dir) if data_dir else []
+    if lock >= 0 and is_followed(lock, daemon_pid):
+        return
+    indexes = open_indexes(databases) if databases >= 0 else []
+    retire_once(indexes)
     end(libc, mount_dir, daemon_pid, indexes)
 
 
-def open_indexes(data_dir: str) -> list[int]:
-    """The wal-index of every database."""
+def open_databases(data_dir: str) -> int:
+    """The folder of all databases; -1 if there is none."""
+    try:
+        return os.open(os.path.join(data_dir, "dbs"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def open_lock(data_dir: str) -> int:
+    """The file that a daemon holds locked as long as it has the data directory; -1 if there is none."""
+    try:
+        return os.open(os.path.join(data_dir, "lock"), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def is_followed(lock: int, daemon_pid: int) -> bool:
+    """Whether another daemon has the data directory by now. If not, and the lock could be had, none can have it before
+    this process ends."""
+    for _ in range(2):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except OSError:
+            if lives(daemon_pid):
+                return False
+    return True
+
+
+def open_indexes(databases: int) -> list[int]:
+    """The wal-index of every database in the folder `databases`."""
     found = []
     try:
-        for entry in os.scandir(os.path.join(data_dir, "dbs")):
-            try:
-                found.append(os.open(os.path.join(entry.path, "shm"), os.O_RDWR | os.O_CLOEXEC))
-            except OSError:
-                continue
+        names = os.listdir(databases)
     except OSError:
-        pass
+        return []
+    for name in names:
+        try:
+            found.append(os.open(f"{name}/shm", os.O_RDWR | os.O_CLOEXEC, dir_fd=databases))
+        except OSError:
+            continue
     return found
 
 
 def retire(indexes: list[int]) -> None:
+    """Until it stays."""
     until = time.monotonic() + _RETIRE_S
     stays_since = time.monotonic()
     while indexes and stays_since + _STAYS_S > time.monotonic() < until:
-        for fd in list(indexes):
-            try:
-                header = os.pread(fd, _HEADER_SIZE, 0)
-                if len(header) == _HEADER_SIZE and struct.unpack_from("=I", header)[0] == _WAL_INDEX_VERSION:
-                    retired = retired_header(header)
-                    os.pwrite(fd, retired, _HEADER_SIZE)
-                    os.pwrite(fd, retired, 0)
-                    stays_since = time.monotonic()
-            except OSError:  # a disk that fails: the mount has to go all the same
-                indexes.remove(fd)
+        if retire_once(indexes):
+            stays_since = time.monotonic()
         time.sleep(_PAUSE_S)
+
+
+def retire_once(indexes: list[int]) -> int:
+    """How many there were to retire. Those that cannot be read are taken from the list."""
+    count = 0
+    for fd in list(indexes):
+        try:
+            header = os.pread(fd, _HEADER_SIZE, 0)
+            if len(header) == _HEADER_SIZE and struct.unpack_from("=I", header)[0] == _WAL_INDEX_VERSION:
+                retired = retired_header(header)
+                os.pwrite(fd, retired, _HEADER_SIZE)
+                os.pwrite(fd, retired, 0)
+                count += 1
+        except OSError:  # a disk that fails: the mount has to go all the same
+            indexes.remove(fd)
+    return count
 
 
 def retired_header(header: bytes) -> bytes:
@@ -101,10 +153,11 @@ def retired_header(header: bytes) -> bytes:
 
 
 def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int, indexes: list[int]) -> None:
-    """Abort the connection of the mount, then take it away."""
+    """Abort the connection of the mount, then take it away. `indexes`: those that were retired."""
     device = device_of(mount_dir)
     told, fds = told_by_daemon()
     if device is None or told not in ("", device):
+        retire(indexes)
         return
     aborted = abort(device)
     retire(indexes)
@@ -135,8 +188,6 @@ def device_of(mount_dir: str) -> str | None:
 
 def told_by_daemon() -> tuple[str, list[int]]:
     """Its mount's device number, and a descriptor of /dev/fuse; nothing if it died before it had a mount."""
-    import socket
-
     try:
         text, fds, _, _ = socket.recv_fds(socket.socket(fileno=os.dup(0)), 64, 1, socket.MSG_DONTWAIT)
     except OSError:
@@ -155,8 +206,6 @@ def abort(device: str) -> bool:
 
 def answer_for(daemon_pid: int, mount_dir: str, fds: list[int]) -> None:
     """Fail all requests that the daemon has not answered and those that come, until none of its threads is left."""
-    import select
-
     if not fds:
         return
     device = fds[0]
@@ -224,4 +273,4 @@ def state_of(pid: int, thread: str) -> bytes:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:4])
+    main(int(sys.argv[1]), *sys.argv[2:5])

@@ -28,7 +28,7 @@ LONG_FUNCTIONS: dict[str, int] = {}
 # Lowest first: a package may import from those before it. Packages of one layer do not import each other.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"formats", "backup_into", "close_wal", "die_with_parent", "mount_guard"},
+    {"formats", "backup_into", "close_wal", "die_with_parent", "mount_guard", "pid_one"},
     {"config_env", "config_yaml"},
     {"config_values"},
     {"config_lease"},

@@ -56,6 +56,7 @@ VERBS = (
     VerbEntry("history", "pylitefs.cli.history:history", "show the changes of the primary"),
     VerbEntry("lost", "pylitefs.cli.lost:lost", "show, and bring back, transactions that the cluster went on without"),
     VerbEntry("ltx", "pylitefs.cli.ltx_command:ltx", "look into transaction files: dump, verify, checksum"),
+    VerbEntry("clean-up", "pylitefs.cli.clean_up:clean_up", "end what a node that was killed has left"),
     VerbEntry("demo", "pylitefs.cli.demo:demo", "run a primary and two replicas on this machine and watch them"),
     VerbEntry("version", "pylitefs.cli.version:version", "print the version"),
 )

@@ -11,6 +11,7 @@ import socket
 
 import click
 
+from pylitefs import pid_one
 from pylitefs.cli.command import words_after_dashes
 from pylitefs.cli.version import version_string
 from pylitefs.config import ExecCommand, load
@@ -57,6 +58,7 @@ def mount(
         config = dataclasses.replace(config, exec=(ExecCommand(shlex.join(words)),))
     if skip_unmount and os.path.ismount(config.fuse.dir):
         raise LitefsError(f"{config.fuse.dir} is a mount point already: unmount it, or leave -skip-unmount away")
+    pid_one.run_as_child()
     logs.set_up(config.log)
     click.echo(version_string())
     if config_path is None:

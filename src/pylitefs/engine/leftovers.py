@@ -7,6 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable
 
+from pylitefs import mount_guard
 from pylitefs.engine.evidence import WalEnd
 from pylitefs.engine.files import DatabaseFiles, sync_folder, write_at
 from pylitefs.engine.wal_view import WalView
@@ -43,6 +44,12 @@ def is_held_elsewhere(path: str) -> bool:
 def is_in_use(files: DatabaseFiles) -> bool:
     """Whether anybody else has a file of the database open that writers share."""
     return any(is_held_elsewhere(path) for path in (files.database, files.wal, files.shm))
+
+
+def retire_index(files: DatabaseFiles) -> None:
+    """Processes that still have a database of an earlier mount open cannot commit to it any more (SQLITE_CANTOPEN)."""
+    with contextlib.suppress(OSError), open(files.shm, "r+b", buffering=0) as index:
+        mount_guard.retire_once([index.fileno()])
 
 
 def normalise(files: DatabaseFiles, super_journal_dirs: list[str]) -> WalEnd | None:

@@ -13,7 +13,7 @@ from pylitefs.engine import takeover
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import publish_file
 from pylitefs.engine.incoming import give_back
-from pylitefs.engine.leftovers import is_in_use, normalise, remove_wal
+from pylitefs.engine.leftovers import is_in_use, normalise, remove_wal, retire_index
 from pylitefs.engine.naming import Naming
 from pylitefs.engine.recovery import Circumstances, Outcome, Recovered, begin_branch, record_difference, recover
 from pylitefs.engine.redo import redo_is_noted
@@ -100,6 +100,8 @@ class Startup:
                 who = holders(os.path.join(self._registry.options.mount_dir, database.name))
                 database.emit("busyAfterCrash", reason=f"held open through a mount whose litefs died: restart {who}")
             self._keep_away(database, "still open in a process of an earlier mount")
+            if self._registry.options.role_from_marker:  # another node may be the primary by now
+                retire_index(database.files)
             return False
         if found.outcome not in (Outcome.CLEAN, Outcome.EMPTY):
             self.started_unclean = True

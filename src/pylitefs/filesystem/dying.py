@@ -3,6 +3,9 @@
 The kernel lets a killed process go only when its request is answered. It tells of signals (INTERRUPT), but also of such
 as the process handles and goes on after, which must not make an fsync fail; and not of one that came before the request
 was sent (io_uring, Linux 6.18). So the callers of what waits for long are looked at.
+
+A caller in another PID namespace (another container of a pod) cannot be seen: its id is 0. There INTERRUPT has to do:
+nobody can tell whether the signal was a deadly one, so the request may wait for `UNSEEN_S` more, and fails then.
 """
 
 from __future__ import annotations
@@ -10,19 +13,23 @@ from __future__ import annotations
 import errno
 import signal
 import threading
+import time
 
 from pylitefs.ports import Then
 
+UNSEEN_S = 5.0
 _LOOK_S = 0.1
 _SIGKILL = 1 << (signal.SIGKILL - 1)
 
 
 class Answerable:
-    """The continuation of the request of thread `pid`, which two may call; the first counts. Any thread."""
+    """The continuation of request number `unique` of thread `pid` (0: it cannot be seen), which two may call; the first
+    counts. Any thread."""
 
-    def __init__(self, pid: int, then: Then) -> None:
-        self.pid = pid
+    def __init__(self, pid: int, unique: int, then: Then) -> None:
+        self.pid, self.unique = pid, unique
         self.answered = False
+        self.until_s: float | None = None  # monotonic; when a caller that cannot be seen is given up
         self._then = then
         self._lock = threading.Lock()
 
@@ -47,13 +54,20 @@ class Patience:
     def watch(self, request: Answerable) -> None:
         """Answer it as soon as its caller was killed, if nobody else has done so until then."""
         with self._lock:
-            if not request.pid or self._stopping.is_set():
+            if request.answered or self._stopping.is_set():
                 return
             self._waiting.append(request)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fuse-patience", daemon=True)
                 self._thread.start()
         self._came.set()
+
+    def interrupted(self, unique: int) -> None:
+        """The kernel says that a signal came for the caller of this request. Of no concern where one can look."""
+        with self._lock:
+            for request in self._waiting:
+                if request.unique == unique and not request.pid and request.until_s is None:
+                    request.until_s = time.monotonic() + UNSEEN_S
 
     def stop(self) -> None:
         with self._lock:
@@ -73,8 +87,12 @@ class Patience:
                     self._came.clear()
                 waiting = list(self._waiting)
             for request in waiting:
-                if is_dying(request.pid):
+                if is_dying(request.pid) if request.pid else _is_over(request.until_s):
                     request(InterruptedError(errno.EINTR, "the caller was killed"))
+
+
+def _is_over(until_s: float | None) -> bool:
+    return until_s is not None and time.monotonic() >= until_s
 
 
 def is_dying(tid: int) -> bool:

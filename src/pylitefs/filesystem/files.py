@@ -164,7 +164,8 @@ class FileRequests:
             waiting.set(self._hooks.open_lock(node.ref, then))
 
     def _interrupt(self, rq: Request) -> None:
-        """Only what can be given up halfway heeds it. There is no answer. It may overtake its request."""
+        """Only what can be given up halfway heeds it, see also `dying`. There is no answer. It may overtake its
+        request."""
         unique = requests.parse_interrupt(rq.data)
         with self._waiting_lock:
             waiting = self._waiting.get(unique)
@@ -172,6 +173,14 @@ class FileRequests:
                 self._interrupted.append(unique)
         if waiting is not None:
             waiting.when_open(waiting.cancel)
+        else:
+            self._patience.interrupted(unique)
+
+    def _watch(self, request: Answerable) -> None:
+        """A request waits that may wait for long."""
+        self._patience.watch(request)
+        if request.unique in self._interrupted:  # noted before the kernel's word is passed on, so one of both sees it
+            self._patience.interrupted(request.unique)
 
     def open_handle(self, node: Node, writable: bool, by_daemon: bool) -> tuple[int, int, int]:
         """A handle on the backing file of `node`, which a name or an earlier handle leads to. One descriptor serves all
@@ -256,7 +265,7 @@ class FileRequests:
     def _sync(self, rq: Request, node: Node, fsync: Callable[[int], None], answered: Then) -> None:
         """Have a file fsynced, and what it waits for beside that; then `answered`, on any thread."""
         ref = self._volume.tree.refresh(node) if node.stale else node.ref
-        hooks, pid = self._hooks, rq.pid
+        hooks, pid, unique = self._hooks, rq.pid, rq.unique
 
         def act() -> None:
             try:
@@ -264,13 +273,13 @@ class FileRequests:
             except OSError:
                 hooks.fsync_failed(ref)
                 raise
-            then = Answerable(pid, answered)
+            then = Answerable(pid, unique, answered)
             try:
                 hooks.after_fsync(ref, then)
             except BaseException as error:
                 then(error)
             if not then.answered:
-                self._patience.watch(then)
+                self._watch(then)
 
         hooks.before_fsync(ref, self._volume.after(rq, act))
 

@@ -14,10 +14,11 @@ from pylitefs.errors import MountError
 class MountGuard:
     """Must be started by the main thread: the kernel tells the guard when the thread that started it dies."""
 
-    def __init__(self, mount_dir: str, data_dir: str = "") -> None:
-        """`data_dir`: where another node takes over when the daemon is killed; nothing can be committed here then."""
+    def __init__(self, mount_dir: str, data_dir: str = "", *, retires: bool = False) -> None:
+        """`data_dir`: the daemon's, which it holds locked; "" if there is no lock. `retires`: another node takes over
+        when the daemon is killed, so nothing can be committed here then."""
         command = [sys.executable, "-I", "-S", mount_guard.__file__, str(os.getpid()), os.path.realpath(mount_dir)]
-        command += [data_dir] if data_dir else []
+        command += [data_dir, mount_guard.RETIRE if retires else ""]
         self._channel, theirs = socket.socketpair()
         try:
             with theirs:

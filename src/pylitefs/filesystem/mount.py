@@ -100,14 +100,7 @@ def prepare(mount_dir: str, log: Callable[[str], None]) -> str:
 
     Returns its real path. MountError if it is no directory, not empty, or in use by a live daemon.
     """
-    parent, name = os.path.split(os.path.abspath(mount_dir))
-    path = os.path.join(os.path.realpath(parent), name)
-    if os.path.islink(path):
-        path = os.path.realpath(path)
-    for _ in range(_STACKED_MAX):
-        entry = mount_at(path)
-        if entry is None or not _clean(path, entry, log):
-            break
+    path = take_away_dead(mount_dir, log)
     try:
         os.makedirs(path, exist_ok=True)
     except FileExistsError:
@@ -121,6 +114,20 @@ def prepare(mount_dir: str, log: Callable[[str], None]) -> str:
         raise MountError(f"mount point {mount_dir} cannot be read: {error.strerror}") from error
     if not empty:
         raise MountError(f"mount point {mount_dir} is not empty: move its files away or choose another fuse.dir")
+    return path
+
+
+def take_away_dead(mount_dir: str, log: Callable[[str], None]) -> str:
+    """Take mounts of killed daemons away from `mount_dir`; its real path. MountError if one cannot be removed, or a
+    live daemon uses it."""
+    parent, name = os.path.split(os.path.abspath(mount_dir))
+    path = os.path.join(os.path.realpath(parent), name)
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+    for _ in range(_STACKED_MAX):
+        entry = mount_at(path)
+        if entry is None or not _clean(path, entry, log):
+            break
     return path
 
 

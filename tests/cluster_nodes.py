@@ -30,7 +30,8 @@ from pylitefs.filesystem import mount
 needs_root = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
 PASSTHROUGH = ["auto", "off"]
 SCALE = float(os.environ.get("PYLITEFS_TEST_SCALE", "1"))
-START_S = 30.0  # for a node to become ready, and for everything else one waits for
+PATIENCE = float(os.environ.get("PYLITEFS_TEST_PATIENCE", "1"))  # on a busy machine: how much longer to wait
+START_S = 30.0 * PATIENCE  # for a node to become ready, and for everything else one waits for
 WATCHDOG_S = 100.0 * max(1.0, SCALE)
 PRIMARY_NAME = "prim.example"
 _LOG_TAIL = 60  # lines of each node's log shown with a failure

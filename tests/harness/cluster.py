@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cluster_nodes import Cluster, wait_until
+from cluster_nodes import PATIENCE, Cluster, wait_until
 from engines import services
 from engines.services import BUCKET, HERE, Service
 from harness import history
@@ -44,7 +44,7 @@ TTL_S = dict.fromkeys(ENGINES, 3.0) | {"consul": 10.0}
 ENGINE_HOST = "engine"
 OBSERVE_S = 0.1
 LIMIT_S = 110.0
-SETTLE_S = 60.0
+SETTLE_S = 60.0 * PATIENCE
 
 
 # What the clients write. Name: journal mode, `synchronous`.
@@ -56,7 +56,7 @@ TRUNCATE_DB = {"truncate.db": ("truncate", "full")}
 ROLLBACK_DB = {"rollback.db": ("delete", "normal")}  # counts as FULL, in whatever mode it is shown
 MIXED_DB = {"mixed.db": ("wal", "mixed")}  # writers with FULL beside writers with NORMAL
 ALL_DBS = FULL_DB | NORMAL_DB | DELETE_DB
-SILENT_S = 20.0  # by when all nodes must have the last commit, with nobody asking
+SILENT_S = 20.0 * PATIENCE  # by when all nodes must have the last commit, with nobody asking
 
 
 class HaCluster(Cluster):

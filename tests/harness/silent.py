@@ -40,6 +40,9 @@ def content(data: Path, name: str, into: Path) -> str:
         finally:
             connection.close()
     image = bytearray(copy.read_bytes())
+    page_size = int.from_bytes(image[16:18], "big")
+    page_size = 65536 if page_size == 1 else page_size or 512
+    image += bytes(-len(image) % page_size)  # SQLite reads zeros behind the end, as after a `backup`
     image[18:20] = b"\0\0"
     return f"{len(image)} bytes {hashlib.sha256(image).hexdigest()[:12]}"
 

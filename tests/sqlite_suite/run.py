@@ -208,7 +208,10 @@ class Place:
                     problems.append(f"{node.name} does not end at SIGTERM within 30 s")
             if "Traceback (most recent call last)" in node.log_text():
                 problems.append(f"a traceback in {node.log}")
-            node.remove()
+            try:
+                node.remove()
+            except (OSError, subprocess.SubprocessError) as error:
+                problems.append(f"{node.name} cannot be ended: {error}")
         if not problems and self.primary is not None:
             shutil.rmtree(self.primary.base.parent, ignore_errors=True)
         self.primary = self.replica = None

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from pylitefs import __version__
 from pylitefs.cluster.candidate import Settings
 from pylitefs.cluster.recovery_wait import RecoveryWait
-from pylitefs.cluster.tasks import cancel, in_thread
+from pylitefs.cluster.tasks import cancel, in_thread, supervised
 from pylitefs.config import Config
 from pylitefs.engine.hooks import EngineHooks
 from pylitefs.engine.store import Store, StoreOptions
@@ -129,7 +129,8 @@ class Daemon:
             )  # fmt: skip
             engine, name = open_engine(lease)
             await self._node.start_member(engine, name, settings)
-            self._stack.push_async_callback(cancel, asyncio.create_task(self._control.watch_disk()))
+            watching = asyncio.create_task(supervised("watching the disk", self._control.watch_disk))
+            self._stack.push_async_callback(cancel, watching)
         elif not self._store.is_primary:
             await self._node.start_replica(config.lease.hostname, config.lease.advertise_url)
 
@@ -215,8 +216,8 @@ class Daemon:
 
     def _heard(self, event: Event) -> None:
         """In the emitting thread."""
-        if event.type == "replicaConnected":
-            self._store.note_replicas(len(self._node.infos()))
+        if event.type == "replicaConnected" and self._loop is not None:  # emitted on the loop, which must not wait
+            self._loop.run_in_executor(None, self._store.note_replicas, len(self._node.infos()))
         elif event.type == "recovered" and event.data.get("outcome") == "released" and self._loop is not None:
             self._loop.call_soon_threadsafe(self._node.reconnect)
 

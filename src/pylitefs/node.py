@@ -31,7 +31,7 @@ from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.cluster.replica import Replica
 from pylitefs.cluster.roles import NodeIdentity, Refused
 from pylitefs.cluster.sync_gate import Mode, SyncGate, SyncRules, log_heads
-from pylitefs.cluster.tasks import blocking, cancel
+from pylitefs.cluster.tasks import blocking, cancel, supervised, watched
 from pylitefs.config import Config
 from pylitefs.engine.files import publish_file
 from pylitefs.engine.store import Store
@@ -52,6 +52,8 @@ log = logging.getLogger("litefs")
 
 PAUSE_S = 2.0  # to find a moment without a writer
 LAST_S = 2.0  # for what was committed last to reach the others, while nobody can write
+CLOSE_S = 0.1  # for replicas to hear that this node leads no more; one that does not answer is not waited for
+ENTER_S = 5.0  # who connects while this node takes office waits so long for it, rather than to come again
 
 
 class Node:
@@ -72,6 +74,8 @@ class Node:
         self.gate: SyncGate | None = None
         self._gating: asyncio.Task[None] | None = None
         self._begun = False  # a promotion, that has to be undone
+        self._passed_on = False  # the lease, to a node that has everything
+        self._entered = asyncio.Event()  # replicas are served, or will not be
         self._replicas: Replicas | None = None
         self._replica: Replica | None = None
         self.following: Leader | None = None
@@ -91,7 +95,7 @@ class Node:
 
     async def start_primary(self, recovery: RecoveryWait | None) -> None:
         """Static lease: this is the primary."""
-        self.store.ensure_cluster_id()
+        await blocking(self.store.ensure_cluster_id)
         self._open_gate()
         await blocking(self.store.begin_epoch, self.store.seen_epoch)
         await self._open_replicas(self.store.epoch, recovery)
@@ -112,7 +116,9 @@ class Node:
         """Take part in the cluster of a lease engine. The databases are recovered, and mounted as on a replica."""
         self._engine, self.engine_name = engine, name
         self.leadership = Leadership(engine, self, settings, changed=self._changed)
-        self._running = asyncio.create_task(self._take_part(engine, self.leadership))
+        leadership = self.leadership
+        work = supervised("taking part in elections", lambda: self._take_part(engine, leadership))
+        self._running = asyncio.create_task(work)
 
     async def _take_part(self, engine: Engine, leadership: Leadership) -> None:
         while True:
@@ -138,10 +144,10 @@ class Node:
     async def close(self) -> None:
         """After `stop`, when nothing is mounted any more."""
         await self._hooks.close()
-        for task in list(self._background):
-            await cancel(task)
         await self._close_gate(Unavailable("this node is stopping"))
         await self._close_replicas()
+        for task in list(self._background):
+            await cancel(task)
         if self._engine is not None:
             await self._engine.close()
         await self._http.close()
@@ -191,6 +197,10 @@ class Node:
 
     async def serve(self, link: Link) -> None:
         """A replica has connected."""
+        if self._replicas is None and self.leadership is not None and self.leadership.enters:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ENTER_S):
+                    await self._entered.wait()
         if self._replicas is not None:
             await self._replicas.serve(link)
             return
@@ -243,7 +253,7 @@ class Node:
         else:
             await blocking(store.ensure_cluster_id)
         await self._close_replicas()
-        self._begun = True
+        self._begun, self._passed_on = True, False
         if self.gate is not None and self.gate.is_closed:  # it was refused to write who is in sync
             await self._close_gate(Unavailable("a new term begins"))
         if self.gate is None:
@@ -267,6 +277,7 @@ class Node:
         store = self.store
         await self._close_gate(Unavailable(f"this node is not the primary any more: {reason}"))
         begun, self._begun = self._begun, False
+        self._entered.set()
         if not begun:
             return
         waiting = await blocking(store.demote, PAUSE_S)
@@ -274,13 +285,14 @@ class Node:
         await self.halts.end_all(reason)
         for name in waiting:
             log.warning("%s: a transaction is open since this node ceased to be the primary: not replicated yet", name)
-        if self.leadership is not None and self.leadership.remaining_s > 0:
+        if self.leadership is not None and self.leadership.remaining_s > 0 and not self._passed_on:
             await self.send_the_rest()
         await self._close_replicas()
         store.events.emit(Event("demoted", None, {"reason": reason}))
         self._hooks.changed("replica", store.epoch, "")
 
     def passed_on(self, successor: int) -> None:
+        self._passed_on = True
         member = self.member(successor)
         if member is not None:
             self._start(self._tell(member.url))
@@ -331,10 +343,12 @@ class Node:
         log.error("epoch %d has begun, this node leads in an older one: it steps down", epoch)
         self.leadership.supersede(f"epoch {epoch} has begun")
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _start(self, work: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        task.add_done_callback(watched)
+        return task
 
     async def _open_replicas(self, epoch: int, recovery: RecoveryWait | None) -> None:
         replicas = Replicas(
@@ -343,6 +357,7 @@ class Node:
         )  # fmt: skip
         replicas.gate = self.gate
         self._replicas = await replicas.__aenter__()
+        self._entered.set()
 
     def _open_gate(self) -> None:
         """Synchronous replication, for one term of office."""
@@ -374,9 +389,11 @@ class Node:
             await cancel(self._gating)
 
     async def _close_replicas(self) -> None:
+        """Tell them; whoever does not listen is told in the background."""
         replicas, self._replicas = self._replicas, None
+        self._entered.clear()
         if replicas is not None:
-            await replicas.__aexit__(None, None, None)
+            await asyncio.wait({self._start(replicas.__aexit__(None, None, None))}, timeout=CLOSE_S)
 
     async def _follow(self, leader: Leader) -> None:
         self.following = leader
@@ -397,7 +414,7 @@ class Node:
 
         telling = asyncio.ensure_future(told())
         try:
-            await replica.run()
+            await supervised("following the primary", replica.run)
         finally:
             await cancel(telling)
 

@@ -33,6 +33,7 @@ FORGET_S = 30.0  # and what it has said is shown for so long with a static lease
 _RECENT_S = 3.0  # and with an engine
 DISK_S = 0.5  # between two looks at the room on the disk
 TAKE_OVER_S = 15.0  # for a successor to become the primary
+_ANSWER_S = 0.3  # for a successor, before writes are paused
 _NEAR_TXIDS = 200  # a successor that is so near is waited for with writes paused
 
 
@@ -298,17 +299,27 @@ class NodeControl:
                         raise Ineligible(f"{info.hostname or info.node_id} cannot become the primary: no candidate")
                     continue
                 able.append((self._behind(info), -member.priority, number, info))
-            if able and min(able)[0] <= _NEAR_TXIDS:
-                return min(able)[3]
+            for behind, _, number, info in sorted(able, key=lambda one: one[:3]):
+                if behind <= _NEAR_TXIDS and await self._answers(members[number]):
+                    return info
             if time.monotonic() > until_s:
                 if able:
-                    behind, _, _, info = min(able)
+                    behind, _, _, info = min(able, key=lambda one: one[:3])
                     far = f"{behind} transactions behind" if behind < math.inf else "not in line with this node yet"
                     raise Unavailable(f"{info.hostname or info.node_id} is {far}: try again later")
                 if node_id:
                     raise Ineligible(f"node {node_id:016X} is not connected to the primary")
                 raise Unavailable("no replica is connected that could take over")
             await asyncio.sleep(0.02)
+
+    async def _answers(self, member: Member) -> bool:
+        """Whether it is alive: one that hangs may be connected still, and have everything."""
+        try:
+            await self._node.ask(member, _ANSWER_S)
+            return True
+        except LitefsError as error:
+            log.info("%s cannot take over: it does not answer: %s", member.hostname or member.url, error)
+            return False
 
     def _behind(self, info: ReplicaInfo) -> float:
         """How many transactions a replica has not applied; inf where its copy of a database is not one of our history

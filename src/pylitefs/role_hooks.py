@@ -8,6 +8,7 @@ import logging
 import os
 from typing import Protocol
 
+from pylitefs.cluster.tasks import supervised
 from pylitefs.config import ExecCommand
 
 log = logging.getLogger("litefs")
@@ -45,7 +46,7 @@ class RoleHooks:
         }
         self._queue.put_nowait((commands, environment))
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            self._task = asyncio.create_task(supervised("lease.on-promote and on-demote", self._run))
 
     async def close(self) -> None:
         """End the command that runs; what waits is not run."""

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,28 @@ def write(store: Store, sql: str) -> None:
     with contextlib.closing(sqlite3.connect(store.find("db").files.database)) as db:
         db.execute(sql)
         db.commit()
+
+
+def marker_goes(folder: Path) -> None:
+    """In a moment: by another thread than the worker."""
+    until_s = time.monotonic() + 10
+    while (folder / "primary").exists():
+        assert time.monotonic() < until_s, "the marker stays"
+        time.sleep(0.01)
+
+
+def test_the_worker_does_not_wait_for_a_change_of_role_that_waits_for_the_worker(folder: Path) -> None:
+    """The start records what it has found on the worker, while a thread has begun to change a role."""
+    Marker(str(folder)).write(1, None)
+    store = open_store(folder)
+    try:
+        with store.roles._one:
+            store.worker.submit(store.settle).result(timeout=10)
+        marker_goes(folder)
+        with pytest.raises(RuntimeError, match="must not wait"):
+            store.worker.submit(store.resume_writes).result(timeout=10)
+    finally:
+        store.close(clean=True)
 
 
 def test_the_fence_ends_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +139,7 @@ def test_what_was_committed_before_a_kill_is_in_the_log_of_the_next_start(folder
         assert database.position == database.log.head and database.position.txid == 2
         check_log(database)
         assert (4, b"\xbe\xef") in rows_of(path)
-        assert not (folder / "primary").exists()
+        marker_goes(folder)
     finally:
         again.close(clean=True)
 

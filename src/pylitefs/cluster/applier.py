@@ -116,7 +116,14 @@ class Violation:
     text: str
 
 
-Outcome: TypeAlias = Applied | Unfit | Prepared | Stuck | Violation
+@dataclass(frozen=True)
+class Broken:
+    """A defect: what is queued cannot be relied on, and the connection must end. The next one begins anew."""
+
+    error: Exception
+
+
+Outcome: TypeAlias = Applied | Unfit | Prepared | Stuck | Violation | Broken
 
 
 class _Disorder(Exception):
@@ -418,6 +425,17 @@ class Applier:
     # --- on the worker ----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        try:
+            self._work_for_a_while()
+        except Exception as error:
+            log.exception("a defect: the queues of what is to be applied")
+            self._tell([Broken(error)], [], 0)
+
+    def _tell(self, outcomes: list[Outcome], sequences: list[int], freed: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self._loop.call_soon_threadsafe(self._report, outcomes, sequences, freed)
+
+    def _work_for_a_while(self) -> None:
         until = time.monotonic() + SLICE_S
         with self._lock:
             self._asked = False
@@ -455,8 +473,7 @@ class Applier:
             self._make_durable(results.outcomes)
         if results.are_due and not self._closed:
             self._results = _Results()
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                self._loop.call_soon_threadsafe(self._report, results.outcomes, results.sequences, results.freed)
+            self._tell(results.outcomes, results.sequences, results.freed)
         if again:
             self._store.worker.submit(self._work, database=APPLYING)
 

@@ -206,7 +206,7 @@ class Feed:
     async def _run(self) -> None:
         self._behind_since_ms = _now_ms()
         try:
-            while await self._step():
+            while await self._step() or self._changed.is_set():  # set since the step began: look again
                 pass
         except DatabaseError as error:  # of this node; the other databases go on
             log.error("%s cannot be sent to replica %016X: %s", self.name, self._outlet.replica_id, error)
@@ -218,7 +218,7 @@ class Feed:
             self._running = False
 
     async def _step(self) -> bool:
-        """One thing that is to be done; False when there is nothing, and no await since that was found."""
+        """One thing that is to be done; False when nothing was found."""
         self._changed.clear()
         try:
             if self._incoming is not None:

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 from pylitefs.cluster.control import HaltLock
 from pylitefs.cluster.ends import ends_of, has_transaction
 from pylitefs.cluster.ports import Store
-from pylitefs.cluster.tasks import finished, in_thread
+from pylitefs.cluster.tasks import finished, in_thread, watched
 from pylitefs.errors import (
     DatabaseBusy,
     DatabaseNotFound,
@@ -355,7 +355,8 @@ class HaltLocks:
     @contextlib.asynccontextmanager
     async def _working(self) -> AsyncIterator[None]:
         """Not while it is paused."""
-        await self._may_work.wait()
+        while not self._may_work.is_set():  # it may have been paused again before this task was woken
+            await self._may_work.wait()
         self._at_work += 1
         self._idle.clear()
         try:
@@ -377,6 +378,7 @@ class HaltLocks:
         task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        task.add_done_callback(watched)
         return task
 
     async def _run(self, work: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pylitefs.cluster.ports import Database, Store
 from pylitefs.cluster.tail import writers_out
+from pylitefs.cluster.tasks import supervised
 from pylitefs.cluster.transfer import Blocking
 from pylitefs.errors import LitefsError
 from pylitefs.formats.stream_pages import MAX_PAGES_SIZE
@@ -60,9 +61,10 @@ class Healing:
 
     def heal(self, name: str) -> None:
         """Damaged pages were found."""
-        if name not in self._tasks:
-            task = self._tasks[name] = asyncio.get_running_loop().create_task(self._heal(name))
-            task.add_done_callback(lambda _: self._tasks.pop(name, None))
+        running = self._tasks.get(name)
+        if running is None or running.done():  # what one that is done has not seen must be looked at anew
+            work = supervised(f"healing {name}", lambda: self._heal(name))
+            self._tasks[name] = asyncio.get_running_loop().create_task(work)
 
     def connected(self) -> None:
         """There is somebody new to ask."""

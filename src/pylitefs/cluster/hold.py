@@ -91,7 +91,10 @@ class Share:
         if self.timer is not None:
             self.timer.cancel()
         if then is not None:
-            then(error)
+            try:
+                then(error)
+            except Exception:  # others wait for theirs
+                log.exception("a defect: %s-lock: an open could not be answered", self.name)
 
 
 class Surroundings(Protocol):
@@ -134,7 +137,7 @@ class Gate:
             ready = [then for wanted, then in self._waiting if wanted <= txid]
             self._waiting = [item for item in self._waiting if item[0] > txid]
         for then in ready:
-            then(None)
+            self._answer(then, None)
 
     def fail(self, problem: str) -> None:
         """Nothing more will be reached."""
@@ -143,7 +146,13 @@ class Gate:
             waiting, self._waiting = self._waiting, []
             error = self._error()
         for _, then in waiting:
+            self._answer(then, error)
+
+    def _answer(self, then: Then, error: OSError | None) -> None:
+        try:
             then(error)
+        except Exception:  # the others are answered all the same
+            log.exception("a defect: %s: a commit could not be answered", self._name)
 
     def _error(self) -> OSError:
         return OSError(errno.EIO, f"{self._name}: {self._problem}")
@@ -275,7 +284,9 @@ class Hold:
     async def _run(self) -> Hold:
         try:
             await self._take()
-        except (LitefsError, OSError, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if not isinstance(error, LitefsError | OSError | asyncio.CancelledError):
+                log.exception("a defect: %s: taking its HALT lock", self.name)
             self.state = State.ENDING
             self._problem = str(error) or "not wanted any more"
             for opening in list(self._openings):
@@ -464,10 +475,20 @@ class Hold:
         transaction."""
         told = False
         while not self._store.is_primary:  # else it is written here by right
-            if await blocking(self._store.demote_database, self.name, DEMOTE_S) or self._hurried:
+            why = "before the open transaction ends"
+            try:
+                if await blocking(self._store.demote_database, self.name, DEMOTE_S):
+                    return
+            except DatabaseNotFound:
+                return  # dropped
+            except Exception as error:
+                surprising = not isinstance(error, LitefsError | OSError)
+                why = f"now, it is tried again: {error}"
+                log.debug("%s: locking the writers out", self.name, exc_info=error if surprising else None)
+            if self._hurried:
                 return
             if not told:
-                log.warning("%s: its HALT lock cannot be given back before the open transaction ends", self.name)
+                log.warning("%s: its HALT lock cannot be given back %s", self.name, why)
             told = True
             await asyncio.sleep(0.05)
 

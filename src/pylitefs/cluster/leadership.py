@@ -88,6 +88,11 @@ class Leadership:
         return self._office.leads
 
     @property
+    def enters(self) -> bool:
+        """Whether this node has the lease, and takes office."""
+        return self._office.enters
+
+    @property
     def remaining_s(self) -> float:
         """Of the lease, while this node has it."""
         return self._office.remaining_s

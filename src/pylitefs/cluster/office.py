@@ -18,8 +18,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 from pylitefs.cluster import election
 from pylitefs.cluster.candidate import RENEWALS, Leaving, Node, Nudge, Settings, ask_all
@@ -61,6 +62,11 @@ class Office:
     def leads(self) -> bool:
         """Whether commits may be acknowledged now."""
         return self._clock() < self._until_s
+
+    @property
+    def enters(self) -> bool:
+        """Whether the lease is held, and the promotion has not ended."""
+        return self.held is not None and not self._entered.is_set() and self._leaving is None
 
     @property
     def remaining_s(self) -> float:
@@ -217,9 +223,19 @@ class Office:
                 next_s = self._clock() + self._settings.renewal_s
                 if reason := await self._renew():
                     return reason
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.ttl_s / (2 * RENEWALS)):
-                    await self._keep_house()
+            await self._unless_nudged(self._keep_house(), self._settings.ttl_s / (2 * RENEWALS))
+
+    async def _unless_nudged(self, work: Coroutine[Any, Any, None], timeout_s: float) -> None:
+        """What can be done later. Writes may be paused while somebody wishes that this node leaves."""
+        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(self._nudge.wait())]
+        try:
+            await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _may_leave(self, leaving: Leaving) -> bool:
         """Where there is a successor: write down who is to lead, and release the lease. Nobody can write here any more,

@@ -117,12 +117,14 @@ class Replicas:
     async def __aexit__(self, *error: object) -> None:
         self._closing = True
         self._unsubscribe()
-        await self._healing.close()
         serving = list(self._serving)
         for task in serving:
             task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        try:
+            await self._healing.close()
+            await asyncio.gather(*serving, return_exceptions=True)
+        finally:
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def serve(self, link: Link) -> None:
         """Run one replica's session to its end. Only cancellation comes out."""

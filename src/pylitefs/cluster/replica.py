@@ -14,12 +14,23 @@ from typing import Any
 import numpy as np
 
 from pylitefs.cluster.acks import Acks
-from pylitefs.cluster.applier import Applied, Applier, Item, Outcome, Prepared, PrepareResync, Stuck, Unfit, Violation
+from pylitefs.cluster.applier import (
+    Applied,
+    Applier,
+    Broken,
+    Item,
+    Outcome,
+    Prepared,
+    PrepareResync,
+    Stuck,
+    Unfit,
+    Violation,
+)
 from pylitefs.cluster.backoff import Backoff
 from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
 from pylitefs.cluster.ports import Database, Link, LinkClosed, Store
 from pylitefs.cluster.roles import LASTING, NodeIdentity, Refused, StaleEpoch, accept
-from pylitefs.cluster.tasks import finished, in_thread
+from pylitefs.cluster.tasks import finished, in_thread, supervised
 from pylitefs.cluster.transfer import send_entry
 from pylitefs.errors import FormatError, LitefsError
 from pylitefs.events import Event
@@ -132,7 +143,7 @@ class Replica:
     async def run(self) -> None:
         """Connect, follow, connect again: until cancelled."""
         loop = asyncio.get_running_loop()
-        clock = asyncio.create_task(self._show_lag())
+        clock = asyncio.create_task(supervised("showing the lag", self._show_lag))
 
         def heard(event: Event) -> None:
             if event.type == "damaged" and event.database is not None:
@@ -175,6 +186,9 @@ class Replica:
         except TimeoutError:
             error = LinkClosed(f"the primary did not answer within {self.timings.handshake_s:g} s")
         except (LitefsError, OSError) as failure:
+            error = failure
+        except Exception as failure:
+            log.exception("a defect: the connection to the primary has failed")
             error = failure
         finally:
             self._session = None
@@ -416,6 +430,8 @@ class ReplicaLink:
                     self._tasks.start(self._send_resync(outcome))
                 case Stuck(name):
                     self._acks.dropped(name)
+                case Broken(error):
+                    self._tasks.fail(error)
                 case Violation(name, text):
                     self._tasks.fail(Refused(ErrorCode.PROTOCOL, f'database "{name}": {text}'))
         self._pass_marks()

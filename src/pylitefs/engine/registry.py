@@ -87,6 +87,7 @@ class Registry:
         self.passthrough = True
         self._services = StoreServices(self.capture, self.apply)
         self._seen_epoch = SeenEpoch(self.data_dir)
+        self._noting = threading.Lock()  # while that is written down
         self._most_replicas = 0
 
     @property
@@ -261,8 +262,9 @@ class Registry:
             return 0
 
     def note_replicas(self, count: int) -> None:
-        """Remember the most replicas of this run: a later unclean start waits for as many."""
-        if count > self._most_replicas:
-            self._most_replicas = count
-            with contextlib.suppress(OSError):
-                publish_file(os.path.join(self.data_dir, "replicas"), f"{count}\n".encode())
+        """Remember the most replicas of this run: a later unclean start waits for as many. Blocking."""
+        with self._noting:
+            if count > self._most_replicas:
+                self._most_replicas = count
+                with contextlib.suppress(OSError):
+                    publish_file(os.path.join(self.data_dir, "replicas"), f"{count}\n".encode())

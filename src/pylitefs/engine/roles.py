@@ -32,6 +32,7 @@ from pylitefs.engine.fence import Fence
 from pylitefs.engine.files import sync_filesystem
 from pylitefs.engine.grip import Grip
 from pylitefs.engine.loan import epoch_of_loans
+from pylitefs.engine.off_worker import OffWorkerLock
 from pylitefs.engine.pause import Pause
 from pylitefs.engine.registry import Registry
 from pylitefs.engine.transaction import UnstableSource
@@ -57,7 +58,7 @@ class Roles:
         Both on the worker. `told`: the node's role has changed, any thread."""
         self._registry = registry
         self._settle, self._watch, self._told = settle, watch, told
-        self._one = threading.RLock()
+        self._one = OffWorkerLock(registry.worker)
         self._grips: dict[str, Grip] = {}
         self._wanted: set[str] = set()  # whose capture is to end
         self._retrying = False
@@ -176,7 +177,7 @@ class Roles:
             left = self._take_over_all(timeout_s)
             self.pause.end()
             self._told()
-            self._go_on_later()
+            self.go_on_later()
             return left
 
     def demote_database(self, name: str, timeout_s: float) -> bool:
@@ -201,7 +202,7 @@ class Roles:
                 with contextlib.suppress(LitefsError, OSError):
                     self._registry.apply.activate_aside(database).result()
             self._told_one(name)
-            self._go_on_later()
+            self.go_on_later()
             return name not in left
 
     def _cut_off(self, database: Database) -> None:
@@ -286,7 +287,7 @@ class Roles:
 
     # -- in the background ---------------------------------------------------------------------------------------
 
-    def _go_on_later(self) -> None:
+    def go_on_later(self) -> None:
         """Take over what is left, then do without the marker."""
         if not self._retrying:
             self._retrying = True

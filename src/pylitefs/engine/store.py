@@ -75,7 +75,10 @@ class Store(Registry):
         this node wrote when it last was one. On the worker."""
         self._startup.settle()
         if not self.is_primary:
-            self.roles.unmark()
+            if self.worker.is_current:  # which must not wait for a change of role
+                self.roles.go_on_later()
+            else:
+                self.roles.unmark()
 
     def apply_as_primary(self, name: str, data: bytes | str) -> Position:
         """A transaction of somebody else (an LTX file, or the path of one) for a database that was demoted here. On the

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -20,6 +21,8 @@ from pylitefs.cluster.ports import Link, LinkClosed
 from pylitefs.cluster.replica import Connect
 from pylitefs.errors import ProtocolError
 from pylitefs.formats.stream import MAX_MESSAGE
+
+log = logging.getLogger("litefs.replication")
 
 PATH = "/replicate"
 SUBPROTOCOL = "pylitefs"
@@ -80,8 +83,10 @@ class WebSocketLink:
     async def close(self) -> None:
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                with contextlib.suppress(Exception):
+                try:
                     await self._socket.close()
+                except Exception as error:  # whatever aiohttp makes of a connection that is gone
+                    log.debug("closing the connection to %s: %r", self._peer, error)
         except TimeoutError:
             pass
         except asyncio.CancelledError:

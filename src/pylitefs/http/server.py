@@ -31,6 +31,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from pylitefs.cluster.tasks import supervised
 from pylitefs.errors import LitefsError, Unavailable
 from pylitefs.events import EventStream
 from pylitefs.formats.ltx.format import Position
@@ -285,7 +286,7 @@ class HttpServer:
             # asyncio accepts `backlog` connections in a row, and with no descriptor left fails as often
             await web.SockSite(self._runner, sock, backlog=1).start()
             sock.listen(_BACKLOG)
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._sweeper = asyncio.create_task(supervised("dropping idle connections", self._sweep))
 
     async def close(self) -> None:
         """Stop listening, let requests finish for a moment, then cut them off. May be called twice."""

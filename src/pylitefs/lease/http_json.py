@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import ssl
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -13,7 +14,9 @@ from typing import Any
 
 import aiohttp
 
-from pylitefs.errors import ConfigError, Unavailable
+from pylitefs.errors import ConfigError, LitefsError, Unavailable
+
+log = logging.getLogger("litefs.lease")
 
 MAX_ANSWER_BYTES = 8 << 20
 _MAX_REASON = 200  # characters of what a server says
@@ -242,7 +245,8 @@ def _tls_reason(error: aiohttp.ClientConnectorCertificateError | aiohttp.ClientC
 
 
 class Afterwards:
-    """Work that nobody waits for and whose failure does not matter, such as giving back what would expire anyway."""
+    """Work that nobody waits for and whose failure does not matter, such as giving back what would expire anyway. That
+    it fails is noted at the level "debug", as it comes from the network; a defect is logged as one."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -254,8 +258,11 @@ class Afterwards:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # looked at, so that asyncio does not report it
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, LitefsError | OSError | aiohttp.ClientError | TimeoutError):
+            log.debug("left to itself: %s", error)
+        elif error is not None:
+            log.error("a defect: a task has failed", exc_info=error)
 
     async def cancel(self) -> None:
         tasks = list(self._tasks)

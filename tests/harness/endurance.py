@@ -101,7 +101,7 @@ class Round:
                     for name, text in cluster.logs():
                         (cluster.base / f"{name.replace(' ', '-')}.txt").write_text(text)
                     raise
-        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        except Exception as error:
             result.problems = [f"{type(error).__name__}: {error}"[:3000]]
         result.seconds = round(time.monotonic() - start_s, 1)
         return result
@@ -126,7 +126,8 @@ class Round:
                 wait_for(member.serves, f"{member.name} serves", self.cluster.members)
 
     def _kill_replica(self) -> None:
-        victims = self.rng.sample(self.cluster.replicas(), self.rng.choice((1, 1, 2)))
+        replicas = self.cluster.replicas()
+        victims = self.rng.sample(replicas, min(len(replicas), self.rng.choice((1, 1, 2))))
         self._kill(victims)
         self._start(victims)
 
@@ -156,7 +157,10 @@ class Round:
 
     def _hand_over(self) -> None:
         old = self.cluster.primary()
-        to = self.rng.choice(self.cluster.replicas())
+        replicas = self.cluster.replicas()
+        if not replicas:
+            return
+        to = self.rng.choice(replicas)
         try:
             to.post("/promote", timeout_s=10.0)
         except OSError:

@@ -59,3 +59,14 @@ def is_image(path: Path) -> bool:
     page_size = int.from_bytes(head[16:18], "big")
     size_ok = page_size == 1 or (page_size >= 512 and page_size & (page_size - 1) == 0)
     return size_ok and head[19] <= 2 and head[21:24] == b"\x40\x20\x20"
+
+
+def is_sound(path: Path) -> bool:
+    """Whether SQLite finds nothing wrong with it."""
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute("pragma quick_check").fetchone() == ("ok",)
+    except sqlite3.Error:
+        return False
+    finally:
+        connection.close()

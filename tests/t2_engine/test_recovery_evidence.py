@@ -634,7 +634,7 @@ def test_a_disk_that_fills_up_while_a_difference_is_recorded(bench: Bench) -> No
     bench.check("B")
 
 
-def test_a_database_that_turns_out_to_be_garbage_stays_set_aside(bench: Bench) -> None:
+def test_a_database_that_turns_out_to_be_garbage_is_withheld(bench: Bench) -> None:
     bench.set("A")
     bench.leave()
     bench.open()("INSERT INTO t (v) VALUES (randomblob(300000))")
@@ -645,8 +645,8 @@ def test_a_database_that_turns_out_to_be_garbage_stays_set_aside(bench: Bench) -
         assert bench.database.is_busy
     bench.path.write_bytes(b"garbage" * 1000)
     bench.node.store._startup.look_again(at_once=True)
-    assert bench.database.set_aside_reason and "again" not in bench.database.set_aside_reason
-    assert not bench.database.is_busy
+    assert bench.database.withheld and "not a SQLite database" in bench.database.withheld
+    assert not bench.database.is_busy and bench.database.set_aside_reason is None
 
 
 def test_a_set_aside_replica_does_not_claim_to_be_caught_up(bench: Bench) -> None:

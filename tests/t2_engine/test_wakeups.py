@@ -199,7 +199,7 @@ def test_a_write_that_waits_for_a_lock_which_nobody_tells_of(live: Silent, monke
     capture, database = live.capture, live.database
     tries = []
 
-    def later(database: Any, then: Then) -> None:
+    def later(database: Any, then: Then, **how: bool) -> None:
         tries.append(database)
         if len(tries) < 60:
             then(OSError(errno.EBUSY, "somebody has a lock"))

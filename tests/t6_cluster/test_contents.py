@@ -165,6 +165,22 @@ def test_emptied_in_place(cluster: Cluster, passthrough: str, mode: str) -> None
             assert (primary.mount / NAME).stat().st_size == 0 and replica.databases() == []
 
 
+def test_emptied_while_it_is_open(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    make(primary.mount / NAME)
+    with contextlib.closing(primary.connect(NAME)) as connection:
+        assert connection.execute("select count(*) from t").fetchone() == (50,)
+        wait_equal(primary, replica)
+        os.truncate(primary.mount / NAME, 0)
+        wait_until(lambda: replica.databases() == [], "the replica has dropped it", 3.0)
+        connection.execute("create table t(id integer primary key, v)")
+        connection.execute("insert into t values (1, 2)")
+        assert wait_equal(primary, replica) is not None
+        with contextlib.closing(primary.connect(NAME)) as other:
+            other.execute("insert into t values (2, 2)")
+        assert len(wait_equal(primary, replica) or []) == 3
+
+
 def test_emptied_while_the_daemon_is_dead(cluster: Cluster) -> None:
     """The daemon is killed before it has looked: what the file holds counts, and that is nothing."""
     primary, replica = cluster.pair()

@@ -257,7 +257,7 @@ class Capture(CommitPoints):
                 result.set_exception(error)
 
         if self.has_unseen_writes(database):
-            self.settle_later(database, work)
+            self.settle_later(database, work, ended=database.lock_fd < 0)
         else:
             done = self._worker.submit(work, None, database=database.name)
             done.add_done_callback(lambda done: done.cancelled() and result.cancel())

@@ -16,6 +16,7 @@ from pylitefs.engine.checkpoints import Checkpoints
 from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.continuation import finish
 from pylitefs.engine.database import Database
+from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.shown import Shown
 from pylitefs.engine.stand_in import completes_commit
@@ -117,6 +118,9 @@ class CommitHooks(Shown):
                 if is_database and database.raw_writers:
                     database.rollback.suspect = True
                 is_commit = not database.rollback.journal_in_use()
+                if is_database and is_commit and database.rollback.pending and self._store.capture.is_foreign(database):
+                    self._foreign_synced(database, then)
+                    return
                 if database.rollback.pending and (is_commit or (is_database and self._gated.may_commit_here(database))):
                     recorded = self._store.capture.commit_point(database)
                     if recorded and not is_commit:
@@ -137,6 +141,37 @@ class CommitHooks(Shown):
     def is_commit(self, ref: FileRef, fd: int, offset: int, size: int) -> bool:
         database = self._capturing(ref) if ref.kind is FileKind.WAL else None
         return database is not None and database.wal_stands_in and completes_commit(fd, offset, size)
+
+    # -- writers that are not SQLite -----------------------------------------------------------------------------
+
+    @staticmethod
+    def _has_unseen_content(database: Database) -> bool:
+        """A handle whose writes pass us by is released: whether the file was written to by who is not SQLite. The last
+        user removes the WAL, and then it is known which size and time the file has. Where that has not been, because it
+        was killed or may not write, the whole file is looked at once."""
+        with_wal = wal_in_use(database) and database.app_handles
+        return not with_wal and stamp(database.files.database) != database.settled_stamp
+
+    def _database_truncated(self, database: Database, size_bytes: int) -> None:
+        with database.lock:
+            if not database.rollback.journal_in_use() and not wal_in_use(database):
+                self._store.capture.note_write(database)
+            if database.raw_writers or not size_bytes:
+                database.rollback.suspect = True
+            elif not wal_in_use(database):
+                database.rollback.note(size_bytes, 0)
+
+    def _foreign_synced(self, database: Database, then: Then) -> None:
+        """An fsync that may be of a commit of SQLite, in the journal modes MEMORY and OFF, or of somebody who writes in
+        place."""
+
+        def settled(error: BaseException | None) -> None:
+            if error is None:
+                self._gated.after_commit(database, True, if_held(database, then), on_worker=True)
+            else:
+                then(error)
+
+        self._store.capture.settle_later(database, settled, ended=True, synced=True)
 
     # -- commit points -----------------------------------------------------------------------------------------
 

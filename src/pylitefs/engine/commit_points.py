@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pylitefs.engine import ofd_locks
-from pylitefs.engine.continuation import finish
+from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import read_at
+from pylitefs.engine.in_place import LOCK_BYTES, InPlace
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.rollback_capture import database_size, whole_size
@@ -21,23 +24,23 @@ from pylitefs.engine.worker import Worker
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import page_checksum, page_checksums
 from pylitefs.formats.ltx.format import lock_pgno
-from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
-from pylitefs.ports import FileKind
+from pylitefs.formats.sqlite.locks import PENDING
+from pylitefs.ports import FileKind, Then
 
 log = logging.getLogger("litefs.capture")
 
 _SETTLE_S = 0.05
 _LONGEST_SETTLE_S = 1.0
 _TELL_TRIES = 60
-_LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
 _READ_PAGES = 64
 _SUM_BYTES = 4 << 20
 
 
-class CommitPoints:
+class CommitPoints(InPlace):
     """See `rollback_capture` for what is noted until then."""
 
     def __init__(self, worker: Worker, opener: Opener) -> None:
+        super().__init__(opener)
         self._worker = worker
         self._opener = opener
         self._settling: set[str] = set()
@@ -116,29 +119,64 @@ class CommitPoints:
 
     def settle_rollback(self, database: Database, mount_fd: int) -> bool:
         """Record noted writes whose commit nothing told us of (MEMORY, OFF, a copied file): committed they are when
-        nobody holds a write lock and no journal could take them back. `mount_fd`: the mount's database file."""
+        nobody holds a write lock and no journal could take them back. Those of who takes no locks are left alone (see
+        `in_place`). `mount_fd`: the mount's database file."""
         with database.lock:
-            if database.rollback.replacing or (wal_in_use(database) and not _is_idle_and_empty(database)):
-                return False
-            if not database.rollback.journal_is_finished() and (
-                database.rollback.journal_in_use()
-                or ofd_locks.write_locked(mount_fd, PENDING, _LOCK_BYTES) is not None
-            ):
-                return False
-            return self.commit_point(database)
+            return self._is_free(database, mount_fd) and not self.is_foreign(database) and self.commit_point(database)
 
-    def settle_later(self, database: Database, then: Callable[[BaseException | None], None]) -> None:
-        """`settle_rollback`, from any thread; continues on the worker."""
+    @staticmethod
+    def _is_free(database: Database, mount_fd: int | None) -> bool:
+        """Whether no transaction of SQLite is under way. Without `mount_fd` its locks are not asked for."""
+        if wal_in_use(database) and not _is_idle_and_empty(database):
+            return False
+        return database.rollback.journal_is_finished() or not (
+            database.rollback.journal_in_use()
+            or (mount_fd is not None and ofd_locks.write_locked(mount_fd, PENDING, LOCK_BYTES) is not None)
+        )
+
+    def settle_later(
+        self, database: Database, then: Callable[[BaseException | None], None], *, ended: bool = False,
+        synced: bool = False,
+    ) -> None:  # fmt: skip
+        """`settle_rollback`, from any thread; continues on the worker, or another thread. `ended`: somebody has closed
+        the file, or fsynced it. `synced`: he waits in his fsync, so if he is SQLite he has the locks."""
 
         def opened(fds: list[int] | None) -> None:
             self._worker.post(settle, fds, database=database.name)
 
         def settle(fds: list[int] | None) -> None:
-            finish(then, lambda: fds is not None and self.settle_rollback(database, fds[0]))
-            if fds is not None:
-                self._opener.close(fds)
+            go_on = then
+            try:
+                if fds is not None:
+                    go_on = self._settle(database, fds[0], then, ended=ended, synced=synced)
+                error: BaseException | None = None
+            except BaseException as caught:
+                error = caught
+            self._opener.close(fds or ())
+            proceed(go_on, error)
 
         self._opener.open([database.files.live(FileKind.DATABASE)], os.O_RDONLY, opened)
+
+    def _settle(self, database: Database, mount_fd: int, then: Then, *, ended: bool, synced: bool) -> Then:
+        """What is to be called next: `then`, or something else if that is called later. Raises OSError."""
+        if synced and not self._is_free(database, mount_fd):
+            with database.lock:
+                if self._is_free(database, None):
+                    self.commit_point(database)
+        elif not self.settle_rollback(database, mount_fd):
+            foreign = database.rollback.pending and self._is_free(database, mount_fd) and self.is_foreign(database)
+            if foreign and (ended or not self.quiet_left_s(database)):
+                work = partial(self._check, database)
+                check = Thread(target=finish, args=(then, work), name="check", daemon=True)
+                return lambda error: check.start()
+        return then
+
+    def _check(self, database: Database) -> None:
+        """Record what somebody else than SQLite has written, if it may be. Raises OSError."""
+        if database.rollback.pending and self.is_ready(database):
+            with database.lock:
+                if self.is_unchanged(database) and self._is_free(database, None):
+                    self.commit_point(database)
 
     def has_unseen_writes(self, database: Database) -> bool:
         """Whether a rollback-mode commit may have gone by that no hook saw. Any thread.
@@ -170,8 +208,8 @@ class CommitPoints:
     def is_settling(self, database: Database) -> bool:
         return database.name in self._settling
 
-    def settle(self, database: Database, tries: int = 0) -> None:
-        """Record them now if that is possible, else as soon as it is. On the worker."""
+    def settle(self, database: Database, tries: int = 0, ended: bool = False) -> None:
+        """Record them now if that is possible, else as soon as it is. On the worker. `ended`: see `settle_later`."""
         self._settling.discard(database.name)
         if not database.rollback.pending:
             return
@@ -183,9 +221,11 @@ class CommitPoints:
             if database.captures and database.rollback.pending and database.name not in self._settling:
                 self._settling.add(database.name)
                 delay_s = min(_SETTLE_S * (tries + 2), _LONGEST_SETTLE_S)
+                if self.is_foreign(database):
+                    delay_s = min(max(_SETTLE_S, self.quiet_left_s(database)), _LONGEST_SETTLE_S)
                 self._worker.call_later(delay_s, self.settle, database, tries + 1)
 
-        self.settle_later(database, again)
+        self.settle_later(database, again, ended=ended)
 
 
 def file_pages(fd: int, page_size: int, commit: int) -> Iterator[tuple[int, bytes]]:

@@ -18,7 +18,6 @@ from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_file, sync_folder
-from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.store import Store
 from pylitefs.errors import FormatError
@@ -158,6 +157,7 @@ class EngineHooks(CommitHooks):
         if database is not None and ref.kind is FileKind.DATABASE and not by_daemon:
             with database.handles_lock:
                 database.app_handles += 1
+                database.writers += writable
                 database.raw_writers += writable and not hooked
 
     def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
@@ -166,35 +166,32 @@ class EngineHooks(CommitHooks):
             return
         with database.handles_lock:
             database.app_handles = max(0, database.app_handles - 1)
+            database.writers = max(0, database.writers - writable)
             raw = writable and not hooked
             database.raw_writers = max(0, database.raw_writers - raw)
         if raw and database.captures and self._has_unseen_content(database):
             database.rollback.suspect = True
-        if writable:
-            database.rollback.replacing = False
-        pending = database.rollback.pending
+        if database.app_handles == 0:
+            self._store.capture.forget_lock_fd(database)
         if database.captures:
-            if pending:
-                self._store.worker.post(self._store.capture.settle, database, database=database.name)
+            if database.rollback.pending and writable:
+                self._store.worker.post(self._store.capture.settle, database, 0, True, database=database.name)
             if database.app_handles == 0:
                 self._store.stand_ins.closed(database)
         elif database.app_handles == 0:
             self._apply.idle(database)
 
-    @staticmethod
-    def _has_unseen_content(database: Database) -> bool:
-        """A handle whose writes pass us by is released: whether the file was written to by who is not SQLite. The last
-        user removes the WAL, and then it is known which size and time the file has. Where that has not been, because it
-        was killed or may not write, the whole file is looked at once."""
-        with_wal = wal_in_use(database) and database.app_handles
-        return not with_wal and stamp(database.files.database) != database.settled_stamp
-
     def flushed(self, ref: FileRef, then: Then) -> None:
         database = self._database(ref)
         if database is not None:
             if database.captures and database.rollback.pending:
-                database.rollback.replacing = False
-                self._store.capture.settle_later(database, then)
+                def settled(error: BaseException | None) -> None:
+                    if error is None:
+                        self._gated.after_commit(database, True, if_held(database, then), on_worker=True)
+                    else:
+                        then(error)
+
+                self._store.capture.settle_later(database, settled, ended=True)
             else:
                 then(None)
         elif (
@@ -234,6 +231,8 @@ class EngineHooks(CommitHooks):
         with database.lock:
             if database.rollback.starts_transaction() and database.may_commit:
                 self._store.capture.commit_point(database)
+            if not database.rollback.has_journal:
+                self._store.capture.note_write(database)
             written = os.pwrite(fd, data, offset)
             database.rollback.note(offset, written)
             return written
@@ -256,7 +255,7 @@ class EngineHooks(CommitHooks):
             then(read_only())
         else:
             if ref.kind is FileKind.DATABASE and size_bytes == 0:
-                database.rollback.suspect = database.rollback.replacing = True
+                database.rollback.suspect = True
             if ref.kind is FileKind.SHM:
                 database.wal.before_index_truncate()
             then(None)
@@ -279,14 +278,6 @@ class EngineHooks(CommitHooks):
             self._database_truncated(database, size_bytes)
         elif ref.kind is FileKind.JOURNAL and not size_bytes and self._gated.gate_of(database) is not None:
             sync_file(database.files.journal)  # see `unlinked`: with TRUNCATE SQLite does it from FULL on
-
-    @staticmethod
-    def _database_truncated(database: Database, size_bytes: int) -> None:
-        with database.lock:
-            if database.raw_writers or not size_bytes:
-                database.rollback.suspect = True
-            elif not wal_in_use(database):
-                database.rollback.note(size_bytes, 0)
 
     # -- names that go -----------------------------------------------------------------------------------------
 

@@ -19,6 +19,11 @@ class LiveFiles:
     withheld: str | None = None
     """Why what the database file holds is not in the log, and on no replica; None if all is well."""
 
+    lock_fd = -1
+    """A descriptor of the mount's database file, to ask who holds SQLite's locks; -1: none, -2: it is being opened."""
+    writers = 0
+    """Handles of the database file that applications have open for writing. Guarded by `handles_lock`."""
+
     def emit(self, kind: str, **data: object) -> None:
         raise NotImplementedError
 

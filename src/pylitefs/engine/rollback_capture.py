@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pylitefs.engine.files import DatabaseFiles
+from pylitefs.engine.page_checksums import FileStamp
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import DatabaseHeader
 
 _NONCE = slice(12, 16)
 _HEADER_BYTES = 28
+_QUIET_S = 0.5
 
 
 class DirtyRanges:
@@ -65,7 +67,13 @@ class RollbackCapture:
         self._files = files
         self.dirty = DirtyRanges()
         self.suspect = False
-        self.replacing = False  # truncated to nothing: another file is being copied over it
+        self.writes = 0  # how many were noted
+        self.foreign = False  # some of them were perhaps not SQLite's, see `in_place`; and for that:
+        self.quiet_s = _QUIET_S
+        self.seen: tuple[int, FileStamp] = (0, (0, 0))  # what was there when it was last looked at, and since when
+        self.seen_s = 0.0
+        self.looked: tuple[int, FileStamp] = (0, (0, 0))  # what was found to be sound, or not
+        self.has_journal = False  # at the last write there was one that could undo it
         self._nonce = b""
 
     @property
@@ -74,8 +82,8 @@ class RollbackCapture:
 
     def clear(self) -> None:
         self.dirty.clear()
-        self.suspect = False
-        self.replacing = False
+        self.suspect = self.foreign = False
+        self.quiet_s = _QUIET_S
 
     def journal_in_use(self) -> bool:
         """Whether a journal stands there that could still roll the database back."""
@@ -90,12 +98,14 @@ class RollbackCapture:
         """Called before a write: whether the journal is another one than at the writes noted so far, which means that
         those were committed (PERSIST, or EXCLUSIVE locking, where the header's zeroing was not seen)."""
         nonce = journal_head(self._files.journal)[_NONCE]
-        new = bool(self.dirty) and bool(nonce) and any(nonce) and nonce != self._nonce and any(self._nonce)
+        self.has_journal = any(nonce)
+        new = bool(self.dirty) and self.has_journal and nonce != self._nonce and any(self._nonce)
         if nonce:
             self._nonce = nonce
         return new
 
     def note(self, offset: int, size: int) -> None:
+        self.writes += 1
         self.dirty.add(offset, size)
 
 

@@ -122,7 +122,7 @@ def capture_rest(registry: Registry, database: Database, grip: Grip | None, inde
             wal.use_shm(index)
         else:
             registry.opener.close([index])
-    if database.rollback.replacing:
+    if capture.is_foreign(database):
         return False
     if not stamp(database.files.wal)[0]:
         with wal.mutex, database.lock:

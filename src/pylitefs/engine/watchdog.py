@@ -112,7 +112,7 @@ class Watchdog:
         """Writes in a rollback mode wait for somebody who settles them."""
         capture, name = self._registry.capture, database.name
         waits = capture.has_unseen_writes(database) and not capture.is_settling(database)
-        self._unsettled[name] = self._unsettled.get(name, 0) + 1 if waits and not database.rollback.replacing else 0
+        self._unsettled[name] = self._unsettled.get(name, 0) + 1 if waits and database.withheld is None else 0
         if self._unsettled[name] >= _UNSETTLED:
             self._tell(database, "writes in a rollback mode")
             capture.wake_rollback(database)

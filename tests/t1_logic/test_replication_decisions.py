@@ -80,6 +80,7 @@ NO, LOST, NEXT = Taking.NOTHING, Taking.LOST, Taking.NEXT
         (NOTHING, LIVE, NEXT, Snapshot()),
         (NOTHING, View(HEAD, 1, True, 0, 10_000, 20_000), NO, SendLog()),
         (NOTHING, View(HEAD, 1, True, 0, LOG_ALLOWANCE_BYTES + 30_000, 20_000), NO, Snapshot()),
+        (NOTHING, View(HEAD, 1, True, 0, 10_000, 0), NO, Snapshot()),  # dropped: not made first, to be dropped then
         (NOTHING, UNKNOWN, NO, CaughtUp()),
         (NOTHING, UNKNOWN, LOST, CaughtUp()),
         (at(5), UNKNOWN, NO, SetAside()),

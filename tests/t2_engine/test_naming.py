@@ -9,14 +9,16 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from engine_nodes import Node, check_log, closing_node, make_sqlite, new_primary, rows_of
 
-from pylitefs.engine import naming, replacement
+from pylitefs.engine import commit_points, naming, replacement
 from pylitefs.engine.transaction import TransactionWriter
 from pylitefs.ports import FileKind, FileRef
 
@@ -220,3 +222,106 @@ def test_an_old_plain_file_never_replaces_a_database(tmp_path: Path) -> None:
         assert len(rows_of(again.database("db").files.database)) == 7
         assert len(rows_of(again.store.plain_path("db.local-1"))) == 1
         assert os.listdir(again.store.plain_dir) == ["db.local-1"]
+
+
+def test_dropped_names_keep_no_descriptors(tmp_path: Path) -> None:
+    """On any node: there may be thousands of them."""
+    with closing_node(Node(tmp_path / "primary")) as node, closing_node(
+        Node(tmp_path / "replica", is_primary=False)
+    ) as replica:
+
+        def open_files() -> list[str]:
+            found = []
+            for fd in os.listdir("/proc/self/fd"):
+                with contextlib.suppress(OSError):
+                    found.append(os.readlink(f"/proc/self/fd/{fd}"))
+            return [path for path in found if str(tmp_path) in path]
+
+        before = open_files()
+        for number in range(5):
+            name = f"{number}.db"
+            make_sqlite(node.store.plain_path(name))
+            assert node.store.import_plain(name)
+            database = node.database(name)
+            node.store.worker.submit(node.store.naming.drop, database).result(WAIT_S)
+            for entry in database.log.entries():
+                replica.database(name).apply(Path(entry.path).read_bytes())
+            assert replica.database(name).position == database.position
+        node.store.worker.submit(lambda: None).result(WAIT_S)
+        assert node.store.names() == replica.store.names() == []
+        spare = [path for path in open_files() if path not in before and "/ltx/" not in path]
+        assert spare == []
+        for number in range(5):  # and they can be made again
+            make_sqlite(node.store.plain_path(f"{number}.db"))
+            assert node.store.import_plain(f"{number}.db")
+            newest = node.database(f"{number}.db").log.entries()[-1]
+            assert replica.database(f"{number}.db").apply(Path(newest.path).read_bytes()).txid == 3
+        assert contents(node) == {f"{number}.db": {bytes(100)} for number in range(5)}
+        assert len(replica.store.names()) == 5
+
+
+def test_a_drop_of_what_was_never_here_costs_no_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new replica hears of every name that was ever dropped. What follows it is as on any other replica, though."""
+    with closing_node(Node(tmp_path / "primary")) as node:
+        make_sqlite(node.store.plain_path("db"))
+        node.store.note_epoch(5)
+        assert node.store.import_plain("db")
+        database = node.database("db")
+        node.store.worker.submit(node.store.naming.drop, database).result(WAIT_S)
+        gone = database.position
+        synced: list[int] = []
+        real = os.fsync
+        with closing_node(Node(tmp_path / "replica", is_primary=False)) as replica:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", lambda fd: (synced.append(fd), real(fd)))
+                assert replica.database().resync(4096, None).finish(0, gone, database.log.epochs()) == gone
+            assert synced == [] and replica.database().position == gone and not replica.database().exists
+            assert replica.database().log.epochs() == database.log.epochs() == ((5, 1),)
+            make_sqlite(node.store.plain_path("db"))
+            assert node.store.import_plain("db")
+            data = Path(database.log.entries()[-1].path).read_bytes()
+            assert replica.database().apply(data) == database.position
+        with closing_node(Node(tmp_path / "replica", is_primary=False)) as again:
+            assert again.database().position == database.position
+            assert again.database().log.epochs() == database.log.epochs()
+            assert contents(again) == {"db": {bytes(100)}}
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_start_knows_what_was_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: bool) -> None:
+    """Without work for each of them, and its TXIDs go on."""
+    node = new_primary(tmp_path)
+    node.store.worker.submit(node.store.naming.drop, node.database()).result(WAIT_S)
+    node.store.note_boot()
+    node.close(clean=clean)
+    synced: list[int] = []
+    real = os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: (synced.append(fd), real(fd)))
+        again = Node(tmp_path)
+    with closing_node(again):
+        again.store.settle()
+        assert synced == [] and again.store.names() == []
+        assert again.database().position.txid == 2
+        make_sqlite(again.store.plain_path("db"))
+        assert again.store.import_plain("db")
+        assert again.database().position.txid == 3
+        check_log(again.database())
+
+
+def test_a_stop_does_not_wait_for_a_large_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was about is a plain file still, and the next start imports it. A small one is taken in time."""
+    node = new_primary(tmp_path, mode="DELETE")
+    make_sqlite(node.store.plain_path("large"), rows=2000, mode="DELETE")
+    make_sqlite(node.store.plain_path("small"), mode="DELETE")
+    node.store.close_doors()
+    assert node.store.import_plain("small")
+    monkeypatch.setattr(commit_points, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 60))
+    with pytest.raises(OSError, match="litefs stops"):
+        node.store.import_plain("large")
+    node.close()
+    assert os.path.exists(node.store.plain_path("large"))
+    monkeypatch.undo()
+    with closing_node(Node(tmp_path)) as again:
+        again.store.settle()
+        assert set(contents(again)) == {"db", "large", "small"}

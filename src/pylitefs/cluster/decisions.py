@@ -9,7 +9,7 @@ at the primary's position                                               CaughtUp
 anywhere                           its log continues from there         SendLog
 has nothing                        its log begins with TXID 1, and is   SendLog
                                    smaller than the database
-has nothing                        otherwise                            Snapshot
+has nothing                        otherwise; or dropped it             Snapshot (then without a page)
 higher TXID, earlier epoch         wrote in a later one: they parted    AskChecksums: only what differs is sent
 higher TXID, same checksum         is in its recovery wait              AdoptTxid
 higher TXID                        is in its recovery wait              AskTail
@@ -119,7 +119,7 @@ def decide(theirs: Position, ours: View, taking: Taking) -> Decision:
     if theirs.is_at(head):
         return CaughtUp()
     if theirs.txid == 0:
-        affordable = ours.log_size_bytes <= ours.size_bytes + LOG_ALLOWANCE_BYTES
+        affordable = ours.size_bytes > 0 and ours.log_size_bytes <= ours.size_bytes + LOG_ALLOWANCE_BYTES
         return SendLog() if ours.reaches and affordable else Snapshot()
     if ours.reaches:
         return SendLog()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from threading import Thread
@@ -30,6 +33,7 @@ from pylitefs.ports import FileKind, Then
 log = logging.getLogger("litefs.capture")
 
 _SETTLE_S = 0.05
+_STOP_S = 2.0
 _LONGEST_SETTLE_S = 1.0
 _TELL_TRIES = 60
 _READ_PAGES = 64
@@ -44,8 +48,18 @@ class CommitPoints(InPlace):
         self._worker = worker
         self._opener = opener
         self._settling: set[str] = set()
+        self._end_by_s = math.inf
         self.emptied: Callable[[Database], object] = lambda database: None
         """What becomes of a database whose file is empty (`Naming.emptied`)."""
+
+    def end_soon(self) -> None:
+        """The node stops: reading a whole database must come to its end soon, or be given up: the next start does it
+        again, for the files say what the log lacks. Any thread."""
+        self._end_by_s = time.monotonic() + _STOP_S
+
+    def _check_stop(self) -> None:
+        if time.monotonic() > self._end_by_s:
+            raise OSError(errno.ECANCELED, "litefs stops: the next start does the rest")
 
     def commit_point(self, database: Database, source: str = "capture") -> bool:
         """The database file holds a committed state now and nobody can change it before this returns: record it.
@@ -73,7 +87,7 @@ class CommitPoints(InPlace):
         everything = database.rollback.suspect or page_size != database.page_size or not database.exists
         pages: Iterable[tuple[int, bytes]]
         if everything:
-            pages = file_pages(fd, page_size, commit)
+            pages = file_pages(fd, page_size, commit, self._check_stop)
             if damage := database.damage if page_size == database.page_size else None:
                 pages = (item for item in pages if page_checksum(*item) != damage.get(item[0]))
         else:
@@ -228,10 +242,13 @@ class CommitPoints(InPlace):
         self.settle_later(database, again, ended=ended)
 
 
-def file_pages(fd: int, page_size: int, commit: int) -> Iterator[tuple[int, bytes]]:
-    """Every page of a database file, in runs, without the lock page."""
+def file_pages(
+    fd: int, page_size: int, commit: int, check: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, bytes]]:
+    """Every page of a database file, in runs, without the lock page. `check` is called for each run, and may raise."""
     skip = lock_pgno(page_size)
     for first in range(1, commit + 1, _READ_PAGES):
+        check()
         count = min(_READ_PAGES, commit - first + 1)
         run = read_at(fd, count * page_size, (first - 1) * page_size)
         for index in range(count):

@@ -136,7 +136,7 @@ class Database(LiveFiles):
 
     def page_checksums(self) -> NDArray[np.uint64]:
         with self.lock:
-            return self.table.values[: self.commit].copy()
+            return self.table.values[: self.commit].copy() if self.commit else np.zeros(0, dtype=np.uint64)
 
     @property
     def is_damaged(self) -> bool:
@@ -235,6 +235,7 @@ class Database(LiveFiles):
             self.position = self.log.head
             self.page_size, self.commit = change.page_size, change.commit
             self.timestamp_ms = writer.header.timestamp_ms
+            self.release_if_gone()
             self.announce(writer.header, entry, writer.page_count, source, time.monotonic() - started)
             return entry
 
@@ -268,6 +269,7 @@ class Database(LiveFiles):
             self.timestamp_ms = header.timestamp_ms
             self.withhold(None)
             self.log.agreed.end()  # what follows it was the primary's
+            self.release_if_gone()
             self.announce(header, entry, len(pgnos), "apply", time.monotonic() - started_s)
 
     def reposition(
@@ -287,6 +289,7 @@ class Database(LiveFiles):
             self.durable_txid = self.log_durable_txid = 0
             self.withhold(None)
             self._write_unclean()
+            self.release_if_gone()
 
     def announce(self, header: Header, entry: LogEntry, pages: int, source: str, seconds: float) -> None:
         """Tell the listeners that the position has moved over an entry."""
@@ -343,18 +346,20 @@ class Database(LiveFiles):
             if self.replica is not None:
                 self.replica.close()
                 self.replica = None
-            if self._table is None:
-                return
-            if clean and self._table_dirty:
-                self._table.write_state(
-                    CleanState(
-                        self.page_size, self.commit, self.position, True,
-                        stamp(self.files.database), stamp(self.files.wal),
-                    )
-                )  # fmt: skip
+            if clean and self._table_dirty and (self.exists or not self.log.count):  # else the log says all there is
+                stamps = stamp(self.files.database), stamp(self.files.wal)
+                self.table.write_state(CleanState(self.page_size, self.commit, self.position, True, *stamps))
                 self._table_dirty = False
-            self._table.close()
-            self._table = None
+            if self._table is not None:
+                self._table.close()
+                self._table = None
+
+    def release_if_gone(self) -> None:
+        """A database that was dropped needs no descriptors: there may be thousands of them."""
+        with self.lock:
+            if not self.commit and self._table is not None:
+                self._table.close()
+                self._table = None
 
     def adopt(self, state: CleanState) -> None:
         """Start from what an orderly stop wrote."""

@@ -49,6 +49,7 @@ class EpochLines:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lines: Lines = ()
+        self.unsaved = False  # they are not in the file yet
 
     def load(self) -> None:
         """FormatError if the file is not ours."""
@@ -68,13 +69,16 @@ class EpochLines:
         before = self.up_to(txid - 1)
         if epoch > FIRST and (not before or before[-1][0] < epoch):
             self.replace((*before, (epoch, txid)))
+        elif self.unsaved:
+            self.replace(self._lines)
 
-    def replace(self, lines: Lines) -> None:
-        """The history of somebody else; durable. Raises OSError."""
+    def replace(self, lines: Lines, *, durably: bool = True) -> None:
+        """The history of somebody else; durable, or only with the next transaction. Raises OSError."""
         lines = tuple(lines)[-MAX_EPOCHS:]
-        if lines != self._lines:
+        changed = lines != self._lines or self.unsaved
+        if durably and changed:
             publish_file(self._path, "".join(f"{epoch} {txid}\n" for epoch, txid in lines).encode())
-            self._lines = lines
+        self._lines, self.unsaved = lines, changed and not durably
 
 
 class SeenEpoch:

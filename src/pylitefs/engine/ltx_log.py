@@ -308,7 +308,7 @@ class LtxLog:
         """Give a complete file its name and make it the head. The caller has checked that it follows."""
         path = os.path.join(self.folder, file_name(header.min_txid, header.max_txid))
         size = os.stat(temporary).st_size
-        if header.epoch != self.head.epoch:
+        if header.epoch != self.head.epoch or self._epochs.unsaved:
             with self._lock:
                 self._epochs.begin(header.epoch, header.min_txid)
         os.rename(temporary, path)
@@ -358,12 +358,13 @@ class LtxLog:
             sync_folder(folder)
         return kept
 
-    def restart_at(self, position: Position, epochs: Lines | None = None) -> None:
+    def restart_at(self, position: Position, epochs: Lines | None = None, *, durably: bool = True) -> None:
         """Begin an empty log at a position that came from elsewhere (a snapshot): all entries are removed. `epochs`: of
-        the history that led there; None: it is our own. Raises OSError, and nothing has changed then."""
+        the history that led there; None: it is our own. Not `durably`: a restart forgets them, but with the next entry
+        they are durable. Raises OSError, and nothing has changed then."""
         with self._lock:
             if epochs is not None:
-                self._epochs.replace(epochs)
+                self._epochs.replace(epochs, durably=durably)
             self._drop(self._entries)
             self._entries = []
             self.head = position

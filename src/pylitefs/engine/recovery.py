@@ -131,6 +131,8 @@ def recover(database: Database, start: Circumstances) -> Recovered:
             return Recovered(Outcome.CLEAN if state.commit else Outcome.EMPTY, [], not_ahead=not state.commit)
     found = _recover_unclean(database, state, start)
     forget_redo(database)
+    if found.outcome is Outcome.EMPTY:
+        return found  # there is no file, and nothing to note about it: of dropped names there may be many
     if found.not_ahead:
         database.note_files()
     elif found.outcome is not Outcome.DIFFERS:

@@ -82,6 +82,9 @@ class Resync:
         lock = lock_pgno(self.page_size)
         if any(int(pgno) != lock for pgno in missing) or database_checksum(sums) != position.checksum:
             raise FormatError(f"{database.name}: the snapshot does not add up to {position}")
+        if not commit and not database.position.txid and not os.path.exists(database.files.database):
+            _note_gone(database, position, epochs)
+            return position
         if self._keep_branch_after is not None:  # the primary never had it: kept, never deleted by us
             keep_branch(database, self._keep_branch_after, State(position, self.page_size, sums))
         database.unclean()
@@ -111,3 +114,11 @@ class Resync:
     def abort(self) -> None:
         with contextlib.suppress(OSError):
             self._building.__exit__()
+
+
+def _note_gone(database: Database, position: Position, epochs: Lines) -> None:
+    """The primary dropped it before there was anything of it here: nothing that a restart must remember. Without a
+    single fsync, for there may be many such names."""
+    with database.lock:
+        database.log.restart_at(position, epochs, durably=False)
+        database.position, database.timestamp_ms = position, int(time.time() * 1000)

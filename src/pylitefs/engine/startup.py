@@ -106,6 +106,7 @@ class Startup:
         if found.outcome not in (Outcome.CLEAN, Outcome.EMPTY):
             self.started_unclean = True
             database.emit("recovered", outcome=found.outcome.value, txid=database.position.txid)
+        database.release_if_gone()
         if is_truth:
             self._unsettled[database.name] = found
         else:

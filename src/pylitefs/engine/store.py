@@ -339,6 +339,7 @@ class Store(Registry):
     def close_doors(self) -> None:
         """Before unmounting: no application is let into a database any more (EBUSY). Any thread."""
         self.is_closing = True
+        self.capture.end_soon()
 
     def rest_all(self) -> None:
         """Replica, before unmounting, with the doors closed: leave every database as one file where nobody uses it, and

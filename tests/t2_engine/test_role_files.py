@@ -13,6 +13,7 @@ import pytest
 from engine_nodes import NamedFiles, NamedStore, check_log, closing_node, log_files, make_sqlite, new_primary, rows_of
 from sqlite_process import SqliteProcess
 
+from pylitefs.engine import takeover
 from pylitefs.engine.database import Database
 from pylitefs.engine.fence import Fence
 from pylitefs.engine.grip import Grip
@@ -244,3 +245,21 @@ def test_no_log_file_is_written_by_a_change_of_role_alone(folder: Path) -> None:
         assert log_files(store.find("db")) == before
     finally:
         store.close(clean=True)
+
+
+def test_a_file_that_is_suspected_beside_a_wal_does_not_keep_writes_from_being_paused(tmp_path: Path) -> None:
+    """Somebody who is not SQLite may have written to it, and as long as there is a WAL nothing else looks at that."""
+    with closing_node(new_primary(tmp_path / "n")) as node:
+        database, registry = node.database(), node.store
+        application = SqliteProcess(database.files.database)
+        try:
+            application("PRAGMA wal_autocheckpoint = 0")
+            application("INSERT INTO t (v) VALUES (x'01')")
+            assert os.path.getsize(database.files.wal)
+            database.rollback.suspect = True
+            done = registry.worker.submit(takeover.capture_rest, registry, database, None, database="db").result()
+            assert done and not database.rollback.suspect
+            check_log(database)
+            assert database.position == database.log.head
+        finally:
+            application.kill()

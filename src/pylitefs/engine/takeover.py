@@ -131,6 +131,13 @@ def capture_rest(registry: Registry, database: Database, grip: Grip | None, inde
             capture.commit_point(database)
             if wal.in_doubt and not database.rollback.pending:
                 registry.opener.close(wal.forget_all())
+    elif database.rollback.suspect:  # nothing settles that while there is a WAL: compare the file and the WAL as one
+        with wal.mutex:
+            wal.doubt()
+            capture.flush(database)
+            if not wal.in_doubt:
+                with database.lock:
+                    database.rollback.suspect = False
     capture.flush(database)
     with wal.mutex:
         if wal.pending is not None and grip is not None and grip.is_wal:  # and who holds WRITE does not publish it

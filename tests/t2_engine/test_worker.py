@@ -59,6 +59,43 @@ def test_jobs_that_go_on_for_ever_keep_no_timer_and_no_descriptor_waiting() -> N
         os.close(writing)
 
 
+def test_a_long_job_gives_way_to_timers_and_descriptors_of_other_databases() -> None:
+    """Another database's commit is captured while a transaction of gigabytes is recorded; its own waits."""
+    worker = Worker()
+    other, own, node, heard = (threading.Event() for _ in range(4))
+    reading, writing = os.pipe()
+
+    def long() -> str:
+        until_s = time.monotonic() + 30
+        while not (other.is_set() and heard.is_set()) and time.monotonic() < until_s:
+            worker.give_way("long")
+        return "own first" if own.is_set() or node.is_set() else "in order"
+
+    def hear() -> None:
+        os.read(reading, 1)
+        assert worker.is_in_way("long")
+        assert not worker.is_in_way("other")
+        heard.set()
+
+    worker.watch(reading, hear, in_long_jobs=True)
+    os.write(writing, b"x")
+    worker.call_later(0.0, node.set)
+    worker.call_later(0.0, own.set, database="long")
+    worker.call_later(0.0, other.set, database="other")
+    done = worker.submit(long, database="long")
+    worker.start()
+    try:
+        assert done.result(timeout=60) == "in order"
+        assert other.is_set(), "another database's timer waited for the end of a long job"
+        assert heard.is_set(), "nobody heard of writes until the end of a long job"
+        assert own.wait(30)
+        assert node.wait(30)
+    finally:
+        worker.stop()
+        os.close(reading)
+        os.close(writing)
+
+
 def test_who_comes_too_late_does_not_wait_for_ever() -> None:
     worker = Worker()
     worker.start()

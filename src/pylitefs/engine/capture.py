@@ -94,7 +94,7 @@ class Capture(CommitPoints):
             if schedule.timer.due_s <= due:
                 return
             schedule.timer.cancel()
-        schedule.timer = self._worker.call_later(delay_s, self._timer_due, database)
+        schedule.timer = self._worker.call_later(delay_s, self._timer_due, database, database=database.name)
 
     def _timer_due(self, database: Database) -> None:
         schedule = self._schedules.get(database.name)
@@ -107,7 +107,8 @@ class Capture(CommitPoints):
         if not database.captures or database.set_aside_reason is not None:
             return  # when that ends, `takeover.wake` looks
         schedule = self._schedules.setdefault(database.name, _Schedule())
-        if database.wal.pending is not None and database.wal.pending.rests():
+        rests = database.wal.pending is not None and database.wal.pending.rests()
+        if rests or self._worker.is_in_way(database.name):
             self._look_in(database, schedule, _RESTLESS_S)
             return
         started, before, found = time.monotonic(), database.position.txid, False

@@ -217,7 +217,7 @@ class CommitPoints(InPlace):
         """Pages or the journal were written: see in a while whether a commit went by that no hook saw."""
         if database.name not in self._settling:
             self._settling.add(database.name)
-            self._worker.call_later(_SETTLE_S, self.settle, database)
+            self._worker.call_later(_SETTLE_S, self.settle, database, database=database.name)
 
     def is_settling(self, database: Database) -> bool:
         return database.name in self._settling
@@ -237,7 +237,7 @@ class CommitPoints(InPlace):
                 delay_s = min(_SETTLE_S * (tries + 2), _LONGEST_SETTLE_S)
                 if self.is_foreign(database):
                     delay_s = min(max(_SETTLE_S, self.quiet_left_s(database)), _LONGEST_SETTLE_S)
-                self._worker.call_later(delay_s, self.settle, database, tries + 1)
+                self._worker.call_later(delay_s, self.settle, database, tries + 1, database=database.name)
 
         self.settle_later(database, again, ended=ended)
 

@@ -104,7 +104,9 @@ class GatedCommits:
         except UnstableSource:
             hidden = database.wal.view.index_is_hidden()  # it is being opened: for as long as that takes
             if tries or hidden:
-                self._store.worker.call_later(_AGAIN_S, self._find, database, wait, tries - (not hidden))
+                self._store.worker.call_later(
+                    _AGAIN_S, self._find, database, wait, tries - (not hidden), database=database.name
+                )
             else:
                 wait.done(OSError(errno.EIO, f"{database.name}: its WAL cannot be read in peace"))
         except OSError as error:
@@ -216,16 +218,16 @@ class GatedCommits:
         if gate is None or not recorded:
             then(None)
             return
-        nonce = journal_head(database.files.journal)[_NONCE]
-        if any(nonce) and self._nonces.get(database.name) == nonce:
-            then(None)  # it was rolled back
-            return
-        self._nonces[database.name] = nonce
 
         def on_the_worker(error: BaseException | None) -> None:
             self._store.worker.post(proceed, then, error, database=database.name)
 
         try:
+            nonce = journal_head(database.files.journal)[_NONCE]
+            if any(nonce) and self._nonces.get(database.name) == nonce:
+                then(None)  # it was rolled back
+                return
+            self._nonces[database.name] = nonce
             gate.wait(database.name, database.position.txid, on_the_worker if on_worker else then)
         except Exception as error:
             proceed(then, error)

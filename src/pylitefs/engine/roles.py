@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pylitefs.engine import takeover
+from pylitefs.engine.continuation import guarded
 from pylitefs.engine.database import Database
 from pylitefs.engine.fence import Fence
 from pylitefs.engine.files import sync_filesystem
@@ -241,6 +242,8 @@ class Roles:
             log.debug("%s: not taken over yet: %s", name, error)
         except LitefsError as error:
             log.warning("%s: cannot be taken over now, will be tried again: %s", name, error)
+        except Exception:
+            log.exception("%s: cannot be taken over now, will be tried again", name)
         grip = self._grips.get(name)
         if grip is not None and grip.holds_writers:
             grip.unseal()  # those who only read go on
@@ -298,7 +301,7 @@ class Roles:
         while True:
             with self._one:
                 if self._wanted and not self._stopped.is_set():
-                    self._take_over_all(0.0)
+                    guarded(self._take_over_all, 0.0)
                 if not self._wanted or self._stopped.is_set():
                     self._retrying = False
                     break

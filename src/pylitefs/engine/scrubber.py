@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Protocol
 
+from pylitefs.engine.continuation import guarded
 from pylitefs.engine.database import Database
 from pylitefs.engine.snapshot import DamagedPages, SnapshotReader
 from pylitefs.errors import LitefsError
@@ -56,7 +57,7 @@ class Scrubber:
         pause_s = min(FIRST_S, self._interval_s)
         while not self._stopped.wait(pause_s):
             began_s = time.monotonic()
-            self._all()
+            guarded(self._all)
             pause_s = max(0.1, self._interval_s - (time.monotonic() - began_s))
 
     def _all(self) -> None:

@@ -36,6 +36,7 @@ _CHUNK_BYTES = 1 << 20
 _RETRY_S = 1.0
 _IMPORT_RETRY_S = 10.0
 _WATCH_PAUSE_S = 0.001
+_ANY = "/"  # no database's name: what is done for it need not wait for the end of another's long job
 _PLAIN_SETTLE_S = 0.2
 _PLAIN_TRIES = 5  # the longest wait is so many times the first
 _HIDDEN_SETTLE_S = 5.0  # rsync and others write `.NAME.XXXXXX` first, and rename it
@@ -155,7 +156,7 @@ class Store(Registry):
         if wanted and self._watch is None:
             assert self.mount_dir is not None
             self._watch = DirectoryWatch(self.mount_dir)
-            self.worker.watch(self._watch.fd, self._written)
+            self.worker.watch(self._watch.fd, self._written, in_long_jobs=True)
             self._look_at_all()  # what was written before has woken nobody
         elif not wanted and self._watch is not None:
             self.worker.unwatch(self._watch.fd)
@@ -178,7 +179,8 @@ class Store(Registry):
         pauses = self._hear()
         # A busy writer would wake us for every write: look away for a moment, events are kept meanwhile.
         self.worker.unwatch(self._watch.fd)
-        self.worker.call_later(max(_WATCH_PAUSE_S, min(pauses, default=0.0)), self._watch_again, self._watch)
+        pause_s = max(_WATCH_PAUSE_S, min(pauses, default=0.0))
+        self.worker.call_later(pause_s, self._watch_again, self._watch, database=_ANY)
 
     def _hear(self) -> list[float]:
         """Look at what was written to, as far as the kernel has told of it; how long that may take for each WAL."""
@@ -223,7 +225,7 @@ class Store(Registry):
 
     def _watch_again(self, watch: DirectoryWatch) -> None:
         if self._watch is watch:
-            self.worker.watch(self._watch.fd, self._written)
+            self.worker.watch(self._watch.fd, self._written, in_long_jobs=True)
 
     def _wake_plain(self, name: str, tries: int = 0) -> None:
         """A plain file that holds a database is being written, and no journal tells of its commits."""

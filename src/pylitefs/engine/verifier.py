@@ -11,6 +11,7 @@ import queue
 import threading
 from typing import Protocol
 
+from pylitefs.engine.continuation import guarded
 from pylitefs.engine.database import Database
 from pylitefs.engine.snapshot import SnapshotReader
 from pylitefs.errors import LitefsError
@@ -50,14 +51,17 @@ class Verifier:
             name = self._moved.get()
             self._waiting.discard(name)
             database = self._store.get(name)
-            if database is None or not database.exists:
-                continue
-            try:
-                verify(database)
-            except (LitefsError, OSError) as error:
-                log.error("%s: %s", name, error)
-                if not database.is_damaged:  # else it has said so itself
-                    database.emit("damaged", reason=str(error))
+            if database is not None and database.exists:
+                guarded(self._one, database)
+
+    @staticmethod
+    def _one(database: Database) -> None:
+        try:
+            verify(database)
+        except (LitefsError, OSError) as error:
+            log.error("%s: %s", database.name, error)
+            if not database.is_damaged:  # else it has said so itself
+                database.emit("damaged", reason=str(error))
 
 
 def verify(database: Database) -> None:

@@ -3,9 +3,9 @@
 Jobs run one after the other in the order of submission, so what only the worker touches needs no lock.
 Between jobs it runs timers and watches file descriptors (inotify).
 
-A job that takes long on one database (a transaction of gigabytes) calls `give_way` now and then: jobs that were
-submitted for other databases are done in between, so that no application waits for another's database. Jobs without a
-database, and those of the same one, keep their order and wait.
+A job that takes long on one database (a transaction of gigabytes) calls `give_way` now and then: jobs and timers of
+other databases are done in between, so that no application waits for another's database and none is left behind. Jobs
+without a database, and those of the same one, keep their order and wait.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ log = logging.getLogger("litefs.worker")
 
 
 class Timer:
-    """A call that can be cancelled."""
+    """A call that can be cancelled. `database`: as a job's."""
 
-    __slots__ = ("args", "call", "cancelled", "due_s")
+    __slots__ = ("args", "call", "cancelled", "database", "due_s")
 
-    def __init__(self, due_s: float, call: Callable[..., object], args: tuple[Any, ...]) -> None:
-        self.due_s, self.call, self.args, self.cancelled = due_s, call, args, False
+    def __init__(self, due_s: float, call: Callable[..., object], args: tuple[Any, ...], database: str) -> None:
+        self.due_s, self.call, self.args, self.database, self.cancelled = due_s, call, args, database, False
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -62,6 +62,7 @@ class Worker:
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._readers: dict[int, Callable[[], object]] = {}
+        self._patient = {self._wake}  # descriptors that wait for the end of long jobs
         self._asleep = False
         self._stopping = self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -107,13 +108,15 @@ class Worker:
         self._post(Job(lambda: self._guarded(call, args), database))
 
     def give_way(self, database: str) -> None:
-        """Called from a long job of `database`: do what was submitted for other databases meanwhile."""
-        if not self._jobs or not self.is_current or len(self._in_way) >= _MAX_NESTING:
+        """Called from a long job of `database`: do what is to be done for other databases meanwhile."""
+        if not self.is_current or len(self._in_way) >= _MAX_NESTING:
             return
         self._in_way.append(database)
         try:
+            blocked = frozenset(self._in_way)
+            self._run_timers(blocked)
+            self._run_ready(self._poll.poll(0), self._patient)
             kept: list[Job] = []
-            blocked = set(self._in_way)
             while self._jobs:
                 job = self._jobs.popleft()
                 if job.database and job.database not in blocked:
@@ -126,6 +129,10 @@ class Worker:
             self._jobs.extendleft(reversed(kept))
         finally:
             self._in_way.pop()
+
+    def is_in_way(self, database: str) -> bool:
+        """Whether a long job of this database is under way, and has given way to the caller's."""
+        return database in self._in_way
 
     def giving_way(self, database: str, items: Iterable[T]) -> Iterator[T]:
         """`items` as they are; between stretches of a long job of `database` others get their turn."""
@@ -147,15 +154,18 @@ class Worker:
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake, 1)
 
-    def call_later(self, delay_s: float, call: Callable[..., object], *args: object) -> Timer:
-        """Run a call on the worker after a time. From the worker thread, or before it was started."""
-        timer = Timer(time.monotonic() + delay_s, call, args)
+    def call_later(self, delay_s: float, call: Callable[..., object], *args: object, database: str = "") -> Timer:
+        """Run a call on the worker after a time. From the worker thread, or before it was started. `database`: see
+        `give_way`."""
+        timer = Timer(time.monotonic() + delay_s, call, args, database)
         heapq.heappush(self._timers, (timer.due_s, next(self._count), timer))
         return timer
 
-    def watch(self, fd: int, ready: Callable[[], object]) -> None:
-        """Call `ready` on the worker whenever `fd` is readable."""
+    def watch(self, fd: int, ready: Callable[[], object], *, in_long_jobs: bool = False) -> None:
+        """Call `ready` on the worker whenever `fd` is readable. `in_long_jobs`: also while one gives way; then it must
+        ask `is_in_way`."""
         self._readers[fd] = ready
+        (self._patient.discard if in_long_jobs else self._patient.add)(fd)
         self._poll.register(fd, select.POLLIN)
 
     def unwatch(self, fd: int) -> None:
@@ -185,14 +195,20 @@ class Worker:
                 break
             self._jobs.popleft().run()
 
-    def _run_timers(self) -> None:
+    def _run_timers(self, blocked: frozenset[str] | None = None) -> None:
         """Those that are due now. What they ask for again waits for the jobs: an application may wait for one, and what
-        is looked at need not come to rest before it has gone on."""
+        is looked at need not come to rest before it has gone on. `blocked`: only those of other databases."""
         now_s = time.monotonic()
+        kept = []
         while self._timers and self._timers[0][0] <= now_s:
-            timer = heapq.heappop(self._timers)[2]
-            if not timer.cancelled:
+            item = heapq.heappop(self._timers)
+            timer = item[2]
+            if blocked is not None and (not timer.database or timer.database in blocked):
+                kept.append(item)
+            elif not timer.cancelled:
                 self._guarded(timer.call, timer.args)
+        for item in kept:
+            heapq.heappush(self._timers, item)
 
     def _wait(self) -> None:
         self._asleep = True
@@ -209,7 +225,12 @@ class Worker:
         else:
             events = self._poll.poll(timeout_ms)
         self._asleep = False
+        self._run_ready(events, set())
+
+    def _run_ready(self, events: list[tuple[int, int]], later: set[int]) -> None:
         for fd, _ in events:
+            if fd in later:
+                continue
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)

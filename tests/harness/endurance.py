@@ -31,6 +31,7 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))
 
+from cluster_nodes import PATIENCE  # noqa: E402
 from harness.cluster import (  # noqa: E402
     DELETE_DB,
     FULL_DB,
@@ -43,7 +44,8 @@ from harness.cluster import (  # noqa: E402
 from harness.nodes import Member, wait_for  # noqa: E402
 
 ROUND_KILLS = 40
-ROUND_LIMIT_S = 600.0  # on a busy machine
+ROUND_S = 120.0 * PATIENCE  # then it ends with the faults it has had
+ROUND_LIMIT_S = ROUND_S + 300 * PATIENCE  # then it hangs
 ENGINES = ("etcd", "etcd", "directory", "s3", "kubernetes")
 KEPT = 20  # folders of rounds that failed
 
@@ -88,7 +90,7 @@ class Round:
                     cluster.start(3, data={"retention": self.retention, "retention-monitor-interval": "1s"})
                     with cluster.workload(pause_ms=20.0, watched=True):
                         self.epoch = self._epoch()
-                        while result.kills < self.wanted:
+                        while result.kills < self.wanted and time.monotonic() - start_s < ROUND_S:
                             self._fault()
                             time.sleep(self.rng.choice((0.0, 0.1, 0.5, 1.0)))
                         cluster.revive()

@@ -127,11 +127,33 @@ def test_a_damaged_page_is_found(live: Live, where: str, monkeypatch: pytest.Mon
     fd = os.open(path, os.O_RDWR)
     good = os.pread(fd, 1, offset)
     os.pwrite(fd, bytes([good[0] ^ 4]), offset)
+    live.database.captures = False  # as on a replica, where only the daemon writes
     with pytest.raises(DatabaseError, match=r"do not match their checksums: 2[01]; restore"):
         live.copy()
     os.pwrite(fd, good, offset)
     os.close(fd)
     live.copy()
+
+
+@pytest.mark.parametrize("where", ["database", "wal"])
+def test_what_was_written_past_us_is_recorded(live: Live, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where applications write, and nothing proves that it was the disk."""
+    monkeypatch.setattr(snapshot, "_ATTEMPTS", 3)
+    live.sql("INSERT INTO t (v) VALUES (randomblob(50000))")
+    before = live.node.flush()
+    if where == "database":
+        live.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        path, offset = live.database.files.database, 20 * 1024 + 500
+    else:
+        path, offset = live.database.files.wal, 32 + 20 * 1048 + 500
+    fd = os.open(path, os.O_RDWR)
+    os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ 4]), offset)
+    os.close(fd)
+    live.copy()
+    assert "repair" in live.node.kinds() and "damaged" not in live.node.kinds()
+    assert live.database.position.txid == before.txid + 1
+    live.copy()
+    assert live.database.position.txid == before.txid + 1
 
 
 def test_a_change_of_the_page_size_ends_a_snapshot(tmp_path: Path) -> None:
@@ -168,6 +190,7 @@ def test_a_branch_is_kept_but_for_its_damaged_pages(live: Live) -> None:
     with open(live.database.files.database, "r+b") as file:
         file.seek((page - 1) * 1024 + 50)
         file.write(b"rotten")
+    live.database.captures = False  # a replica by now
     folder = keep_branch(live.database, after.txid, State(after, 1024, base))
     assert folder is not None
     kept = {pgno for pgno, _ in Reader(file_chunks(os.path.join(folder, PAGES)))}

@@ -228,6 +228,10 @@ def test_export_and_import(cluster: Cluster, tmp_path: Path) -> None:
         assert exported.execute("select count(*) from t").fetchone() == (61,)
         assert_sound(exported)
         exported.close()
+        for path in (node.mount / NAME, node.mount / "new.db", node.data / "dbs" / NAME / "database"):
+            done = litefs("export", "-url", node.url, "-name", NAME, str(path))
+            assert done.returncode == 2 and "litefs" in done.stderr, done.stderr
+    application.execute("insert into t values (10000, 'after it')")
     assert application.execute("pragma integrity_check").fetchone() == ("ok",)
     application.close()
     reader.close()

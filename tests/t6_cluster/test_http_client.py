@@ -177,8 +177,7 @@ def test_what_is_not_a_url(url: str) -> None:
 def test_export_verb(store: FakeStore, tmp_path: Path) -> None:
     database = store.add("app.db")
     target = tmp_path / "copy.db"
-    for suffix in ("", "-wal", "-journal", "-shm"):
-        (tmp_path / f"copy.db{suffix}").write_text("of an older database")
+    target.write_text("an older database")
     with serving(store) as url:
         done = litefs("export", "-url", url, "-name", "app.db", str(target))
         assert (done.returncode, done.stderr) == (0, "")
@@ -187,6 +186,36 @@ def test_export_verb(store: FakeStore, tmp_path: Path) -> None:
     assert target.read_bytes() == database.path.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.db", "data"]
     assert (failed.returncode, failed.stderr) == (1, 'ERROR: database not found: "nope"\n')
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_an_export_removes_no_wal(store: FakeStore, tmp_path: Path, suffix: str) -> None:
+    """It may have a transaction that was acknowledged."""
+    store.add("app.db")
+    target, side = tmp_path / "copy.db", tmp_path / f"copy.db{suffix}"
+    target.write_text("old")
+    side.write_text("of the old one")
+    with serving(store) as url:
+        refused = litefs("export", "-url", url, "-name", "app.db", str(target))
+    assert refused.returncode == 2 and str(side) in refused.stderr, refused.stderr
+    assert (target.read_text(), side.read_text()) == ("old", "of the old one")
+    assert not (tmp_path / "copy.db.tmp").exists()
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_an_export_replaces_no_database_that_is_open(store: FakeStore, tmp_path: Path, mode: str) -> None:
+    """Whoever has it open would go on in a file without a name."""
+    store.add("app.db")
+    target = tmp_path / "mine.db"
+    with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as mine:
+        mine.execute(f"pragma journal_mode={mode}")
+        mine.execute("create table t (x)")
+        with serving(store) as url:
+            refused = litefs("export", "-url", url, "-name", "app.db", str(target))
+            assert refused.returncode == 2, refused.stderr
+        mine.execute("insert into t values (1)")
+    with contextlib.closing(sqlite3.connect(target)) as mine:
+        assert mine.execute("select x from t").fetchall() == [(1,)]
 
 
 def test_a_failed_export_leaves_the_old_file(store: FakeStore, tmp_path: Path) -> None:

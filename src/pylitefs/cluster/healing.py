@@ -1,8 +1,7 @@
-"""A primary's damaged pages, replaced while applications go on: from its own log, else from any replica that has them.
+"""A primary's damaged pages, replaced when nobody has the file open: from its own log, else from any replica.
 
 Which bytes are right is told by their checksum in the primary's table (`engine.damage`), so it does not matter at which
-position a replica is, and what a peer sends cannot do harm. Nothing of it is on the way of a commit, but that the
-writers of that one database wait for a moment, as when transactions are taken over from a replica (`tail`).
+position a replica is, and what a peer sends cannot do harm. Nothing of it is on the way of a commit.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from pylitefs.cluster.ports import Database, Store
-from pylitefs.cluster.tail import writers_out
 from pylitefs.cluster.tasks import supervised
 from pylitefs.cluster.transfer import Blocking
 from pylitefs.errors import LitefsError
@@ -77,7 +75,7 @@ class Healing:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _heal(self, name: str) -> None:
-        tries, told, whole = 0, 0, True
+        tries, told, whole, said = 0, 0, True, ""
         while (database := self._store.get(name)) is not None:
             self._somebody_new.clear()
             try:
@@ -94,7 +92,9 @@ class Healing:
                         name, left,
                     )  # fmt: skip
             except (LitefsError, OSError) as error:
-                log.warning("%s: damaged pages cannot be replaced now, it will be tried again: %s", name, error)
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("%s: damaged pages cannot be replaced now, it will be tried again: %s", name, error)
             except Exception:
                 log.exception("%s: damaged pages cannot be replaced", name)
             try:
@@ -140,5 +140,4 @@ class Healing:
 
 
 def _put(store: Store, name: str, pages: Pages) -> None:
-    with writers_out(store, name):
-        store.worker.submit(store.mend, name, pages).result()
+    store.worker.submit(store.mend, name, pages).result()

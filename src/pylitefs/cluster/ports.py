@@ -243,8 +243,8 @@ class Store(Protocol):
         """Those of these pages that the log has as they should be. Blocking."""
 
     def mend(self, name: str, pages: list[tuple[int, bytes]], /) -> int:
-        """[W] On a demoted database of the primary: put pages in the place of damaged ones. Any that are not as they
-        should be are left out; how many were written."""
+        """[W] On the primary: put pages in the place of damaged ones. Any that are not as they should be are left out;
+        how many were written. Unavailable while a process has the database open."""
 
     def set_primary_info(self, hostname: str | None, /) -> None: ...
     def set_lag_ms(self, lag_ms: int | None, /) -> None: ...

@@ -5,9 +5,9 @@ same checksum tells which bytes are right, wherever they come from: this node's 
 Until they are back, `Database.damage` keeps what was found, so that a comparison of the whole database (*repair by
 diff*) does not take it for what an application has written.
 
-The right bytes are put back as a transaction, which only the daemon writes, like one of a replica: it changes nothing
-but the position. So nobody's commit is undone, readers keep their snapshots, and SQLite, which has perhaps the damaged
-page in its cache, drops that when it sees the commit. A write in place would leave it there, to be written out again.
+Where applications write, a page counts as damaged only if it is proven that none of them wrote it (`proof`). The right
+bytes are put in its place in the file, and only while nobody has that open: so nobody can write it meanwhile, whatever
+way, and nobody has the damaged page in a cache. What is replaced still has the very bytes that were found.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import time
 from collections.abc import Iterable
 
 from pylitefs.engine.database import Database
+from pylitefs.engine.files import read_at, write_at
 from pylitefs.engine.ltx_log import LogEntry
+from pylitefs.engine.proof import TICK_S, alone_with, stands_alone, still_alone
 from pylitefs.engine.snapshot import DamagedPages, SnapshotReader
 from pylitefs.errors import FormatError, Unavailable
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksum
 from pylitefs.formats.ltx.decoder import decode_index, decode_page, index_range
-from pylitefs.formats.ltx.encoder import encode
-from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header
 from pylitefs.formats.ltx.index import TAIL_SIZE
 
 log = logging.getLogger("litefs.damage")
@@ -35,7 +35,7 @@ Pages = list[tuple[int, bytes]]
 
 def find_damage(database: Database) -> list[int]:
     """Read the whole database: which pages are damaged. Blocking; not for the worker. DatabaseBusy: not now."""
-    found: set[int] = set()
+    found: dict[int, int] = {}
     reader = SnapshotReader(database, None)
     try:
         while True:
@@ -43,16 +43,16 @@ def find_damage(database: Database) -> list[int]:
                 if reader.next_chunk() is None:
                     break
             except DamagedPages as error:
-                found |= error.pages.keys()
+                found |= error.pages
     finally:
         reader.close()
-    if found and _table_was_wrong(database):
-        found = set()
+    if found and _table_was_wrong(database, found):
+        found = {}
     database.note_healed(database.damage.keys() - found, "")
     return sorted(found)
 
 
-def _table_was_wrong(database: Database) -> bool:
+def _table_was_wrong(database: Database, found: dict[int, int]) -> bool:
     """Whether it is the table that is damaged: it does not add up to the position, and with what the pages have it
     does. It is mended then."""
     with database.lock:
@@ -60,13 +60,14 @@ def _table_was_wrong(database: Database) -> bool:
         if database_checksum(values) == database.position.checksum:
             return False
         mended = values.copy()
-        for pgno, found in database.damage.items():
-            mended[pgno - 1 : pgno] = found
+        for pgno, checksum in found.items():
+            mended[pgno - 1 : pgno] = checksum
         if database_checksum(mended) != database.position.checksum:
             return False
         values[:] = mended
     log.warning("%s: the table of page checksums was damaged, the pages are sound", database.name)
-    database.note_healed(database.damage, "table")
+    database.note_healed(database.damage, "")
+    database.emit("healed", pages=len(found), source="table")
     return True
 
 
@@ -117,18 +118,26 @@ def _pages_of(entry: LogEntry, wanted: set[int], page_size: int) -> Pages:
 
 
 def mend(database: Database, pages: Pages) -> int:
-    """[W] Only the daemon writes the database now: put these pages in place, as a transaction. Those that are not what
-    they should be are left out; how many were written. Raises OSError, DatabaseBusy; Unavailable: not now."""
-    head = database.log.head
-    if database.position != head or not database.exists or head.checksum == CHECKSUM_FLAG:
-        raise Unavailable(f"{database.name}: it does not stand at the end of its log")
-    wanted = wanted_sums(database, (pgno for pgno, _ in pages))
-    right = [(pgno, page) for pgno, page in sorted(pages) if page_checksum(pgno, page) == wanted.get(pgno)]
-    if right:
-        header = Header(
-            flags=0, page_size=database.page_size, commit=database.commit, min_txid=head.txid + 1,
-            max_txid=head.txid + 1, timestamp_ms=int(time.time() * 1000), pre_apply_checksum=head.checksum,
-            epoch=database.writing_epoch,
-        )  # fmt: skip
-        database.apply(encode(header, right, head.checksum))
-    return len(right)
+    """Put these pages in the place of the damaged ones, while nobody has the file open; those that are not what they
+    should be are left out. How many were written. Unavailable: not now. Raises OSError. On the worker."""
+    with database.wal.mutex, database.lock:  # before the lease: who has one of these may be about to open the file
+        if not (database.captures and database.exists and stands_alone(database.files)):
+            raise Unavailable(f"{database.name}: it is in use")
+        database.wal.view.close()
+        size, wanted = database.page_size, wanted_sums(database, (pgno for pgno, _ in pages))
+        right = [(pgno, page) for pgno, page in sorted(pages) if page_checksum(pgno, page) == wanted.get(pgno)]
+        try:
+            with alone_with(database.files.database) as fd:
+                written = 0
+                for pgno, page in right:
+                    there = read_at(fd, size, (pgno - 1) * size)
+                    if page_checksum(pgno, there) == database.damage.get(pgno) and still_alone(fd):
+                        write_at(fd, page, (pgno - 1) * size)
+                        written += 1
+                os.fsync(fd)
+                time.sleep(TICK_S)  # who writes it next leaves another time
+        except Unavailable:
+            raise Unavailable(
+                f"{database.name}: damaged pages are replaced when no process has it open: close it everywhere, once"
+            ) from None
+    return written

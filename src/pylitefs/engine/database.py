@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +27,7 @@ from pylitefs.engine.live_files import LiveFiles
 from pylitefs.engine.loan import Loan
 from pylitefs.engine.ltx_log import EMPTY, LogEntry, LtxLog
 from pylitefs.engine.page_checksums import CleanState, PageChecksums, stamp
+from pylitefs.engine.proof import Damage, SoundPages
 from pylitefs.engine.rollback_capture import RollbackCapture
 from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.transaction import Change, Pages, ReadPage, TransactionWriter
@@ -46,6 +47,7 @@ class Services(Protocol):
     epoch: int
 
     def flush(self, database: Database) -> Future[Position]: ...
+    def compare(self, database: Database) -> Future[Position]: ...
     def snapshot(self, database: Database, known: NDArray[np.uint64] | None) -> SnapshotReader: ...
     def copy_to(self, database: Database, path: str) -> Position: ...
     def file_checksums(self, database: Database) -> NDArray[np.uint64]: ...
@@ -55,7 +57,7 @@ class Services(Protocol):
     def durable(self, database: Database) -> int: ...
 
 
-class Database(LiveFiles):
+class Database(LiveFiles, Damage):
     """All attributes may be read from any thread; `lock` guards position, table, `rollback` and the log's growth."""
 
     def __init__(self, name: str, files: DatabaseFiles, events: EventBus) -> None:
@@ -72,6 +74,7 @@ class Database(LiveFiles):
         self.term = 0  # the epoch in which applications of this node were last let in; 0: not since the start
         self.damage: dict[int, int] = {}  # pages that do not match their checksums, not replaced yet: what they have
         self.was_measured = False  # since they were found
+        self.sound = SoundPages(files)
         self.is_busy = False  # a process of an earlier mount still has its files open: nobody may touch them
         self.captures = True  # applications write it, and what they commit is recorded; False: only the daemon does
         self.yields = False  # `captures` is to end: nothing may be committed any more
@@ -164,6 +167,10 @@ class Database(LiveFiles):
         """Barrier: the position that covers every commit that had returned before the call. Any thread."""
         return self._by.flush(self)
 
+    def compare(self) -> Future[Position]:
+        """Record in what the files differ from the log, but for damage that is known: an application wrote it."""
+        return self._by.compare(self)
+
     def snapshot(self, known: NDArray[np.uint64] | None) -> SnapshotReader:
         """Read the whole database while it is being written. Blocking; not on the worker."""
         return self._by.snapshot(self, known)
@@ -172,19 +179,6 @@ class Database(LiveFiles):
         """The checksums of all pages as the files hold them. Blocking; not on the worker."""
         self.was_measured = True
         return self._by.file_checksums(self)
-
-    def note_damage(self, reason: str, pages: Mapping[int, int]) -> None:
-        """These pages have other checksums than they should. Any thread."""
-        if any(pgno not in self.damage for pgno in pages):
-            self.damage, self.was_measured = {**self.damage, **pages}, False
-            self.emit("damaged", reason=reason, pages=len(pages))
-
-    def note_healed(self, pgnos: Iterable[int], source: str) -> None:
-        """These are what they should be again. Any thread."""
-        healed = self.damage.keys() & set(pgnos)
-        if healed:
-            self.damage = {pgno: found for pgno, found in self.damage.items() if pgno not in healed}
-            self.emit("healed", pages=len(healed), source=source)
 
     def copy_to(self, path: str) -> Position:
         """A consistent copy of the database file. Blocking; not on the worker."""

@@ -18,6 +18,7 @@ from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_file, sync_folder
+from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.store import Store
 from pylitefs.errors import FormatError
@@ -158,6 +159,8 @@ class EngineHooks(CommitHooks):
             with database.handles_lock:
                 database.app_handles += 1
                 database.writers += writable
+                if database.settled_stamp == (0, 0) and not database.raw_writers and not database.rollback.pending:
+                    database.settled_stamp = stamp(database.files.database)  # as the start found it
                 database.raw_writers += writable and not hooked
 
     def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:

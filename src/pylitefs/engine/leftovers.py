@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable
 
 from pylitefs import mount_guard
 from pylitefs.engine.evidence import WalEnd
 from pylitefs.engine.files import DatabaseFiles, sync_folder, write_at
+from pylitefs.engine.proof import is_alone
 from pylitefs.engine.wal_view import WalView
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.journal import is_hot_header, read_super_journal_name, records
@@ -29,14 +29,7 @@ def is_held_elsewhere(path: str) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # leases are not supported here
-    else:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        return False
+        return is_alone(fd) is False  # where leases are not supported it cannot be told
     finally:
         os.close(fd)
 

@@ -11,7 +11,10 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from typing import Protocol
+
+import numpy as np
 
 from pylitefs.engine.continuation import guarded
 from pylitefs.engine.database import Database
@@ -83,7 +86,7 @@ class Scrubber:
             reader = SnapshotReader(database, None, pgno)
             try:
                 for _ in range(_CHUNKS):
-                    with contextlib.suppress(DamagedPages):  # it has told
+                    with contextlib.suppress(DamagedPages), self._witness(database, pgno, reader):  # it has told
                         if reader.next_chunk() is None:
                             break
                     size = (reader.next_pgno - pgno) * reader.page_size
@@ -93,3 +96,13 @@ class Scrubber:
             finally:
                 reader.close()
         return total
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _witness(database: Database, first: int, reader: SnapshotReader) -> Iterator[None]:
+        """What is read within, and right, proves later that the disk has changed it, if nobody has written it since."""
+        state, before = database.sound.begin(), reader.expected(first, reader.run)
+        yield
+        if state is not None:
+            after = reader.expected(first, reader.run)
+            database.sound.note(state, first, np.where(before == after, after, np.uint64(0)))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.capture import Capture
+from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.database import Database
 from pylitefs.engine.epochs import FIRST
 from pylitefs.engine.incoming import IncomingFile
@@ -32,6 +33,16 @@ class StoreServices:
         done: Future[Position] = Future()
         done.set_result(database.position)
         return done
+
+    def compare(self, database: Database) -> Future[Position]:
+        """Something was written that neither a hook nor the WAL has told of. Any thread."""
+        if wal_in_use(database):
+            with database.wal.mutex:
+                database.wal.doubt()
+        else:
+            with database.lock:
+                database.rollback.suspect = True
+        return self.flush(database)
 
     def snapshot(self, database: Database, known: NDArray[np.uint64] | None) -> SnapshotReader:
         return SnapshotReader(database, known)

@@ -8,6 +8,9 @@ Every page is checked against the checksum table. One that does not match was ch
 log yet: after a capture it is in an entry after `start`, so what was read of it does not matter. Or it is torn, and is
 read again. So a snapshot also finds pages that the disk has damaged, and a busy writer does not hold it up.
 
+Or somebody has written it who tells neither us nor the WAL. Where applications write, that is what happened unless it
+is proven that the disk has changed the page (`proof`): the whole database is compared, what differs is recorded.
+
 In the rollback modes SQLite may write pages of a transaction that it has not committed (its cache is full), and
 nothing but the end of that transaction gives the committed ones back. Only then does a snapshot wait.
 """
@@ -15,6 +18,7 @@ nothing but the end of that transaction gives the committed ones back. Only then
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 
@@ -26,10 +30,12 @@ from pylitefs.engine.files import write_at
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_view import WalView
 from pylitefs.errors import DatabaseBusy, DatabaseError
-from pylitefs.formats.ltx.checksum import page_checksums
+from pylitefs.formats.ltx.checksum import database_checksum, page_checksums
 from pylitefs.formats.ltx.decoder import Reader
 from pylitefs.formats.ltx.format import Position, lock_pgno
 from pylitefs.formats.sqlite.wal_index import latest_frames
+
+log = logging.getLogger("litefs.snapshot")
 
 CHUNK_BYTES = 1 << 20
 CHUNK_WAIT_S = 0.1  # for a transaction to end, in one call of `next_chunk`
@@ -61,7 +67,7 @@ class SnapshotReader:
         self.next_pgno = first  # what the next call begins with
         self._wrong: dict[int, int] = {}  # pages that did not match when they were last read, and their checksums
         self._view = WalView(database.files, database.wal.has_index)
-        self._run = max(1, CHUNK_BYTES // max(512, self.page_size))
+        self.run = max(1, CHUNK_BYTES // max(512, self.page_size))
 
     def next_chunk(self) -> list[tuple[int, bytes]] | None:
         """About 1 MB of (pgno, page); an empty list if nothing of this stretch differs; None at the end.
@@ -73,7 +79,22 @@ class SnapshotReader:
         first = self.next_pgno
         if first > self._commit:
             return None
-        count = min(self._run, self._commit - first + 1)
+        count = min(self.run, self._commit - first + 1)
+        pages = self._try(first, count)
+        if pages is None and self._database.captures:
+            self._check_table()
+            if self._is_written():
+                self._database.compare().result()
+                pages = self._try(first, count)
+            if pages is None and self._is_written():
+                raise DatabaseBusy(f"{self._database.name}: it is written in a way that cannot be followed")
+        self.next_pgno += count
+        if pages is None:
+            raise self._is_damaged(self._wrong or dict.fromkeys(range(first, first + count), 0))
+        return pages
+
+    def _try(self, first: int, count: int) -> list[tuple[int, bytes]] | None:
+        """The pages of one stretch; None if some (`_wrong`) stay different from what the log says. DatabaseBusy."""
         until_s, unexplained = time.monotonic() + CHUNK_WAIT_S, 0
         self._wrong = {}
         for attempt in itertools.count():
@@ -81,12 +102,13 @@ class SnapshotReader:
                 raise DatabaseError(f"{self._database.name}: the page size changed during a snapshot; it is begun anew")
             pages = self._read(first, count)
             if pages is not None:
-                self.next_pgno += count
                 return pages
+            if self._wrong and self._wrong.items() <= self._database.damage.items():
+                return None  # as it is known
             if not self._is_being_written():
                 unexplained += 1
                 if unexplained == _ATTEMPTS:
-                    break
+                    return None
             elif time.monotonic() >= until_s:
                 raise DatabaseBusy(
                     f"{self._database.name}: a transaction that is not committed has written to the database file: "
@@ -94,13 +116,46 @@ class SnapshotReader:
                 )
             self._database.flush().result()
             time.sleep(min(0.001 * (1 << min(attempt, 6)), 0.05))
-        self.next_pgno += count
-        raise self._is_damaged(self._wrong or dict.fromkeys(range(first, first + count), 0))
+        raise AssertionError
+
+    def _is_written(self) -> bool:
+        """Where applications write: whether one of them may have written what was found to differ. The damage among it
+        is noted first, so that it is not recorded as theirs."""
+        database = self._database
+        with database.lock:
+            wanted = {pgno: int(database.table.values[pgno - 1]) for pgno in self._wrong if pgno <= database.commit}
+        damaged = {
+            pgno: self._wrong[pgno]
+            for pgno, checksum in wanted.items()
+            if database.damage.get(pgno) == self._wrong[pgno] or database.sound.proves(pgno, checksum)
+        }
+        if damaged:
+            self._note_damage(damaged)
+        if others := sorted(self._wrong.keys() - damaged.keys()):
+            log.warning(
+                "%s: %s, and nothing proves that it was the disk: they are recorded as an application's",
+                database.name, _told(others, "differ from what was logged"),
+            )  # fmt: skip
+        return len(damaged) < len(self._wrong) or not self._wrong
+
+    def _check_table(self) -> None:
+        """A table of checksums that is damaged itself says nothing about pages. Raises DamagedPages."""
+        database = self._database
+        with database.lock:
+            if database_checksum(database.table.values[: database.commit]) == database.position.checksum:
+                return
+        reason = f"{database.name}: the table of page checksums does not add up"
+        database.emit("damaged", reason=reason, pages=len(self._wrong))
+        self.next_pgno = min(self.next_pgno + self.run, self._commit + 1)
+        raise DamagedPages(reason, self._wrong)
+
+    def _note_damage(self, wrong: dict[int, int]) -> str:
+        reason = f"{self._database.name}: {_told(sorted(wrong), 'do not match their checksums')}"
+        self._database.note_damage(reason, wrong)
+        return reason
 
     def _is_damaged(self, wrong: dict[int, int]) -> DamagedPages:
-        few = ", ".join(map(str, sorted(wrong)[:8])) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        reason = f"{self._database.name}: pages do not match their checksums: {few}"
-        self._database.note_damage(reason, wrong)
+        reason = self._note_damage(wrong)
         return DamagedPages(f"{reason}; restore a backup if neither the log nor another node has them", wrong)
 
     def page(self, pgno: int) -> bytes | None:
@@ -118,8 +173,8 @@ class SnapshotReader:
     def checksums(self) -> NDArray[np.uint64]:
         """Of all pages as they are; 0 where the file is too short. UnstableSource if they cannot be read in peace."""
         parts = [np.zeros(0, dtype=np.uint64)]
-        for first in range(1, self._commit + 1, self._run):
-            count = min(self._run, self._commit - first + 1)
+        for first in range(1, self._commit + 1, self.run):
+            count = min(self.run, self._commit - first + 1)
             for attempt in range(_ATTEMPTS):
                 try:
                     data = self._run_now(first, count)
@@ -137,7 +192,7 @@ class SnapshotReader:
     def _read(self, first: int, count: int) -> list[tuple[int, bytes]] | None:
         """The pages of one stretch that differ from the receiver's; None if some do not match the table now."""
         size, skip = self.page_size, lock_pgno(self.page_size)
-        before = self._expected(first, count)
+        before = self.expected(first, count)
         try:
             data = self._run_now(first, count)
         except UnstableSource:
@@ -146,7 +201,7 @@ class SnapshotReader:
         after = before
         if not np.array_equal(found, before):
             self._database.flush().result()
-            after = self._expected(first, count)
+            after = self.expected(first, count)
         # Pages cut off meanwhile are not sent; one that changed in the log meanwhile is in an entry after `start`.
         inside = max(0, min(count, self._database.commit - first + 1))
         wrong = np.flatnonzero(((found != after) & (before == after))[:inside])
@@ -163,7 +218,7 @@ class SnapshotReader:
             if first + int(index) != skip
         ]
 
-    def _expected(self, first: int, count: int) -> NDArray[np.uint64]:
+    def expected(self, first: int, count: int) -> NDArray[np.uint64]:
         """The checksums of this stretch at the head of the log; 0 past the end of the database."""
         expected = np.zeros(count, dtype=np.uint64)
         with self._database.lock:
@@ -205,6 +260,11 @@ class SnapshotReader:
     def close(self) -> None:
         self._pin.close()
         self._view.close()
+
+
+def _told(pgnos: list[int], what: str) -> str:
+    few = ", ".join(map(str, pgnos[:8])) + (f" and {len(pgnos) - 8} more" if len(pgnos) > 8 else "")
+    return f"pages {what}: {few}"
 
 
 def file_checksums(database: Database) -> NDArray[np.uint64]:

@@ -112,10 +112,13 @@ class Store(Registry):
         return damage.logged_pages(self.find(name), pgnos)
 
     def mend(self, name: str, pages: list[tuple[int, bytes]]) -> int:
-        """Put right pages in the place of damaged ones, in a database that was demoted here. On the worker."""
+        """Put right pages in the place of damaged ones, while nobody has the file open. On the worker."""
         if not (self.is_primary and self.fence.holds()):
             raise Unavailable("this node is not the primary any more")
-        return damage.mend(self.find(name), pages)
+        written = damage.mend(self.find(name), pages)
+        if self.notifier is not None:
+            self.notifier.invalidate_file(name)
+        return written
 
     def note_boot(self) -> None:
         """All databases are recovered: from now on only what this boot writes counts."""

@@ -86,13 +86,22 @@ def mount_at(path: str) -> MountEntry | None:
 
 def fs_type_of(path: str) -> str:
     """Type of the filesystem a path lies on, "" if it cannot be told."""
+    return _mount_of(path).fs_type
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path lies in a mounted directory of litefs."""
+    return _mount_of(path).ours
+
+
+def _mount_of(path: str) -> MountEntry:
     real = os.path.realpath(path)
     best = MountEntry("", "", "", "")
     for entry in _mounts():
         inside = real == entry.path or real.startswith(entry.path.rstrip("/") + "/")
         if inside and len(entry.path) >= len(best.path):
             best = entry
-    return best.fs_type
+    return best
 
 
 def prepare(mount_dir: str, log: Callable[[str], None]) -> str:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -198,6 +198,50 @@ def test_stop_while_a_request_is_never_answered(tmp_path: Path, hook: str) -> No
     assert "fuse-patience" not in [thread.name for thread in threading.enumerate()]
     for then in held:
         then(None)  # type: ignore[operator]
+
+
+def test_stop_while_threads_of_ours_wait_for_the_mount(tmp_path: Path) -> None:
+    """An unlink that is never answered keeps the root's lock. The notifier waits for it in a write to /dev/fuse, and
+    the opener in the kernel's way to a name: both keep the connection from ending by itself."""
+    hooks = PlainHooks(str(tmp_path / "data"))
+    held: list[object] = []
+    hooks.before_unlink = lambda ref, by_daemon, then: held.append(then)  # type: ignore[method-assign]
+    session = Session(str(tmp_path / "mnt"), str(tmp_path / "data"), hooks)
+    session.start()
+    for name in ("f", "g"):
+        (tmp_path / "mnt" / name).write_text("x")
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.unlink({str(tmp_path / 'mnt' / 'f')!r})"], stderr=subprocess.DEVNULL
+    )
+
+    def wait_until(what: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 20
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    wait_until(lambda: held)
+    errors: list[int | None] = []
+
+    def open_one() -> None:
+        try:
+            os.close(os.open(tmp_path / "mnt" / "new", os.O_CREAT | os.O_RDWR))
+        except OSError as error:
+            errors.append(error.errno)
+
+    assert session._dispatcher is not None
+    notifier = session._dispatcher.notifier
+    notifier.changed("g")
+    wait_until(lambda: not notifier._queue)
+    opener = threading.Thread(target=open_one, daemon=True)
+    opener.start()
+    time.sleep(0.2)
+    session.stop()
+    assert child.wait(20) != 0
+    opener.join(20)
+    assert errors and not notifier._thread.is_alive()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fuse-")]
+    assert mount.mount_at(str(tmp_path / "mnt")) is None
 
 
 def test_a_request_that_waits_does_not_stop_others(session: Session, tmp_path: Path) -> None:

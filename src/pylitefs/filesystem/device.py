@@ -115,6 +115,11 @@ class Device:
             return True
         return self._write(_pack_header(_HEADER_SIZE, -code, unique))
 
+    def give_up(self) -> None:
+        """Fail every request that came through a ring and has no answer yet: the mount is going."""
+        for unique in list(self.awaited):
+            self.fail(unique, errno.ENOTCONN)
+
     def notify(self, message: bytes) -> bool:
         """Send a notification; False if the kernel has nothing cached that it concerns, or the mount is gone."""
         return self._write(message)

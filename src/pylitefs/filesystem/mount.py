@@ -33,7 +33,7 @@ HELPER_TIMEOUT_S = 20.0
 BUSY_RETRIES = 10
 BUSY_PAUSE_S = 0.05
 MS_NOSUID, MS_NODEV = 2, 4
-MNT_DETACH = 2
+MNT_FORCE, MNT_DETACH = 1, 2
 _STACKED_MAX = 32  # mounts of killed daemons on top of each other
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -291,9 +291,27 @@ def detach(path: str) -> bool:
     return _umount(path, lazy=True) == 0
 
 
+def end(path: str, device: str) -> bool:
+    """End the connection of our mount at `path`, whose files are in use, and take it out of the namespace. Every
+    request that waits, or comes later, fails. `device`: the mount's MountEntry.device. False if the connection may
+    live on: only root may end it, or who finds fusectl mounted."""
+    if os.geteuid() == 0:
+        if _libc.umount2(os.fsencode(path), MNT_FORCE | MNT_DETACH) == 0:
+            return True
+        detach(path)
+        return False
+    detach(path)
+    try:
+        with open(os.path.join(FUSECTL, device.partition(":")[2], "abort"), "w") as file:
+            file.write("1")
+    except OSError:
+        return False
+    return True
+
+
 def unmount(path: str, device: str) -> bool:
     """Unmount our mount at `path` if it is still there (`device`: its MountEntry.device), waiting a moment for files
-    to be closed. False if it is busy: then `detach`."""
+    to be closed. False if it is busy: then `end`."""
     for attempt in range(BUSY_RETRIES):
         entry = mount_at(path)
         if entry is None or entry.device != device:

@@ -39,6 +39,7 @@ MAX_CPUS = 16  # with more of them, so many threads cost more than they save
 _MAX_PER_CPU = 256
 _START_PER_CPU = 3
 _SCARCE_S = 0.001
+_STOP_S = 5.0  # for the threads of a start that failed
 _FEW_IDLE = 2
 _STOP, _FUSE = 1, 2  # user data
 _HEADER_SIZE = abi.IN_HEADER.size
@@ -240,7 +241,7 @@ class Rings:
             if begun < len(queues):
                 raise OSError(errno.EAGAIN, "threads for io_uring cannot be started")
         except BaseException:
-            self.stop()
+            self.stop(time.monotonic() + _STOP_S)
             raise
 
     def _add(self, queue: int, *, first: bool = False) -> bool:
@@ -318,8 +319,9 @@ class Rings:
     def __del__(self) -> None:
         os.close(self.stop_fd)
 
-    def stop(self) -> None:
-        """End the threads after the requests they have. The entries go back to the kernel."""
+    def stop(self, until_s: float) -> None:
+        """End the threads after the requests they have. The entries go back to the kernel. A thread whose request has
+        no answer by `until_s` (time.monotonic) is left alone."""
         with self._lock:
             self._stopping = True
             threads = list(self._threads)
@@ -327,4 +329,4 @@ class Rings:
             os.eventfd_write(self.stop_fd, 1)
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(5.0)
+                thread.join(max(0.0, until_s - time.monotonic()))

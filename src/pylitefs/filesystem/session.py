@@ -15,6 +15,7 @@ import os
 import select
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -351,36 +352,42 @@ class Session:
             self._unmounting = True
             if not mount.unmount(self._path, self._mount_device):
                 self._log(f"{self._path} has open files: they end with the mount")
-                self._end_busy_mount()
+                self._end_busy_mount(device)
             self._stopping = True
+            until_s = time.monotonic() + STOP_TIMEOUT_S
             if self._rings is not None:
-                self._rings.stop()
-            self._join()
+                self._rings.stop(until_s)
+            for thread in list(self._threads):
+                thread.join(max(0.0, until_s - time.monotonic()))
             dispatcher.patience.stop()
             device.close()
             dispatcher.notifier.stop(STOP_TIMEOUT_S)
             dispatcher.handles.release_all()
 
-    def _end_busy_mount(self) -> None:
-        """Take a mount with open files out of the namespace. Its connection lives on and would keep our threads
-        reading, so each is sent a request to wake up on (nothing else interrupts the read of /dev/fuse)."""
+    def _end_busy_mount(self, device: Device) -> None:
+        """Take a mount with open files out of the namespace, and end its connection while we still answer: a thread of
+        ours may wait for it too (the opener, the notifier), would keep /dev/fuse open for good, and so the connection.
+
+        Where it cannot be ended it lives on as long as its files are open, and would keep our threads reading: each is
+        sent a request to wake up on (nothing else interrupts the read of /dev/fuse).
+        """
         try:
             root = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             root = -1
-        mount.detach(self._path)
-        self._stopping = True
-        if root < 0 or self._rings is not None:
-            return
-        for _ in list(self._threads):
-            waker = threading.Thread(target=_ask, args=(root,), name="fuse-wake", daemon=True)
-            waker.start()
-            waker.join(STOP_TIMEOUT_S / THREADS_MAX)
-        os.close(root)
-
-    def _join(self) -> None:
-        for thread in list(self._threads):
-            thread.join(STOP_TIMEOUT_S)
+        try:
+            self._stopping = True
+            ended = mount.end(self._path, self._mount_device)
+            device.give_up()
+            if ended or root < 0 or self._rings is not None:
+                return
+            for _ in list(self._threads):
+                waker = threading.Thread(target=_ask, args=(root,), name="fuse-wake", daemon=True)
+                waker.start()
+                waker.join(STOP_TIMEOUT_S / THREADS_MAX)
+        finally:
+            if root >= 0:
+                os.close(root)
 
 
 def _ask(root: int) -> None:

@@ -189,7 +189,9 @@ def device_of(mount_dir: str) -> str | None:
 def told_by_daemon() -> tuple[str, list[int]]:
     """Its mount's device number, and a descriptor of /dev/fuse; nothing if it died before it had a mount."""
     try:
-        text, fds, _, _ = socket.recv_fds(socket.socket(fileno=os.dup(0)), 64, 1, socket.MSG_DONTWAIT)
+        channel = socket.socket(fileno=os.dup(0))
+        channel.setblocking(False)  # recv_fds of the standard library ignores its flags: MSG_DONTWAIT would wait
+        text, fds, _, _ = socket.recv_fds(channel, 64, 1)
     except OSError:
         return "", []
     return text.decode("ascii"), list(fds)

@@ -194,8 +194,11 @@ class HaCluster(Cluster):
 
     def primary(self) -> Member:
         """The one that takes writes now; waits for one."""
-        self.wait_primary()
-        return next(member for member in self.members if member.runs and not member.stopped and member.takes_writes())
+        while True:
+            self.wait_primary()
+            for member in self.members:
+                if member.runs and not member.stopped and member.takes_writes():
+                    return member
 
     def replicas(self) -> list[Member]:
         primary = self.primary()

@@ -42,6 +42,9 @@ def content(data: Path, name: str, into: Path) -> str:
     image = bytearray(copy.read_bytes())
     page_size = int.from_bytes(image[16:18], "big")
     page_size = 65536 if page_size == 1 else page_size or 512
+    count = int.from_bytes(image[28:32], "big") if image[24:28] == image[92:96] else 0
+    if count:
+        del image[count * page_size :]  # space that was reserved, or has not been cut off yet, is none of the database
     image += bytes(-len(image) % page_size)  # SQLite reads zeros behind the end, as after a `backup`
     image[18:20] = b"\0\0"
     return f"{len(image)} bytes {hashlib.sha256(image).hexdigest()[:12]}"

@@ -168,7 +168,7 @@ class Place:
 
     def __init__(self, suite: Suite, mode: str, base: Path, sync: int) -> None:
         self.suite, self.mode, self.base, self.sync = suite, mode, base, sync
-        self.plain = base / "plain"
+        self.plain = base / "plain".ljust(len("pair000/primary/mnt"), "_")  # as long a path: some tests depend on it
         self.started = 0
         self.primary: Node | None = None
         self.replica: Node | None = None
@@ -179,7 +179,7 @@ class Place:
         """A pair that works, made anew if the last one does not."""
         if self.primary is None or self.replica is None:
             self.started += 1
-            folder = self.base / f"pair{self.started}"
+            folder = self.base / f"pair{self.started:03}"
             self.primary = Node(folder, "primary")
             self.replica = Node(folder, "replica", primary=self.primary)
             if self.sync:
@@ -222,6 +222,8 @@ class Place:
     def run(self, file: str) -> dict[str, Any]:
         """The record of one file."""
         native, ours, replica = self._once(file)
+        on_purpose = [text for text in replica if expected(file, text.split(":")[0])]
+        replica = [text for text in replica if text not in on_purpose]
         found = differences(native, ours)
         record: dict[str, Any] = {}
         if replica or any(not expected(file, name) for name in found):
@@ -230,8 +232,10 @@ class Place:
             once = {name: given for name, given in {**found, **again}.items() if (name in found) != (name in again)}
             found = {name: given for name, given in again.items() if name in found}
             record["once"] = once
+            replica_again = [text for text in replica_again if not expected(file, text.split(":")[0])]
             replica = [*replica, *(text for text in replica_again if text not in replica)]
-        record["expected"] = {name: expected(file, name) for name in found if expected(file, name)}
+        wanted = [*found, *(text.split(":")[0] for text in on_purpose)]
+        record["expected"] = {name: expected(file, name) for name in wanted if expected(file, name)}
         found = {name: given for name, given in found.items() if name not in record["expected"]}
         record |= {
             "tests": ours.count, "failed": ours.failed, "native": native.count, "native_failed": native.failed,
@@ -300,7 +304,7 @@ def compare(primary: Node, replica: Node) -> list[str]:
             time.sleep(0.1)
         else:
             if late and is_sound(scratch / "copy.db"):  # a malformed one may be half a copy: it is waited for
-                problems.append(f"{name}: the same only after {time.monotonic() - start_s:.1f} s")
+                problems.append(f"(late) {name}: the same only after {time.monotonic() - start_s:.1f} s")
     known = [node.info()["databases"] for node in (primary, replica)]
     for name in names:
         positions = [f"{at['txid']}/{at['checksum']}" if (at := all_.get(name)) else "unknown" for all_ in known]

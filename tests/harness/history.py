@@ -18,7 +18,8 @@ Each line of a history file is a JSON object; times are CLOCK_MONOTONIC of the o
     STRAY       a read is neither a prefix of the history as it finally is, nor such a prefix with a branch after it
                 that was kept in `lost/`, or, where commits wait for replicas, with one that was taken back
     BACK        a node showed less than before, and not because it left a branch
-    FLICKER     a node showed a value, then not, then again, whoever had read it there, with no power cut in between
+    FLICKER     a node showed a value, then not, then again, whoever had read it there, with no power cut in between,
+                and no election where those may lose commits
     DIRTY       a node showed a commit that had failed there and is not in the history, with no death of it in between
     TORN        a read transaction saw what cannot be: a damaged index, a wrong count, or two states
     ORDER       a commit that was acknowledged before another one began comes after it
@@ -80,7 +81,8 @@ class Torn:
 
 @dataclass
 class History:
-    """By node, and not from files: `downs`, when its daemon was killed, and `cuts`, when its machine lost its power."""
+    """By node, and not from files: `downs`, when its daemon was killed, and `cuts`, when its machine lost its power,
+    or its disk became another one."""
 
     writes: list[Write] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
@@ -178,6 +180,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
     problems = [*_apart(outcome), *_split_roles(history.roles)]
     epochs = attributed(history)
     problems += _split_writes(history, epochs)
+    elections = _elections(history.roles)
     for db in sorted(outcome.copies[outcome.primary]):
         final = outcome.copies[outcome.primary][db].values
         lost = outcome.lost.get(db, frozenset())
@@ -194,7 +197,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
             *_invented(writes, final, reads, lost),
             *_stray(reads, final, lost, unanswered if outcome.may_be_taken_back(db) else frozenset()),
             *_back(reads, final, taken_back if db in outcome.durable else lost),
-            *_flicker(reads, history.cuts),
+            *_flicker(reads, history.cuts, [] if db in outcome.durable - outcome.mixed else elections),
             *(f"TORN read on {torn.node} at {torn.end_s:.3f} s: {torn.text}" for torn in history.torn if torn.db == db),
             *_order(writes, final),
         ]
@@ -314,16 +317,30 @@ def _back(reads: Sequence[Read], final: tuple[str, ...], lost: frozenset[str]) -
     return problems
 
 
-def _flicker(reads: Sequence[Read], cuts: Mapping[str, Sequence[float]]) -> list[str]:
+def _elections(roles: Sequence[Role]) -> list[float]:
+    """When each epoch's primary was first seen."""
+    first: dict[int, float] = {}
+    for role in roles:
+        if role.primary:
+            first[role.epoch] = min(role.end_s, first.get(role.epoch, role.end_s))
+    return sorted(first.values())
+
+
+def _flicker(reads: Sequence[Read], cuts: Mapping[str, Sequence[float]], elections_s: Sequence[float]) -> list[str]:
     """Of one node's reads, whoever made them: a value in one, not in a later one, and in a still later one. Two reads
-    that overlap in time are in no order. What a disk has lost with its power, another node may give back."""
+    that overlap in time are in no order. What a disk has lost with its power, or with itself, may come back.
+    `elections_s`: of a database whose commits may be lost by an election; the next one may bring them back."""
     by_node: dict[str, list[Read]] = defaultdict(list)
     for read in reads:
         by_node[read.node].append(read)
-    return [problem for node in sorted(by_node) for problem in _flicker_of(by_node[node], cuts.get(node, ()))]
+    return [
+        problem
+        for node in sorted(by_node)
+        for problem in _flicker_of(by_node[node], [*cuts.get(node, ()), *elections_s])
+    ]
 
 
-def _flicker_of(reads: Sequence[Read], cuts_s: Sequence[float]) -> list[str]:
+def _flicker_of(reads: Sequence[Read], excuses_s: Sequence[float]) -> list[str]:
     """`reads` of one node, by their starts. A read is compared with the last one that had ended when it began."""
     problems = []
     ended: list[tuple[float, int]] = []  # the reads so far, by their ends
@@ -335,7 +352,7 @@ def _flicker_of(reads: Sequence[Read], cuts_s: Sequence[float]) -> list[str]:
                 there = set(read.values) if there is None else there
                 if value in there:
                     shown, without = gone.pop(value)
-                    if any(shown.start_s < at_s < without.end_s for at_s in cuts_s):
+                    if any(shown.start_s < at_s < read.end_s for at_s in excuses_s):
                         continue
                     one, two, three = (f"{one.end_s:.3f} s ({len(one.values)})" for one in (shown, without, read))
                     problems.append(f"FLICKER {read.node} showed {value} at {one}, not at {two}, and again at {three}")

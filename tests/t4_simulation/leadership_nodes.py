@@ -162,9 +162,13 @@ class SimNode:
 
     def cut_power(self) -> None:
         self.kill()
-        self.disks += 1
+        self._count_disk()
         for name in self.logs:
             self._cut_off(name, self.disk.durable[name])
+
+    def _count_disk(self) -> None:
+        self.disks += 1
+        self.cluster.history.cuts.setdefault(self.hostname, []).append(self.cluster.world.now_s)
 
     def lose_machine(self) -> None:
         """The machine is lost with its disk; another one takes its place."""
@@ -173,7 +177,7 @@ class SimNode:
     def put(self, disk: Disk) -> None:
         """Another disk than the one that was there."""
         self.kill()
-        self.disks += 1
+        self._count_disk()
         for name in self.logs:
             self._cut_off(name, 0)
         self.disk = disk

@@ -288,6 +288,11 @@ def test_what_may_happen() -> None:
     gone_and_back(history, outcome)
     history.cuts = {"d": [7.5]}
     assert [problem for problem in check(history, outcome) if "FLICKER" in problem] == []
+    history.cuts = {}
+    asynchronous = dataclasses.replace(outcome, durable=frozenset())
+    assert "FLICKER" in kinds(history, asynchronous)
+    history.roles.append(Role("d", 7.5, 7.5, True, 1000))
+    assert "FLICKER" not in kinds(history, asynchronous) and "FLICKER" in kinds(history, outcome)
 
 
 def test_only_the_first_problems_of_a_kind_are_told() -> None:

@@ -259,12 +259,17 @@ class NodeControl:
     async def _hand_over(self, node_id: int, reason: str, *, catch_up_s: float) -> int:
         """A switchover up to the moment when this node is not the primary any more; the successor's id."""
         async with self._switching:
+            self._refuse_without_engine()
             info = await self._successor(node_id, catch_up_s)
-            if problem := self._by_engine().problem:  # failsafe: to let go of the lease would be the end of writes
-                raise Unavailable(f"nothing has changed: {problem}")
+            self._refuse_without_engine()
             async with self._node.halts.paused(PAUSE_S):
                 await self._pass_on(info, reason)
             return int(info.node_id, 16)
+
+    def _refuse_without_engine(self) -> None:
+        """Nobody could take the lease: to let go of it would end writes that failsafe allows. Raises Unavailable."""
+        if problem := self._by_engine().problem:
+            raise Unavailable(f"nothing has changed: {problem}")
 
     async def _pass_on(self, info: ReplicaInfo, reason: str) -> None:
         """Pause writes, and pass the lease to a replica that has everything then. Unavailable."""
@@ -286,6 +291,7 @@ class NodeControl:
         """The replica that is to take over, once it is near. Ineligible, Unavailable."""
         leadership = self._by_engine()
         until_s = time.monotonic() + catch_up_s
+        silent: dict[int, str] = {}  # by node id: why a replica that is near did not answer when it was last asked
         while True:
             members = {member.node_id: member for member in leadership.view.members} if leadership.view else {}
             able = []
@@ -300,25 +306,33 @@ class NodeControl:
                     continue
                 able.append((self._behind(info), -member.priority, number, info))
             for behind, _, number, info in sorted(able, key=lambda one: one[:3]):
-                if behind <= _NEAR_TXIDS and await self._answers(members[number]):
+                if behind <= _NEAR_TXIDS and await self._answers(members[number], silent):
                     return info
             if time.monotonic() > until_s:
                 if able:
-                    behind, _, _, info = min(able, key=lambda one: one[:3])
-                    far = f"{behind} transactions behind" if behind < math.inf else "not in line with this node yet"
-                    raise Unavailable(f"{info.hostname or info.node_id} is {far}: try again later")
+                    behind, _, number, info = min(able, key=lambda one: one[:3])
+                    if behind == math.inf:
+                        why = "is not in line with this node yet"
+                    elif behind <= _NEAR_TXIDS:
+                        why = f"cannot be asked ({silent[number]})"
+                    else:
+                        why = f"is {behind:.0f} transactions behind"
+                    raise Unavailable(f"{info.hostname or info.node_id} {why}: try again later")
                 if node_id:
                     raise Ineligible(f"node {node_id:016X} is not connected to the primary")
                 raise Unavailable("no replica is connected that could take over")
             await asyncio.sleep(0.02)
 
-    async def _answers(self, member: Member) -> bool:
-        """Whether it is alive: one that hangs may be connected still, and have everything."""
+    async def _answers(self, member: Member, silent: dict[int, str]) -> bool:
+        """Whether it is alive: one that hangs may be connected still, and have everything. If it is not, `silent` gets
+        the reason under its id; a reason is logged once."""
         try:
             await self._node.ask(member, _ANSWER_S)
             return True
         except LitefsError as error:
-            log.info("%s cannot take over: it does not answer: %s", member.hostname or member.url, error)
+            if silent.get(member.node_id) != str(error):
+                log.info("%s cannot take over: it cannot be asked: %s", member.hostname or member.url, error)
+            silent[member.node_id] = str(error)
             return False
 
     def _behind(self, info: ReplicaInfo) -> float:

@@ -435,8 +435,8 @@ def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
 _QUIET = frozenset({"tx", "synced", "init", "primaryChange"})
 _LOUD = frozenset(
     {
-        "setAside", "withheld", "lost", "corruptLog", "damaged", "healed", "diskFull", "logFailing", "busyAfterCrash",
-        "haltLost", "syncDegraded", "forced",
+        "setAside", "notTakenOver", "withheld", "lost", "corruptLog", "damaged", "healed", "diskFull", "logFailing",
+        "busyAfterCrash", "haltLost", "syncDegraded", "forced",
     }
 )  # fmt: skip
 

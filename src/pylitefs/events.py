@@ -12,6 +12,8 @@ A lower layer emits; it knows nothing of the listeners. `EventBus` is the one pl
     gap               captured transactions were missed; `repair` follows
     overlooked        a defect of litefs: the watchdog found      reason
                       commits that nobody was woken for
+    notTakenOver      this node is not the primary any more, and  reason
+                      something keeps it from replicating this
     repair            the state was taken over by diff           pages
     resync            a replica fetched the pages that differ    pages, bytes
     setAside          a database cannot be used                  reason

@@ -125,7 +125,8 @@ class Capture(CommitPoints):
             with database.wal.mutex:
                 may_follow = database.wal.commit_may_follow()
         except UnstableSource:
-            self._restless.add(database.name)  # the next try is under the barrier
+            if not database.wal.view.index_is_hidden():
+                self._restless.add(database.name)  # the next try is under the barrier
             self._look_in(database, schedule, _RESTLESS_S)
             return
         except Exception as error:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -31,6 +33,9 @@ from pylitefs.formats.sqlite.header import DatabaseHeader
 from pylitefs.formats.sqlite.locks import CKPT, DMS, PENDING, RESERVED, SHARED_FIRST, SHARED_SIZE, WRITE
 from pylitefs.formats.sqlite.wal_index import HEADER_SIZE, read_header
 from pylitefs.ports import FileKind
+
+SPIN_S = 0.0005  # between two tries of a lock
+_PATIENCE_S = 0.05  # with the locks held so far, for the next one
 
 
 class Grip:
@@ -152,6 +157,22 @@ class Grip:
                 ofd_locks.try_lock(database, SHARED_FIRST, SHARED_SIZE, exclusive=False)
                 ofd_locks.unlock(database, PENDING)
 
+    def who_is_in_the_way(self) -> str:
+        """For people: what `take` or `seal` met."""
+        shm, database = self._fds.get(FileKind.SHM), self._fds.get(FileKind.DATABASE)
+        pid = None
+        with contextlib.suppress(OSError):
+            if self.is_wal and shm is not None:
+                pid = ofd_locks.write_locked(shm, WRITE)
+            elif database is not None:
+                pid = ofd_locks.write_locked(database, PENDING, SHARED_SIZE + 2)
+        who = "another process" if pid is None or pid <= 0 else f"process {pid}"
+        return f"{who} is in a transaction, or uses it"
+
+    def is_stale(self) -> bool:
+        """Whether a file that it holds has lost its name."""
+        return any(os.fstat(fd).st_nlink == 0 for fd in self._fds.values())
+
     # -- giving up -----------------------------------------------------------------------------------------------
 
     @property
@@ -230,3 +251,13 @@ class Grip:
         with open(self._files.database, "rb") as file:
             os.fsync(file.fileno())
         os.unlink(self._files.live(FileKind.JOURNAL))
+
+
+def patiently(step: Callable[[], bool], grip: Grip) -> bool:
+    """Try a step of a grip for a moment; False if it was not possible."""
+    until_s = time.monotonic() + _PATIENCE_S
+    while not step():
+        if grip.is_wal is None or time.monotonic() >= until_s:  # None: it holds nothing, others are let through
+            return False
+        time.sleep(SPIN_S)
+    return True

@@ -7,7 +7,8 @@ capture -> apply (`demote`). From the first moment on nothing is committed any m
 `Grip` keeps writers out, taken by the calling thread, because that may resolve names of the mount; the worker captures
 what there is; and the daemon goes on with the same -wal and -shm. Who is in the middle of a transaction, or has the
 database for itself (`locking_mode=EXCLUSIVE`), keeps it from happening: it is tried again in the background, and until
-it is done nothing is applied to that database (EBUSY).
+it is done nothing is applied to that database (EBUSY). What lasts is told (`refusals`). Once a grip holds everything
+nothing may: the files are the truth then, and are compared where they do not fit what is known of them.
 
 The steps of one database, and what a crash after each leaves (`marker` covers it from before the first to the last):
     writers kept out        the files of a database in use: the next start records what the log lacks
@@ -30,11 +31,11 @@ from pylitefs.engine import takeover
 from pylitefs.engine.continuation import guarded
 from pylitefs.engine.database import Database
 from pylitefs.engine.fence import Fence
-from pylitefs.engine.files import sync_filesystem
-from pylitefs.engine.grip import Grip
+from pylitefs.engine.grip import SPIN_S, Grip, patiently
 from pylitefs.engine.loan import epoch_of_loans
 from pylitefs.engine.off_worker import OffWorkerLock
 from pylitefs.engine.pause import Pause
+from pylitefs.engine.refusals import Refusals
 from pylitefs.engine.registry import Registry
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.errors import LitefsError
@@ -43,8 +44,6 @@ from pylitefs.ports import Then
 log = logging.getLogger("litefs.role")
 T = TypeVar("T")
 
-_SPIN_S = 0.0005  # between two tries of a lock
-_PATIENCE_S = 0.05  # with the locks held so far, for the next one
 _AGAIN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -62,6 +61,7 @@ class Roles:
         self._one = OffWorkerLock(registry.worker)
         self._grips: dict[str, Grip] = {}
         self._wanted: set[str] = set()  # whose capture is to end
+        self._refusals = Refusals()
         self._retrying = False
         self._stopped = threading.Event()
         self.pause = Pause()
@@ -110,10 +110,11 @@ class Roles:
             registry.marker.write(epoch, None)
             registry.epoch = epoch
             self._wanted.clear()
+            self._refusals.clear()
             self._drop_grips()
             self._on_worker(self._promote_all)
             while not self._on_worker(self._hand_over_all):
-                time.sleep(_SPIN_S)
+                time.sleep(SPIN_S)
             self.pause.end()
             self._told()
 
@@ -150,6 +151,7 @@ class Roles:
                 names = {other.name for other in list(registry.databases.values()) if other.captures}
                 registry.marker.write(epoch_of_loans(registry), names | {name})
             self._wanted.discard(name)
+            self._refusals.clear(name)
             self._drop_grip(name)
 
             def work() -> bool:
@@ -159,7 +161,7 @@ class Roles:
                 return done
 
             while not self._on_worker(work):  # the opener is making it active
-                time.sleep(_SPIN_S)
+                time.sleep(SPIN_S)
             self._told_one(name)
 
     # -- capture -> apply ----------------------------------------------------------------------------------------
@@ -186,15 +188,16 @@ class Roles:
         or wait. On the primary nothing is urgent: the transaction that is under way may end, and be answered; on who
         ends a HALT lock it may not. Raises DatabaseNotFound."""
         with self._one:
-            until_s = time.monotonic() + timeout_s
-            database = self._registry.find(name)
+            until_s, database = time.monotonic() + timeout_s, self._registry.find(name)
+            if database.withheld is not None and self._registry.is_primary:
+                return False  # nobody else has, or can be given, what is in its file
 
             def wanted() -> list[Database]:
                 urgent = not self._registry.is_primary or not database.may_commit or self._stopped.is_set()
                 return [] if urgent else [database]
 
             if database.captures:
-                if not self._grip_all(wanted, until_s):
+                if self._grip_all(wanted, until_s):
                     self._drop_grip(name)
                     return False
                 self._cut_off(database)
@@ -213,8 +216,7 @@ class Roles:
 
     def _take_over_all(self, timeout_s: float) -> list[str]:
         """Try until nothing is wanted any more, or for so long; what is left."""
-        until_s = time.monotonic() + timeout_s
-        pause_s = _SPIN_S
+        until_s, pause_s = time.monotonic() + timeout_s, SPIN_S
         while True:
             for name in sorted(self._wanted):
                 if self._take_over(name):
@@ -229,55 +231,69 @@ class Roles:
     def _take_over(self, name: str) -> bool:
         """One try. True when only the daemon writes it. Writers that are kept out stay so until it has come to that."""
         database = self._registry.databases.get(name)
-        try:
-            if database is None or not database.captures:
-                self._drop_grip(name)
-                return True
-            at_rest = takeover.yield_at_rest
-            if name not in self._grips and self._on_worker(at_rest, self._registry, database, database=name):
-                return True
-            if self._with_grip(database):
-                return True
-        except (OSError, UnstableSource) as error:
-            log.debug("%s: not taken over yet: %s", name, error)
-        except LitefsError as error:
-            log.warning("%s: cannot be taken over now, will be tried again: %s", name, error)
-        except Exception:
-            log.exception("%s: cannot be taken over now, will be tried again", name)
+        if database is None or not database.captures:
+            self._drop_grip(name)
+        if database is None or not database.captures or not (reason := self._why_not(database)):
+            self._refusals.over(name)
+            return True
         grip = self._grips.get(name)
+        if self._refusals.note(database, reason) and grip is not None:
+            grip = self._try_otherwise(database, grip)
         if grip is not None and grip.holds_writers:
             grip.unseal()  # those who only read go on
         else:
             self._drop_grip(name)
         return False
 
-    def _with_grip(self, database: Database) -> bool:
-        grip = self._grip_of(database)
-        if not (self._patiently(grip.take, grip) and self._patiently(grip.seal, grip)):
-            return False
-        index = grip.open_index() if grip.is_wal and not database.files.reads_shm_directly else -1
-        if not self._on_worker(takeover.capture_rest, self._registry, database, grip, index, database=database.name):
-            return False
-        if not grip.is_wal and not grip.make_wal():
-            return False
-        self._on_worker(takeover.go_on, self._registry, database, grip, database=database.name)
-        del self._grips[database.name]
-        return True
+    def _why_not(self, database: Database) -> str:
+        """Take it over; what is in the way, "" if it was done."""
+        try:
+            if not database.exists:  # it was dropped while it was held
+                self._drop_grip(database.name)
+            at_rest, name = takeover.yield_at_rest, database.name
+            if name not in self._grips and self._on_worker(at_rest, self._registry, database, database=name):
+                return ""
+            return self._with_grip(database)
+        except (OSError, UnstableSource, LitefsError) as error:
+            return str(error) or "its files and the capture of them do not agree yet"
+        except Exception as error:
+            log.exception("%s: cannot be taken over now, will be tried again", database.name)
+            return repr(error)
 
-    @staticmethod
-    def _patiently(step: Callable[[], bool], grip: Grip) -> bool:
-        until_s = time.monotonic() + _PATIENCE_S
-        while not step():
-            if grip.is_wal is None or time.monotonic() >= until_s:  # None: it holds nothing, others are let through
-                return False
-            time.sleep(_SPIN_S)
-        return True
+    def _with_grip(self, database: Database) -> str:
+        grip, registry = self._grip_of(database), self._registry
+        if not (patiently(grip.take, grip) and patiently(grip.seal, grip)):
+            return grip.who_is_in_the_way()
+        if not takeover.is_quiet(registry, database):
+            return "somebody writes its file in place, and as it is now it is not sound"
+        index = grip.open_index() if grip.is_wal and not database.files.reads_shm_directly else -1
+        reason = self._on_worker(takeover.capture_rest, registry, database, grip, index, database=database.name)
+        if reason and not grip.is_wal and takeover.may_give_up(registry, database):
+            self._on_worker(takeover.yield_content, registry, database, database=database.name)
+            self._drop_grip(database.name)
+            return ""
+        if reason:
+            return reason
+        if not grip.is_wal and not grip.make_wal():
+            return "another process holds its wal-index"
+        self._on_worker(takeover.go_on, registry, database, grip, database=database.name)
+        del self._grips[database.name]
+        return ""
+
+    def _try_otherwise(self, database: Database, grip: Grip) -> Grip | None:
+        """It lasts. Nobody is in the way of a grip that holds all, so what is known of the files is wrong: have them
+        compared. A grip on files that have no name any more is one on others."""
+        if grip.is_stale():
+            self._drop_grip(database.name)
+            return None
+        if grip.is_sealed:
+            self._on_worker(takeover.compare_anew, database, database=database.name)
+        return grip
 
     def _grip_of(self, database: Database) -> Grip:
-        grip = self._grips.get(database.name)
-        if grip is None:
-            grip = self._grips[database.name] = Grip(database, self._registry.plain_dir)
-        return grip
+        if database.name not in self._grips:
+            self._grips[database.name] = Grip(database, self._registry.plain_dir)
+        return self._grips[database.name]
 
     def _drop_grip(self, name: str) -> None:
         grip = self._grips.pop(name, None)
@@ -313,20 +329,11 @@ class Roles:
 
     def unmark(self) -> None:
         """Note which databases the log may be behind of, if any. Not on the primary."""
-        registry = self._registry
         with contextlib.suppress(OSError):
-            if registry.marker.names == frozenset():
-                return
-            if not registry.captures_any:
-                sync_filesystem(registry.data_dir)  # the log and the files, before nothing tells that they may differ
-            with self._one:
-                if not registry.is_primary and not self._stopped.is_set():
-                    names = {
-                        database.name
-                        for database in list(registry.databases.values())
-                        if database.captures or (database.is_busy and registry.marker.covers(database.name))
-                    }
-                    registry.marker.write(epoch_of_loans(registry), names)
+            if takeover.may_unmark(self._registry):
+                with self._one:
+                    if not self._registry.is_primary and not self._stopped.is_set():
+                        takeover.unmark(self._registry)
 
     # -- a pause -------------------------------------------------------------------------------------------------
 
@@ -334,49 +341,42 @@ class Roles:
         """Keep all writers out, and capture everything. False, and all goes on, if that takes longer."""
         with self._one:
             until_s = time.monotonic() + timeout_s
-            for database in self._captured():
+            for database in takeover.captured(self._registry):
                 with contextlib.suppress(OSError):
                     if takeover.in_use(database):
                         self._grip_of(database).prepare()
             self.pause.begin()
             try:
-                if self._grip_all(self._captured, until_s) and self._on_worker(self._capture_all):
-                    return True
+                reason = self._grip_all(lambda: takeover.captured(self._registry), until_s)
+                reason = reason or takeover.capture_all(self._registry, self._grips, until_s)
             except (OSError, LitefsError, UnstableSource) as error:
-                log.warning("writes cannot be paused: %s", error)
+                reason = str(error) or repr(error)
+            if not reason:
+                return True
+            log.warning("writes cannot be paused: %s", reason)
             self.resume_writes()
             return False
 
-    def _captured(self) -> list[Database]:
-        return [
-            database
-            for database in list(self._registry.databases.values())
-            if database.captures and database.exists and not database.is_busy and database.set_aside_reason is None
-        ]
-
-    def _grip_all(self, wanted: Callable[[], list[Database]], until_s: float) -> bool:
-        """Keep the writers of these databases out, as soon as none is in a transaction; False if not until then."""
+    def _grip_all(self, wanted: Callable[[], list[Database]], until_s: float) -> str:
+        """Keep the writers of these databases out, as soon as none is in a transaction; what is in the way, if that is
+        not so until then."""
         while True:
-            taken = [self._try_grip(database) for database in wanted() if takeover.in_use(database)]
-            if all(taken):
-                return True
+            reasons = [self._try_grip(database) for database in wanted() if takeover.in_use(database)]
+            if not any(reasons):
+                return ""
             if time.monotonic() >= until_s:
-                return False
-            time.sleep(_SPIN_S)
+                return next(filter(None, reasons))
+            time.sleep(SPIN_S)
 
-    def _try_grip(self, database: Database) -> bool:
+    def _try_grip(self, database: Database) -> str:
         grip = self._grip_of(database)
         try:
-            return grip.take() and database.opening == 0
+            if grip.take() and database.opening == 0:
+                return ""
+            return f"{database.name}: {grip.who_is_in_the_way()}"
         except OSError as error:
-            log.debug("%s: %s", database.name, error)
             grip.release()
-            return False
-
-    def _capture_all(self) -> bool:
-        """[W]"""
-        registry = self._registry
-        return all(takeover.capture_rest(registry, found, self._grips.get(found.name)) for found in self._captured())
+            return f"{database.name}: {error}"
 
     def resume_writes(self) -> None:
         """End a pause without a change of the role."""

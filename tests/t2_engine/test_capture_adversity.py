@@ -625,6 +625,34 @@ def test_a_database_that_shrank_while_the_last_batch_was_written(live: Live) -> 
     live.check()
 
 
+def test_a_database_that_gains_more_pages_than_fit_into_memory(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody makes the file longer from outside, and SQLite's next transaction makes these pages its own: they have
+    no frames."""
+    held = 0
+    add = live.wal.collected.add
+
+    def added(batch: Batch, pages: dict[int, bytes]) -> None:
+        nonlocal held
+        held = max(held, sum(map(len, pages.values())))
+        add(batch, pages)
+
+    monkeypatch.setattr(live.wal.collected, "add", added)
+    live.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    live.node.flush()
+    live.kill()
+    commit = 12_000
+    with open(live.files.database, "r+b") as file:
+        file.truncate(commit * int.from_bytes(os.pread(file.fileno(), 2, 16), "big"))
+        os.pwrite(file.fileno(), commit.to_bytes(4, "big"), 28)
+    live.reopen()
+    live.sql("INSERT INTO t (v) VALUES (zeroblob(20000))")
+    live.node.flush()
+    check_log(live.database)
+    assert copy_of(live.node, live.folder / "copy") == replay(live.database)
+    assert live.database.commit > commit
+    assert held <= COLLECT_BYTES
+
+
 def test_what_goes_wrong_on_a_fuse_thread_is_left_to_the_worker(
     live: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,7 +301,7 @@ class Capture(CommitPoints):
             try:
                 with wal.mutex:
                     batch = self._next_batch(database)
-                    if batch is not None and wal.is_collectable(batch) and database.exists:
+                    if batch is not None and wal.is_collectable(batch, database.commit) and database.exists:
                         wal.collect(batch, database.commit)
                     elif batch is not None:
                         self._record_collected(database)
@@ -381,7 +381,7 @@ class Capture(CommitPoints):
                 return False
             batch = wal.next_batch(diff=False)
             if batch is not None:
-                if not wal.is_collectable(batch):
+                if not wal.is_collectable(batch, database.commit):
                     return False
                 wal.collect(batch, database.commit)
             wal.mark_synced(ends=ends)

@@ -146,7 +146,7 @@ class GatedCommits:
         database.record(
             Change(tail.page_size, tail.commit),
             worker.giving_way(database.name, wal.view.frame_pages(tail.pgnos, tail.numbers, tail.page_size)),
-            lambda pgno: pages.one(pgno, before), lambda: tail.stands(wal.view), "capture",
+            pages.reader(before), lambda: tail.stands(wal.view), "capture",
         )  # fmt: skip
         wal.collected.commit = None
         txid = database.position.txid

@@ -163,7 +163,7 @@ def take_back(pending: Pending, pages: WalPages, now: Committed, first: int) -> 
     wanted = np.union1d(pending.pages_lost(now), since).astype(np.uint32)
     wanted = wanted[(wanted <= now.commit) & (wanted != lock_pgno(now.page_size))]
     return Batch(
-        Change(now.page_size, now.commit, max(1, commits)), pages.of(wanted, now), lambda pgno: pages.one(pgno, now),
+        Change(now.page_size, now.commit, max(1, commits)), pages.of(wanted, now), pages.reader(now),
         now, Cursor(now.salts, now.mx_frame, now.change), len(since),
         takes_back=True, from_file=np.setdiff1d(wanted, framed).astype(np.uint32),
     )  # fmt: skip

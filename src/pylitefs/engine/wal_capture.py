@@ -281,7 +281,7 @@ class WalCapture(WalLocks):
             size, now.commit, commits, frame_offset(first, size), frames * (size + FRAME_HEADER_SIZE), now.salts
         )
         return Batch(
-            change, self.view.frame_pages(pgnos, numbers, size), lambda pgno: self._pages.one(pgno, now), now,
+            change, self.view.frame_pages(pgnos, numbers, size), self._pages.reader(now), now,
             Cursor(now.salts, now.mx_frame, now.change), frames, pgnos=pgnos, numbers=numbers,
         )  # fmt: skip
 
@@ -298,7 +298,7 @@ class WalCapture(WalLocks):
         later, wanted, from_file = self._pages.compare(now, self._known_sums())
         return Batch(
             Change(later.page_size, later.commit), self._pages.of(wanted, later),
-            lambda pgno: self._pages.one(pgno, later), later, Cursor(later.salts, later.mx_frame, later.change),
+            self._pages.reader(later), later, Cursor(later.salts, later.mx_frame, later.change),
             later.mx_frame, gap=True, from_file=from_file,
         )  # fmt: skip
 
@@ -317,16 +317,20 @@ class WalCapture(WalLocks):
             return True
         return len(np.intersect1d(batch.from_file, self.view.pgnos(now.mx_frame + 1, end.mx_frame))) == 0
 
-    def is_collectable(self, batch: Batch) -> bool:
-        """Whether a batch is small enough for `collect`."""
-        small = batch.frames <= COLLECT_FRAMES and batch.frames * batch.change.page_size <= COLLECT_BYTES
+    def is_collectable(self, batch: Batch, known_commit: int) -> bool:
+        """Whether a batch is small enough for `collect`: its frames, and the pages that the database gains, which need
+        not have frames. `known_commit` as for `collect`."""
+        pages = max(batch.frames, batch.change.commit - self._known_commit(known_commit))
+        small = pages <= COLLECT_FRAMES and pages * batch.change.page_size <= COLLECT_BYTES
         return small and not batch.gap and not batch.takes_back
+
+    def _known_commit(self, logged: int) -> int:
+        return logged if self.collected.commit is None else self.collected.commit
 
     def collect(self, batch: Batch, known_commit: int) -> None:
         """Take a small batch's pages into memory and move the cursor past it: its frames may be overwritten from now
         on, the log gets them later. `known_commit`: the log's size in pages. Raises UnstableSource."""
-        if self.collected.commit is not None:
-            known_commit = self.collected.commit
+        known_commit = self._known_commit(known_commit)
         pages = self.view.read_frames(batch.pgnos, batch.numbers, batch.change.page_size)
         commit = batch.change.commit
         if commit > known_commit:  # a page that was allocated and freed at once has no frame

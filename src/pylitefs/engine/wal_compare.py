@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pylitefs.engine.batches import NONE
 from pylitefs.engine.rollback_capture import database_size
-from pylitefs.engine.transaction import UnstableSource
+from pylitefs.engine.transaction import ReadPage, UnstableSource
 from pylitefs.engine.wal_view import Committed, WalView
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import page_checksums
@@ -28,30 +28,46 @@ class WalPages:
     def __init__(self, view: WalView) -> None:
         self.view = view
 
-    def one(self, pgno: int, now: Committed) -> bytes:
-        """One page as of `now`, wherever it is."""
-        for candidate, page in self.of(np.array([pgno], dtype=np.uint32), now):
-            assert candidate == pgno
-            return page
-        raise UnstableSource
+    def reader(self, now: Committed) -> ReadPage:
+        """Reads one page as of `now` by its number, wherever it is. What the WAL has is looked up at the first call
+        only: a database may have gained a million pages that nobody wrote."""
+        newest: dict[int, int] | None = None
+
+        def read(pgno: int) -> bytes:
+            nonlocal newest
+            if newest is None:
+                pgnos, frames = self._newest(now)
+                newest = dict(zip(pgnos.tolist(), frames.tolist(), strict=True))
+            return self._page(pgno, newest.get(pgno), now)
+
+        return read
 
     def of(self, wanted: Pgnos, now: Committed) -> Iterator[tuple[int, bytes]]:
         """(pgno, page) as of `now`, in the given order."""
         newest: dict[int, int] = {}
         if now.mx_frame:
-            pgnos, frames = latest_frames(self.view.pgnos(1, now.mx_frame), 1)
+            pgnos, frames = self._newest(now)
             at = np.searchsorted(pgnos, wanted)
             inside = at < len(pgnos)
             hit = np.zeros(len(wanted), dtype=bool)
             hit[inside] = pgnos[at[inside]] == wanted[inside]
             newest = dict(zip(wanted[hit].tolist(), frames[at[hit]].tolist(), strict=True))
         for pgno in wanted.tolist():
-            frame = newest.get(pgno)
-            if frame is None:
-                yield pgno, self.view.database_page(pgno, now.page_size)
-            else:
-                one = np.array([pgno], dtype=np.uint32), np.array([frame], dtype=np.uint32)
-                yield from self.view.frame_pages(*one, now.page_size)
+            yield pgno, self._page(pgno, newest.get(pgno), now)
+
+    def _newest(self, now: Committed) -> tuple[Pgnos, Pgnos]:
+        """(page numbers in order, the newest frame of each)."""
+        if not now.mx_frame:
+            return NONE, NONE
+        return latest_frames(self.view.pgnos(1, now.mx_frame), 1)
+
+    def _page(self, pgno: int, frame: int | None, now: Committed) -> bytes:
+        if frame is None:
+            return self.view.database_page(pgno, now.page_size)
+        one = np.array([pgno], dtype=np.uint32), np.array([frame], dtype=np.uint32)
+        for _, page in self.view.frame_pages(*one, now.page_size):
+            return page
+        raise UnstableSource
 
     def sized(self, now: Committed) -> Committed:
         """With page size and number of pages: the index of an empty WAL may not know them. 0 pages if there is no

@@ -33,7 +33,7 @@ demo: $(STAMP)
 	@$(PYTHON_IN) -m pylitefs demo -cluster $(ARGS)
 
 test: $(STAMP_DEV)
-	@$(PYTHON_IN) -m pytest -n 3 --dist loadfile $(ARGS)
+	@$(PYTHON_IN) -m pytest -n 3 --dist worksteal $(ARGS)
 
 test-sqlite: $(STAMP_DEV)
 	@sh tests/sqlite_suite/build.sh build/sqlite

@@ -7,6 +7,7 @@ watchdog that kills its daemons, by their ids, before pytest's own time limit. T
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -40,6 +41,13 @@ _LOG_TAIL = 60  # lines of each node's log shown with a failure
 def scaled(count: int) -> int:
     """How often to do something: `count` times PYLITEFS_TEST_SCALE, at least once."""
     return max(1, round(count * SCALE))
+
+
+def pairwise(*few: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Parameters, chosen so that any two of their values meet; all combinations with PYLITEFS_TEST_SCALE=2."""
+    if SCALE < 2:
+        return list(few)
+    return list(itertools.product(*(dict.fromkeys(column) for column in zip(*few, strict=True))))
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = START_S) -> None:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -425,6 +426,8 @@ class Clients:
         self._started = 0
         self._watching: list[threading.Thread] = []
         self._over = threading.Event()
+        self._read: dict[Path, int] = {}
+        self._acknowledged: Counter[Path] = Counter()
 
     def start(
         self, kind: str, member: Member, db: str, synchronous: str, pause_ms: float, refused_ms: float = 30.0,
@@ -508,9 +511,17 @@ class Clients:
     def values(self, db: str) -> set[str]:
         return {write.value for write in self.history().writes if write.db == db}
 
-    def acknowledged(self) -> int:
-        """How many commits so far."""
-        return sum(write.outcome == "ok" for write in self.history().writes)
+    def acknowledged(self, kind: str = "", node: str = "") -> int:
+        """How many commits so far, of all clients, or of those of a kind and a node. Reads what is new since."""
+        for path in self.folder.glob("*-*"):
+            with open(path, "rb") as file:
+                file.seek(self._read.get(path, 0))
+                new = file.read()
+            whole = new.rfind(b"\n") + 1
+            self._read[path] = self._read.get(path, 0) + whole
+            self._acknowledged[path] += new[:whole].count(b'{"op": "ok"')
+        wanted = f"{kind}-{node}-*" if kind else "*"
+        return sum(count for path, count in self._acknowledged.items() if path.match(wanted))
 
 
 def wait_more(clients: Clients, count: int, timeout_s: float = SETTLE_S) -> None:

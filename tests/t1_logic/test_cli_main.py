@@ -242,6 +242,7 @@ def test_a_closed_standard_output_is_quiet() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_running_command_quietly() -> None:
     code = (
         "import click, sys, time\n"

@@ -55,6 +55,11 @@ class Rotten:
             self.disk.flip(database.files.database, (page - 1) * database.page_size + 100 + page, page % 8)
 
 
+@pytest.fixture(autouse=True)
+def tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pylitefs.cluster.healing.AGAIN_S", (0.1,))
+
+
 @pytest.fixture
 def rotten(tmp_path: Path) -> Iterator[Rotten]:
     disk = RottenDisk(tmp_path / "disk", DISK_BYTES)
@@ -377,8 +382,10 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    ("step", "when"),
+    [*((step, "before") for step in STEPS), ("the lease is taken", "after"), (list(STEPS)[-1], "after")],
+)
 async def test_an_application_writes_between_any_two_steps_of_the_healing(
     rotten: Rotten, monkeypatch: pytest.MonkeyPatch, step: str, when: str
 ) -> None:

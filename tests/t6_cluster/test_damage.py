@@ -22,6 +22,7 @@ from cluster_nodes import (
     assert_sound,
     dump,
     needs_root,
+    pairwise,
     wait_same_position,
     wait_until,
 )
@@ -106,8 +107,10 @@ def is_whole(node: Node, rows: dict[str, list[Any]]) -> None:
         assert dump(connection) == rows
 
 
-@pytest.mark.parametrize("passthrough", PASSTHROUGH)
-@pytest.mark.parametrize(("mode", "held"), [("wal", True), ("wal", False), ("delete", True), ("delete", False)])
+@pytest.mark.parametrize(
+    ("mode", "held", "passthrough"),
+    pairwise(("wal", True, "auto"), ("wal", False, "off"), ("delete", True, "off"), ("delete", False, "auto")),
+)
 def test_bit_rot_on_the_primary(cluster: Cluster, disk: RottenDisk, passthrough: str, mode: str, held: bool) -> None:
     """From its log, once nobody has it open. Until then it stays as it is, and is said."""
     primary, replica = pair(cluster, disk)

@@ -271,6 +271,7 @@ def test_status_verb(store: FakeStore) -> None:
     assert "is it running?" in gone.stderr
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_status_watch_ends_with_ctrl_c(store: FakeStore) -> None:
     with serving(store) as url:
         command = [sys.executable, "-m", "pylitefs", "status", "-url", url, "-json", "-watch"]

@@ -43,7 +43,9 @@ def value_of(node: Node) -> str:
 @pytest.mark.parametrize("mode", ["wal", "delete"])
 def test_a_row_that_is_changed_back_and_forth(cluster: Cluster, mode: str) -> None:
     """Each time the daemon is killed right after the commit, and the row has a value that it had before."""
-    node = cluster.node("primary").start()
+    node = cluster.node("primary")
+    node.config["lease"]["recovery-wait"] = "100ms"  # there is nobody to wait for
+    node.start()
     create(node, mode)
     for number in range(scaled(4)):
         value = str((number + 1) % 2)

@@ -56,10 +56,7 @@ def workload(cluster: HaCluster, *holders: Member) -> Iterator[Clients]:
 
 def by(clients: Clients, member: Member) -> int:
     """How many commits were acknowledged to the HALT clients of a node."""
-    return sum(
-        write.outcome == "ok" and write.node == member.name and ".halt." in write.value
-        for write in clients.history().writes
-    )
+    return clients.acknowledged("halt", member.name)
 
 
 def wait_by(clients: Clients, member: Member, count: int) -> None:

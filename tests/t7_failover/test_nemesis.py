@@ -218,7 +218,7 @@ SCENES = [
     Scene("kills", 7105, ("kill",), MIXED_DB | PERSIST_DB, sync=1, retention="2s", pace=Pace((0.1, 3.0), (1.5, 3.0))),
     Scene("silence", 7106, (), FULL_DB | NORMAL_DB | DELETE_DB, rounds=25),
 ]
-SCENE_S = 15.0 * SCALE
+SCENE_S = 10.0 * SCALE
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=[scene.name for scene in SCENES])

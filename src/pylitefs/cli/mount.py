@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import shlex
@@ -64,8 +65,10 @@ def mount(
     if config_path is None:
         click.echo(f"config file read from {path}")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads are not used, their buffers cost memory
+    gc.disable()  # nothing of what is loaded is garbage: looking for some takes a sixth of the time
     from pylitefs import daemon  # after the configuration is known to be good: it loads the heavy libraries
 
+    gc.enable()
     try:
         return daemon.run(config)
     except LitefsError as error:

@@ -188,27 +188,47 @@ def test_an_import_that_fails_leaves_the_plain_file(
         assert not plain.exists()
 
 
-def test_a_rename_that_cannot_be_recorded_leaves_the_file_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_a_rename_that_cannot_be_recorded_leaves_the_database_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """Under a name that nobody had before it would be found nowhere."""
-    with closing_node(new_primary(tmp_path, mode="DELETE")) as node:
-        real = TransactionWriter.write
-        failed: list[int] = []
-
-        def write(self: TransactionWriter, *args: Any) -> Any:
-            if self.header.commit:  # not the drop
-                failed.append(1)
-                raise OSError(errno.ENOSPC, "disk full")
-            return real(self, *args)
-
+    with closing_node(new_primary(tmp_path, mode=mode)) as node:
+        before, value = node.flush("db"), "more"
+        if mode == "WAL":
+            commit_to_wal(node.database("db").files.database, value)
+            before = node.flush("db")
         with monkeypatch.context() as patch:
-            patch.setattr(TransactionWriter, "write", write)
-            with pytest.raises(OSError, match="disk full"):
+            patch.setattr(TransactionWriter, "write", refusing(errno.ENOSPC))
+            with pytest.raises(OSError, match="No space"):
                 rename(node, "db", "other")
-        assert failed and node.store.names() == []
-        assert len(rows_of(node.store.plain_path("db"))) == 3
-        assert node.store.import_plain("db") and node.store.names() == ["db"]
+        assert node.store.names() == ["db"] and node.flush("db") == before
+        there = contents(node)
+        assert there == {"db": {bytes(100), value.encode()} if mode == "WAL" else {bytes(100)}}
+        rename(node, "db", "other")
+        assert contents(node) == {"other": there["db"]}
+
+
+def test_a_rename_is_one_transaction_with_the_wal(tmp_path: Path) -> None:
+    """And comes before the drop of the old name: no moment has neither."""
+    with closing_node(new_primary(tmp_path)) as node:
+        commit_to_wal(node.database("db").files.database, "in the WAL")
+        rename(node, "db", "other")
+        told = [(event.database, event.data["source"]) for event in node.events if event.type == "tx"]
+        assert told[-2:] == [("other", "import"), ("db", "drop")]
+        assert node.database("other").position.txid == 1
+        assert contents(node) == {"other": {bytes(100), b"in the WAL"}}
+
+
+def test_a_file_that_sqlite_cannot_read_is_renamed_too(tmp_path: Path) -> None:
+    with closing_node(new_primary(tmp_path, mode="DELETE", rows=100)) as node:
+        database = node.database("db")
+        os.truncate(database.files.database, 4096)
+        database.rollback.suspect = True
+        assert not node.store.capture.commit_point(database) and database.withheld
+        rename(node, "db", "other")
+        assert node.store.names() == [] and os.path.getsize(node.store.plain_path("other")) == 4096
+        assert not database.exists and database.withheld is None
 
 
 def test_an_old_plain_file_never_replaces_a_database(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -276,16 +277,39 @@ def test_import_and_export_of_what_is_none(cluster: Cluster, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("passthrough", PASSTHROUGH)
 def test_cp_of_a_broken_database_stays_a_plain_file(cluster: Cluster, passthrough: str) -> None:
+    """What SQLite reads is replicated, also if the last page is not whole; what it cannot read is said not to be, until
+    it is put right."""
     primary, replica = cluster.pair()
     fill(primary, 30)
     wait_same_position(primary, replica, NAME)
-    broken = primary.export(NAME)[:-100]
+    whole = primary.export(NAME)
+    broken = whole[:-4196]
     (primary.mount / "half.db").write_bytes(broken)
+    (primary.mount / "moved").write_bytes(broken[:-4096])
+    os.rename(primary.mount / "moved", primary.mount / "moved.db")
+    (primary.mount / "short.db").write_bytes(whole[:-100])
     (primary.mount / "text.db").write_bytes(b"hello")
     fill(primary, 1)
     wait_same_position(primary, replica, NAME)
-    assert primary.databases() == replica.databases() == [NAME]
+    wait_same_position(primary, replica, "short.db")
+    assert primary.databases() == replica.databases() == [NAME, "short.db"]
+    assert count(primary, "short.db") == count(replica, "short.db") == 30
+    assert_same_bytes([primary, replica], "short.db")
     assert (primary.mount / "half.db").read_bytes() == broken
+
+    def told() -> dict[str, str]:
+        entries = json.loads(primary.get("/status"))["notReplicated"]
+        return {entry["name"]: entry["reason"] for entry in entries}
+
+    wait_until(lambda: set(told()) == {"half.db", "moved.db"}, "what is not replicated is said")
+    assert "SQLite cannot read it: the file ends after" in told()["half.db"]
+    assert "half.db is not replicated: SQLite cannot read it" in primary.log_text()
+    (primary.mount / "half.db").write_bytes(whole)
+    wait_until(lambda: "half.db" in replica.databases(), "it is whole, and replicated")
+    wait_until(lambda: set(told()) == {"moved.db"}, "and that is said")
+    primary.stop()
+    primary.start()
+    wait_until(lambda: set(told()) == {"moved.db"}, "over a restart too")
 
 
 # -- peers ----------------------------------------------------------------------------------------------------------

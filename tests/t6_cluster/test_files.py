@@ -138,6 +138,22 @@ def test_rename_remove_and_make_again(cluster: Cluster, passthrough: str, mode: 
 
 
 @pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_rename_with_what_is_in_the_wal(cluster: Cluster, passthrough: str) -> None:
+    """A database that somebody has open: its WAL comes along, and a rename that was done is not said to have failed."""
+    primary, replica = cluster.pair()
+    make(primary.mount / NAME, 40, "wal")
+    user = primary.connect(NAME)
+    user.execute("insert into t values (100, 'in the WAL')")
+    assert (primary.mount / f"{NAME}-wal").stat().st_size
+    os.rename(primary.mount / NAME, primary.mount / "new.db")
+    user.close()
+    wait_until(lambda: count(replica, "new.db") == 41 if "new.db" in replica.databases() else 0, "all rows are there")
+    check(primary, replica, 41, "new.db")
+    assert primary.databases() == ["new.db"]
+    wait_until(lambda: replica.databases() == ["new.db"], "the old name is gone")
+
+
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
 def test_a_database_removed_while_it_is_open(cluster: Cluster, passthrough: str) -> None:
     """As on a disk: who has it open keeps it, the name is free."""
     primary, replica = cluster.pair()

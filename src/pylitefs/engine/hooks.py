@@ -334,6 +334,8 @@ class EngineHooks(CommitHooks):
             return
         if FileKind.DATABASE not in kinds and not is_complete_database(self._plain(old.name)):
             then(None)
+            if self._store.is_primary:
+                self._store.worker.post(self._store.unreadable.look, new.name)
             return
         if old.kind is FileKind.DATABASE and (problem := problem_of(new.name)) is not None:
             then(OSError(errno.EINVAL, f"{shown(new.name)}: {problem}"))

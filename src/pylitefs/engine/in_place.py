@@ -7,7 +7,7 @@ recorded when
 
     nobody has the file open for writing any more      as it is: this is what its readers keep
     a descriptor is closed, or the file is fsynced     if it is sound (it may be the descriptor of somebody else)
-    nothing was written for a time                     if it is sound
+    nothing was written for a time                     if it is sound, or empty
     … for the longest time                             as it is
 
 The time begins with half a second and doubles whenever the file was not sound. SQLite itself holds a lock from a
@@ -94,6 +94,8 @@ class InPlace:
         before = self._seen(database)
         sound = is_sound(database.files.database)
         quiet = self.quiet_left_s(database) <= 0
+        if quiet and not before[1][0]:
+            sound = True  # an empty file is a database to SQLite, and nobody goes on to fill it
         rollback.looked = before
         if sound or (quiet and rollback.quiet_s >= _LONGEST_S):
             return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -19,13 +20,16 @@ from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
 from pylitefs.engine.lost import write_info
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, was_moved
-from pylitefs.engine.transaction import Change
+from pylitefs.engine.transaction import Change, UnstableSource
+from pylitefs.engine.wal_capture import wait_stable
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG
 from pylitefs.formats.names import MAX_FILE_NAME, shown
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef
 
 log = logging.getLogger("litefs.store")
+
+_ATTEMPTS = 8
 
 
 def _link(path: str, target: str) -> None:
@@ -278,33 +282,66 @@ class Naming:
             self._tell(plain_name, database.name)
 
     def _rename_database(self, source: Database, name: str) -> None:
-        self._registry.capture.flush(source)
-        target = self._registry.get_or_create(name)
+        """`source` is called `name` from now on. The new name's content is recorded before the drop of the old one:
+        whoever follows the log has the rows under one of the names at least."""
+        capture, target = self._registry.capture, self._registry.get_or_create(name)
+        capture.flush_if_possible(source)
         if target.exists:
-            self._registry.capture.flush(target)
+            capture.flush_if_possible(target)
         replacement = Replacement(target.files, source.files.database, source.files)
         try:
             with _still(source, target):
                 replacement.note()
                 self._move(source.name, name, replacement.exchange)
-                self.record_drop(source)
-                replacement.finish()
-                source.wal_stands_in, target.wal_stands_in = False, source.wal_stands_in
-                self._registry.capture.replaced(source)
-                self._registry.capture.replaced(target)
-                source.rollback.clear()
-                target.rollback.suspect = True
+                stood_in, target.wal_stands_in = target.wal_stands_in, source.wal_stands_in
+                capture.replaced(target)
                 try:
-                    self._registry.capture.commit_point(target, "import")
+                    self._record_content(target)
                 except OSError:
-                    if not target.exists:  # it would be found nowhere: it becomes a plain file, to be imported again
+                    if not target.exists:  # nothing has the new name: all is as it was
                         target.rollback.clear()
-                        self._move(name, source.name, lambda: self._make_plain(target, source.name))
+                        target.wal_stands_in = stood_in
+                        self._move(name, source.name, replacement.undo)
+                        replacement.finish()
+                        raise
+                    capture.wake_rollback(target)  # the old file of this name is gone: it is recorded later
+                    self._moved_away(source, replacement)
                     raise
-            self._registry.capture.flush(target)  # what its WAL has on top of the file
+                if not target.exists:  # SQLite cannot read it: a plain file
+                    self._make_plain(target, name)
+                self._moved_away(source, replacement)
+            if target.exists:
+                capture.flush_if_possible(target)  # what its WAL has on top, where that could not be read with it
         finally:
             self._tell(source.name, name)
         source.emit("drop", txid=source.position.txid)
+
+    def _moved_away(self, source: Database, replacement: Replacement) -> None:
+        self.record_drop(source)
+        replacement.finish()
+        source.wal_stands_in = False
+        self._registry.capture.replaced(source)
+        source.rollback.clear()
+        source.withhold(None)
+
+    def _record_content(self, database: Database) -> None:
+        """Other files have its names: what they hold is one transaction, with what is committed in a WAL that came
+        along (which a file alone need not be whole without: a checkpoint may be under way). Raises OSError."""
+        wal = database.wal
+        for attempt in range(_ATTEMPTS if not wal.view.index_is_hidden() else 0):
+            try:
+                committed = wal.view.committed()
+                batch = wal.diff(committed) if committed is not None and committed.mx_frame else None
+                if batch is None:
+                    break
+                stable = functools.partial(wal.is_stable, batch)
+                database.record(batch.change, batch.pages, batch.read_missing, stable, "import")
+                wal.advance(batch)
+                return
+            except UnstableSource:
+                wait_stable(attempt)
+        database.rollback.suspect = True
+        self._registry.capture.commit_point(database, "import")
 
     def _make_plain(self, database: Database, name: str) -> None:
         """Its files have plain names only. Raises OSError."""

@@ -25,7 +25,7 @@ from pylitefs.engine.fence import Fence
 from pylitefs.engine.files import DatabaseFiles, Permissions, publish_file
 from pylitefs.engine.marker import Marker
 from pylitefs.engine.opener import Opener
-from pylitefs.engine.rollback_capture import is_complete_database
+from pylitefs.engine.rollback_capture import is_complete_database, why_unreadable
 from pylitefs.engine.services import StoreServices
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError
@@ -111,16 +111,22 @@ class Registry:
         problem = problem_of(name)
         if problem is None:
             return True
-        if self._not_replicated.get(name) != problem:
-            self._not_replicated[name] = problem
-            log.error("%s is not replicated: %s", shown(name), problem)
-            self.events.emit(Event("notReplicated", name, {"reason": problem}))
+        self.tell_not_replicated(name, problem)
         return False
 
+    def tell_not_replicated(self, name: str, reason: str) -> None:
+        """A plain file is a database, or was meant to be one, and is not replicated. Any thread."""
+        if self._not_replicated.get(name) != reason:
+            self._not_replicated[name] = reason
+            log.error("%s is not replicated: %s", shown(name), reason)
+            self.events.emit(Event("notReplicated", name, {"reason": reason}))
+
     def not_replicated(self) -> dict[str, str]:
-        """Databases in the mount that are not replicated because of their names, and why. Any thread."""
+        """Plain files in the mount that are databases, or were meant to be, and are not replicated, and why. Any
+        thread."""
         for name in list(self._not_replicated):
-            if not is_complete_database(self.plain_path(name)):
+            path = self.plain_path(name)
+            if (problem_of(name) is None or not is_complete_database(path)) and why_unreadable(path) is None:
                 self._not_replicated.pop(name, None)
         return dict(self._not_replicated)
 

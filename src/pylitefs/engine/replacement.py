@@ -11,8 +11,12 @@ name of the database that it was, or null; `sides`, the inodes of that one's sid
     the file has its new name        | the inode is the noted one: as below
     … the old side files are gone    | those that are there and are not the source's go, the source's take their place
     … the source's have their place  | the same; DATA/dbs/SOURCE/moved says that the source is gone, then the note goes
+    the new content is recorded      | the same
     the source's drop is recorded    | the same
     the note is gone                 | nothing
+
+Where the new content cannot be recorded, and no database had the name, the exchange is taken back, the side files
+first: a crash in between does it again.
 
 With `moved`, the source's drop is recorded when everything is recovered (where the files are the truth), then it goes.
 """
@@ -47,6 +51,14 @@ class Replacement:
         """Quick: where nobody can open a file meanwhile. Raises OSError, and nothing is changed then."""
         os.rename(self._path, self._files.database)
         _take_side_files(self._files, self._source, self._sides)
+
+    def undo(self) -> None:
+        """After `exchange`, where no database had the name before: all is as it was. As quick. Raises OSError."""
+        assert self._source is not None
+        for kind in SIDE_KINDS:
+            if _inode(self._files.backing(kind)) in self._sides:
+                os.rename(self._files.backing(kind), self._source.backing(kind))
+        os.rename(self._files.database, self._path)
 
     def finish(self) -> None:
         _forget_note(self._files)

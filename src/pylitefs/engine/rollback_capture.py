@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pylitefs.engine.files import DatabaseFiles
 from pylitefs.engine.page_checksums import FileStamp
 from pylitefs.errors import FormatError
-from pylitefs.formats.sqlite.header import DatabaseHeader
+from pylitefs.formats.sqlite.header import MAGIC, DatabaseHeader
 
 _NONCE = slice(12, 16)
 _HEADER_BYTES = 28
@@ -162,3 +162,17 @@ def is_complete_database(path: str) -> bool:
     except (FormatError, OSError):
         return False
     return True
+
+
+def why_unreadable(path: str) -> str | None:
+    """Why SQLite cannot read a file that begins as a database does; None if it can, or the file is something else."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+            if head.startswith(MAGIC):
+                whole_size(head, os.fstat(file.fileno()).st_size)
+    except FormatError as error:
+        return str(error)
+    except OSError:
+        pass
+    return None

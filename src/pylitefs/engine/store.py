@@ -22,6 +22,7 @@ from pylitefs.engine.scrubber import Scrubber
 from pylitefs.engine.stand_in import StandIns
 from pylitefs.engine.startup import Startup
 from pylitefs.engine.transaction import UnstableSource
+from pylitefs.engine.unreadable import Unreadable
 from pylitefs.engine.verifier import Verifier
 from pylitefs.engine.watchdog import Watchdog
 from pylitefs.errors import LitefsError, Unavailable
@@ -58,6 +59,7 @@ class Store(Registry):
         self._watch: DirectoryWatch | None = None
         self._settling: set[str] = set()
         self.stand_ins = StandIns(self.worker)
+        self.unreadable = Unreadable(self)
         self.roles = Roles(self, settle=self._startup.settle_promoted, watch=self._watch_or_not, told=self._told_role)
         self.promote, self.demote = self.roles.promote, self.roles.demote
         self.promote_database, self.demote_database = self.roles.promote_database, self.roles.demote_database
@@ -222,8 +224,11 @@ class Store(Registry):
         database = self.databases.get(base)
         if database is not None and database.captures and self.capture.has_unseen_writes(database):
             self.capture.wake_rollback(database)
-        elif (database is None or not database.exists) and self.is_primary and self.is_plain_database(base):
-            self._wake_plain(base)
+        elif (database is None or not database.exists) and self.is_primary:
+            if self.is_plain_database(base):
+                self._wake_plain(base)
+            else:
+                self.unreadable.look(base)
         return None
 
     def _watch_again(self, watch: DirectoryWatch) -> None:

@@ -7,9 +7,13 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 # Where it is set each of a thousand daemons would compile the whole program anew: half of what its start costs.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+settings.register_profile("on any machine", deadline=None)  # a busy one has moments of seconds
+settings.load_profile("on any machine")
 
 
 @pytest.fixture

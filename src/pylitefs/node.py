@@ -186,10 +186,9 @@ class Node:
         return self._replica.lag_txids() if self._replica is not None else None
 
     def primary_positions(self) -> dict[str, tuple[int, int]]:
-        """Where the primary is, as it says in heartbeats: only the TXIDs are its own."""
-        known = self._replica.primary_txids if self._replica is not None else {}
-        databases = {name: self.store.get(name) for name in known}
-        return {name: (one.epoch if one else 0, known[name]) for name, one in databases.items()}
+        """Where the primary is, as it says in heartbeats: (epoch, TXID)."""
+        known = self._replica.primary_positions if self._replica is not None else {}
+        return {name: (head.epoch, head.txid) for name, head in list(known.items())}
 
     @property
     def primary_url(self) -> str:

@@ -194,3 +194,21 @@ def test_file_names_round_trip_and_sort(a: int, b: int) -> None:
     first, last = sorted((a, b))
     assert parse_file_name(file_name(first, last)) == (first, last)
     assert (file_name(a, a) < file_name(b, b)) == (a < b)
+
+
+@pytest.mark.parametrize(
+    ("here", "head", "missing"),
+    [
+        (Position(5, 1, 3), Position(9, 2, 3), 4),
+        (Position(0, 0, 0), Position(9, 2, 3), 9),
+        (Position(9, 2, 3), Position(9, 2, 3), 0),
+        (Position(10, 3, 3), Position(9, 2, 3), 0),  # what was said is old
+        (Position(9, 1, 3), Position(9, 2, 3), 1),  # another state
+        (Position(20, 1, 2), Position(9, 2, 3), 1),  # a branch, however long it is
+        (Position(9, 2, 2), Position(9, 2, 3), 1),  # the same by its checksum only
+        (Position(9, 2, 0), Position(9, 2, 1), 0),  # written before there were epochs
+        (Position(3, 2, 4), Position(9, 2, 3), 0),
+    ],
+)
+def test_how_much_is_missing(here: Position, head: Position, missing: int) -> None:
+    assert here.missing(head) == missing

@@ -31,7 +31,7 @@ chunks = st.binary(min_size=1, max_size=300)
 
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(stream.Error, st.sampled_from(ErrorCode), st.text(max_size=200)),
-    st.builds(stream.Heartbeat, u64, st.lists(st.tuples(names, u64), max_size=4).map(tuple)),
+    st.builds(stream.Heartbeat, u64, st.lists(st.tuples(names, positions), max_size=4).map(tuple)),
     st.builds(
         stream.Hello, st.just(PROTOCOL_VERSION), st.text(max_size=12), u64, names, u64, st.lists(names).map(tuple)
     ),
@@ -176,7 +176,7 @@ def test_names_that_are_no_plain_file_names_are_refused_both_ways(name: str) -> 
         stream.Checksums("a", 1, 1, bytes(8 * stream.MAX_CHECKSUMS + 8)),
         stream.SnapshotBegin("a", 1, 1000, Position(1, 1)),
         stream.Heartbeat(-1),
-        stream.Heartbeat(1, (("a", 1),) * 1001),
+        stream.Heartbeat(1, (("a", Position(1, 1)),) * 1001),
         stream.Error(ErrorCode.BUSY, "x" * 1001),
         stream.Hello(1, databases_wanted=("a",) * 1001),
     ],

@@ -23,6 +23,7 @@ from pylitefs.engine.fence import Fence
 from pylitefs.engine.loan import Loan
 from pylitefs.engine.ltx_log import LtxLog
 from pylitefs.errors import DatabaseBusy, DatabaseNotFound, FormatError, Ineligible, NotPrimary, Unavailable
+from pylitefs.events import Event
 from pylitefs.formats.ltx.format import Position
 
 HOLDER, OTHER = 7, 8
@@ -197,6 +198,21 @@ async def test_what_is_written_under_the_lock_is_on_the_primary(tmp_path: Path) 
         assert w.ours.position == w.theirs.position and w.ours.pages == w.theirs.pages
         assert w.ours.captures and not w.theirs.captures and w.theirs.loan is None
         assert w.halts.holders() == {}
+
+
+async def test_a_copy_that_is_the_same_by_its_checksum_only_is_not_written_to(tmp_path: Path) -> None:
+    """Two histories may come to one checksum: the epoch tells that they parted. It is waited for the primary's."""
+    async with world(tmp_path) as w:
+        right = w.theirs.position
+        w.theirs.position = Position(right.txid, right.checksum, right.epoch + 1)
+        opening = asyncio.ensure_future(w.open())
+        while "halt" not in w.wire.sent:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert not opening.done() and not w.theirs.captures
+        w.theirs.position = right
+        w.replica.events.emit(Event("tx", NAME, {}))
+        await w.close(await opening)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -392,7 +392,7 @@ async def test_many_databases_are_ready_together(pair: Pair) -> None:
     async with pair.running():
         await pair.until(pair.follower.ready.is_set)
         assert pair.equal()
-        await pair.until(lambda: len(pair.follower.primary_txids) == 300)
+        await pair.until(lambda: len(pair.follower.primary_positions) == 300)
 
 
 async def test_a_replica_that_does_not_read_is_waited_for(pair: Pair) -> None:

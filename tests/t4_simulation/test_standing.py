@@ -91,6 +91,25 @@ async def test_a_branch_does_not_count_however_long_it_is(pair: Pair, more: int)
         await pair.until(lambda: as_told() == ours.position.txid)
 
 
+async def test_a_replica_on_a_branch_says_that_it_is_behind(pair: Pair) -> None:
+    """Until it is in line; a health check may ask for it. Its TXID is higher than the primary's."""
+    pair.write("a.db", 5)
+    async with pair.running():
+        await pair.until_equal()
+    theirs = pair.replica.databases["a.db"]
+    for number in range(9):
+        theirs.write({1: bytes([number]) * PAGE})
+    pair.unreachable = True
+    async with pair.running(epoch=2):
+        head = pair.write("a.db", 4).position
+        pair.follower.primary_positions["a.db"] = head  # as a heartbeat has told
+        assert theirs.position.txid > head.txid and pair.follower.lag_txids() == 1
+        pair.unreachable = False
+        await pair.until_equal()
+        await pair.until(lambda: pair.follower.lag_txids() == 0)
+        assert pair.follower.primary_positions["a.db"].is_at(head)
+
+
 async def test_what_a_replica_says_it_has_is_not_durable_before_it_says_so(pair: Pair) -> None:
     pair.write("a.db", 5)
     async with pair.running():

@@ -767,7 +767,7 @@ def test_halt_as_litefs_answers(primary: FencedStore) -> None:
             assert status == 200
             assert json.loads(text) == {
                 "id": 9223372036854775807,
-                "pos": {"TXID": "0000000000000005", "PostApplyChecksum": "8000000000000005"},
+                "pos": {"TXID": "0000000000000005", "PostApplyChecksum": "8000000000000005", "Epoch": 0},
                 "expires": "2023-11-14T22:13:20.12Z",
                 "epoch": 7,
             }
@@ -897,15 +897,16 @@ def test_a_file_stays_while_it_is_applied(primary: FencedStore, monkeypatch: pyt
 
 BAD_LOCKS = [
     {"id": 6}, {"pos": None}, {"epoch": "7"}, {"expires": "tomorrow"}, {"expires": 5},
-    {"pos": {"TXID": "5", "PostApplyChecksum": "6"}}, {"pos": {}},
+    {"pos": {"TXID": "5", "PostApplyChecksum": "6", "Epoch": 1}}, {"pos": {}},
+    {"pos": {"TXID": "0" * 16, "PostApplyChecksum": "8" + "0" * 15}},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", BAD_LOCKS, ids=str)
 def test_a_primary_that_lies_about_a_lock(change: dict[str, Any]) -> None:
     good = {
-        "id": 5, "pos": {"TXID": "0" * 16, "PostApplyChecksum": "8" + "0" * 15}, "expires": "2023-11-14T22:13:20Z",
-        "epoch": 7,
+        "id": 5, "pos": {"TXID": "0" * 16, "PostApplyChecksum": "8" + "0" * 15, "Epoch": 6},
+        "expires": "2023-11-14T22:13:20Z", "epoch": 7,
     }  # fmt: skip
 
     async def go() -> None:
@@ -921,7 +922,7 @@ def test_a_primary_that_lies_about_a_lock(change: dict[str, Any]) -> None:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         try:
             async with aiohttp.ClientSession() as session:
-                assert (await Peers(session).halt(url, "a", 5, LIMIT_S)).id == 5
+                assert (await Peers(session).halt(url, "a", 5, LIMIT_S)).position.epoch == 6
                 document[0] = good | change
                 with pytest.raises(errors.Unavailable, match="strange"):
                     await Peers(session).halt(url, "a", 5, LIMIT_S)

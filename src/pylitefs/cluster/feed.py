@@ -227,7 +227,7 @@ class Feed:
             if self._live and database is not None:
                 if await self._stream(database.log):
                     self._attempts = 0
-                self._live = database.log.head == self.sent
+                self._live = self.sent.is_at(database.log.head)
                 if self._live and self._incoming is None:
                     self._settled()
                     return False
@@ -252,7 +252,9 @@ class Feed:
             self._settled()
             self._live, self.state = False, "set aside"
             return False
-        view = self._view(database)
+        view = await self._outlet.blocking(self._view, database)
+        if self._incoming is not None:
+            return True
         known = database is not None and view.head.txid > 0
         taking = Taking.NOTHING if self._tail_refused else Taking.NEXT
         if outlet.recovery is not None and outlet.recovery.active:
@@ -289,6 +291,7 @@ class Feed:
         return True
 
     def _view(self, database: Database | None) -> View:
+        """Blocking: whether the log reaches so far is read from a file."""
         if database is None:
             return View(NOTHING, 0, False, epoch=self._outlet.epoch)
         entries = database.log
@@ -541,7 +544,7 @@ class Feed:
         head = database.log.head if database is not None else NOTHING
         if problem is not None:
             log.warning("%s: the replica cannot give back what it has after %s: %s", self.name, after, problem)
-        if head == after:
+        if head.is_at(after):
             self._tail_refused = True
 
     async def _ask_next(self, after: Position) -> None:
@@ -568,7 +571,7 @@ class Feed:
         database = self._outlet.store.get(self.name)
         if problem is not None:
             log.warning("%s: what the replica has after %s cannot be taken over: %s", self.name, after, problem)
-        if database is None or database.log.head == after:
+        if database is None or database.log.head.is_at(after):
             self._tail_refused = True
 
 

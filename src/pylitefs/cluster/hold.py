@@ -324,9 +324,9 @@ class Hold:
         lock = await self._ask_for_it(until_s)
         self._epoch = lock.epoch
         async with asyncio.timeout(max(0.1, until_s - time.monotonic())):
-            while database.position != lock.position:
+            while not database.position.is_at(lock.position):
                 self.moved.clear()
-                if database.position != lock.position:
+                if not database.position.is_at(lock.position):
                     await self.moved.wait()
         self._acked = database.position
         self._gate = Gate(self.name, self._acked)
@@ -456,7 +456,7 @@ class Hold:
                 await asyncio.sleep(RETRY_S[min(step, len(RETRY_S) - 1)])
                 step += 1
                 continue
-            if position != after:
+            if not position.is_at(after):
                 raise Lost(f"the primary is at {position} after a transaction that leads to {after}")
             self._set_until(max(self._until_s, began_s + self._node.ttl_s))
             return after

@@ -253,7 +253,7 @@ class ReplicaSession:
         self._unexamined: set[str] = set()
         self._behind: set[str] = set()  # of the first pass
         self._ready = False
-        self._announced: dict[str, int] = {}  # TXIDs of the heartbeats so far
+        self._announced: dict[str, tuple[Position, int]] = {}  # by the heartbeats so far; with the epoch
         self._moved: set[str] = set()
         self._asked: dict[int, asyncio.Future[list[tuple[int, bytes]]]] = {}  # requests for pages
         self._requests = 0
@@ -302,7 +302,7 @@ class ReplicaSession:
 
     def info(self, now_ms: int) -> ReplicaInfo:
         feeds = list(self.feeds.items())
-        lags = [feed.lag_ms(self._head_txid(name), now_ms) for name, feed in feeds]
+        lags = [feed.lag_ms(self._head(name).txid, now_ms) for name, feed in feeds]
         states = {feed.state for _, feed in feeds} - {"live"}
         return ReplicaInfo(
             node_id=f"{self.replica_id:016X}",
@@ -442,15 +442,16 @@ class ReplicaSession:
     async def _heartbeat(self) -> None:
         while True:
             moved, self._moved = self._moved, set()
-            changed = {name: txid for name in moved if (txid := self._head_txid(name)) != self._announced.get(name, 0)}
-            self._announced |= changed
-            for part in batches(sorted(changed.items())):
+            heads = {name: self._head(name) for name in moved}
+            changed = [(name, head) for name, head in heads.items() if self._announced.get(name) != (head, head.epoch)]
+            self._announced |= {name: (head, head.epoch) for name, head in changed}
+            for part in batches(sorted(changed, key=lambda item: item[0])):
                 await self._channel.send(Heartbeat(int(time.time() * 1000), part))
             await asyncio.sleep(self._timings.heartbeat_s)
 
-    def _head_txid(self, name: str) -> int:
+    def _head(self, name: str) -> Position:
         database = self.store.get(name)
-        return database.log.head.txid if database is not None else 0
+        return database.log.head if database is not None else Position(0, 0)
 
     async def _receive(self) -> None:
         deadline_s = self._timings.deadline_s

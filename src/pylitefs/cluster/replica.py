@@ -117,7 +117,7 @@ class Replica:
         self.timings = timings or Timings()
         self.epoch = store.seen_epoch
         self.as_of_ms: int | None = None  # the primary's clock when everything we have was still all there was
-        self.primary_txids: dict[str, int] = {}
+        self.primary_positions: dict[str, Position] = {}  # of the newest heartbeats
         self._connect = connect
         self._backoff = backoff or Backoff(reconnect_delay_s)
         self._session: ReplicaLink | None = None
@@ -135,9 +135,9 @@ class Replica:
     def lag_txids(self) -> int:
         """How many transactions, as of the last heartbeat, are still to be applied here."""
         behind = 0
-        for name, txid in list(self.primary_txids.items()):
+        for name, head in list(self.primary_positions.items()):
             database = self.store.get(name)
-            behind += max(0, txid - (database.position.txid if database is not None else 0))
+            behind += (database.position if database is not None else Position(0, 0)).missing(head)
         return behind
 
     async def run(self) -> None:
@@ -357,7 +357,7 @@ class ReplicaLink:
                     self._acks.received(name, header.max_txid)
                     self._mark(sequence, lambda: self._as_of(timestamp_ms))
             case Heartbeat(timestamp_ms, positions):
-                self._replica.primary_txids.update(positions)
+                self._replica.primary_positions.update(positions)
                 self._mark(self._last, lambda: self._as_of(timestamp_ms))
             case SnapshotEnd(_, position):
                 self._check_epoch(position.epoch)
@@ -482,7 +482,7 @@ class ReplicaLink:
         given = False
         # The entry may begin before that position: the primary knows whether its state is one within it.
         entry = None if database is None else database.log.covering(after.txid + 1)
-        if database is not None and limit_bytes and not _follows(database, after, limit_bytes):
+        if database is not None and limit_bytes and not await in_thread(_follows, database, after, limit_bytes):
             entry = None
         if database is not None and entry is not None:
             log.info("%s: giving back what the primary has lost after %s", name, after)
@@ -515,7 +515,8 @@ class ReplicaLink:
 
 
 def _follows(database: Database, after: Position, limit_bytes: int) -> bool:
-    """Whether the log goes on from exactly there to where the database is, with no more than so many bytes."""
+    """Whether the log goes on from exactly there to where the database is, with no more than so many bytes.
+    Blocking."""
     size = sum(entry.size_bytes for entry in database.log.entries() if entry.min_txid > after.txid)
     return size <= limit_bytes and database.log.reaches(after) and database.position == database.log.head
 

@@ -187,7 +187,7 @@ def _append(store: Store, name: str, after: Position, paths: Sequence[str], epoc
         until_s = time.monotonic() + LOCK_S + APPEND_S
         with writers_out(store, name):
             database = store.get(name)
-            if database is None or database.log.head != after:
+            if database is None or not database.log.head.is_at(after):
                 raise PositionMismatch(f"{name}: it was written to since {after}")
             for path in paths:
                 if time.monotonic() > until_s:

@@ -64,7 +64,6 @@ from pylitefs.formats.stream_fields import (
     Reason,
     Text,
     Txid,
-    Txids,
     WholeFile,
     kinds_of,
     list_of,
@@ -73,7 +72,7 @@ from pylitefs.formats.stream_fields import (
 )
 from pylitefs.formats.stream_pages import AskPages, Pages, SnapshotPages
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 MAX_MESSAGE: Final = 1_100_000  # bytes
 MAX_CHECKSUMS: Final = 16 * 1024  # page checksums in one message
@@ -99,12 +98,12 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Sent every second. `timestamp_ms` is the sender's clock; from the primary, `positions` are the (name, TXID) that
-    moved since the last one."""
+    """Sent every second. `timestamp_ms` is the sender's clock; from the primary, `positions` are those that moved since
+    the last one."""
 
     CODE: ClassVar[int] = 2
     timestamp_ms: U64
-    positions: Txids = ()
+    positions: Positions = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,6 @@ ClusterId: TypeAlias = Annotated[str, text(MAX_CLUSTER_ID)]
 PageSize: TypeAlias = Annotated[int, _PAGE_SIZE]  # bytes, or 0 for "no database"
 At: TypeAlias = Annotated[Position, _POSITION]
 Names: TypeAlias = Annotated[tuple[str, ...], list_of(_NAME, MAX_FILTER)]
-Txids: TypeAlias = Annotated[tuple[tuple[str, int], ...], list_of(pair(_NAME, _U64), MAX_ENTRIES)]
 Positions: TypeAlias = Annotated[tuple[tuple[str, Position], ...], list_of(pair(_NAME, _POSITION), MAX_ENTRIES)]
 Epochs: TypeAlias = Annotated[tuple[tuple[int, int], ...], list_of(pair(_U64, _U64), MAX_EPOCHS)]
 History: TypeAlias = Annotated[tuple[Position, ...], list_of(_POSITION, MAX_HISTORY)]

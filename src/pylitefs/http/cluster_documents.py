@@ -132,10 +132,15 @@ def position_answer(name: str, position: Position) -> Json:
 
 
 def halt_document(lock: HaltLock) -> Json:
-    """As LiteFS answers, and the epoch."""
+    """As LiteFS answers, and the epochs: of the position's transaction, and in which the lock was taken."""
+    position = lock.position
     return {
         "id": lock.id,
-        "pos": {"TXID": f"{lock.position.txid:016x}", "PostApplyChecksum": f"{lock.position.checksum:016x}"},
+        "pos": {
+            "TXID": f"{position.txid:016x}",
+            "PostApplyChecksum": f"{position.checksum:016x}",
+            "Epoch": position.epoch,
+        },
         "expires": rfc3339(min(max(0, lock.expires_ms), _LAST_MS)),
         "epoch": lock.epoch,
     }

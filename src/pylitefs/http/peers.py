@@ -267,7 +267,9 @@ def _lock_of(answer: _Answer, lock_id: int) -> HaltLock:
     found, pos, epoch, expires = (document.get(key) for key in ("id", "pos", "epoch", "expires"))
     if found != lock_id or not 1 <= lock_id <= MAX_LOCK_ID or not isinstance(pos, dict) or not _is_number(epoch):
         raise answer.strange("no HALT lock")
-    position = _position(answer, pos.get("TXID"), pos.get("PostApplyChecksum"))
+    if not _is_number(pos.get("Epoch")):
+        raise answer.strange("no epoch")
+    position = replace(_position(answer, pos.get("TXID"), pos.get("PostApplyChecksum")), epoch=pos["Epoch"])
     try:
         expires_ms = round(datetime.fromisoformat(str(expires)).timestamp() * 1000)
     except (ValueError, OverflowError, OSError):

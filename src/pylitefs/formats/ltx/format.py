@@ -103,6 +103,14 @@ class Position:
         """Whether two nodes are at the same transaction: of the same epoch, where there is more than one."""
         return self == other and (self.epoch == other.epoch or max(self.epoch, other.epoch) <= 1)
 
+    def missing(self, head: Position) -> int:
+        """How many transactions of another node's `head` a copy at this position lacks, as far as both tell: at least
+        one where `head` is of a later epoch, however many there are here, or is another state of the same TXID."""
+        mine, theirs = (max(self.epoch, 1), self.txid), (max(head.epoch, 1), head.txid)
+        if mine == theirs:
+            return int(self.checksum != head.checksum)
+        return max(1, head.txid - self.txid) if mine < theirs else 0
+
     @classmethod
     def parse(cls, text: str) -> Position:
         match = _POSITION.fullmatch(text)

@@ -127,6 +127,13 @@ class Live:
             event = self.sql.answer(True)
         return event[1]
 
+    def finish_unseen(self, sql: str) -> object:
+        """A commit whose fsyncs go by without a hook."""
+        event = self.sql.start(sql)
+        while event[0] != "done":
+            event = self.sql.answer(True)
+        return event[1]
+
     def unlinked(self, kind: FileKind) -> None:
         """The hook of a removal."""
         done = threading.Event()
@@ -499,3 +506,43 @@ def test_any_sequence(live: Live, seed: int) -> None:
         live.check()
     finally:
         keeper.stop()
+
+
+@pytest.mark.parametrize("how", ["refused", "killed", "without a gate"])
+def test_a_commit_that_failed_does_not_come_back_when_the_daemon_takes_over(live: Live, how: str) -> None:
+    """All processes of the application are killed, so it is the daemon that makes the wal-index anew; in the WAL the
+    commit that was acknowledged to nobody stands whole."""
+    live.database.app_handles = 1
+    live.run("INSERT INTO t (v) VALUES (randomblob(50))")
+    if how == "without a gate":
+        live.gate.active = False
+        event = live.sql.start("INSERT INTO t (v) VALUES (zeroblob(60))")
+        assert is_wal(event)
+        live.hooks.before_fsync(live.ref(FileKind.WAL), lambda error: None)
+        live.hooks.fsync_failed(live.ref(FileKind.WAL))
+        assert "disk I/O error" in str(live.sql.answer(False)[1])
+    else:
+        fsync = live.commit("INSERT INTO t (v) VALUES (zeroblob(60))")
+        if how == "refused":
+            assert "disk I/O error" in str(live.finish(fsync, gate_error()))
+    live.sql.kill()
+    live.gate.open(gate_error())
+    assert live.store.demote(WAIT_S) == [] and not live.database.captures
+    live.sql = SteppingProcess(live.database.files.database)
+    assert live.sql.run("SELECT count(*) FROM t") == [(4,)]
+    check_log(live.database)
+
+
+def test_the_same_rows_once_more_are_a_commit_also_if_the_first_try_failed(live: Live) -> None:
+    """The second try writes the same frames at the same place, and is acknowledged; nobody had time to look."""
+    live.database.app_handles = 1
+    live.run("INSERT INTO t (v) VALUES (randomblob(50))")
+    insert = "INSERT INTO t (v) VALUES (zeroblob(60))"
+    assert "disk I/O error" in str(live.finish(live.commit(insert), gate_error()))
+    with live.database.wal.mutex, live.database.lock:
+        assert live.finish_unseen(insert) == []
+        live.sql.kill()
+    assert live.store.demote(WAIT_S) == [] and not live.database.captures
+    live.sql = SteppingProcess(live.database.files.database)
+    assert live.sql.run("SELECT count(*) FROM t") == [(5,)]
+    check_log(live.database)

@@ -231,12 +231,14 @@ class Grip:
             return False
 
     def _rebuild_index(self, *, alone: bool) -> bool:
-        """As SQLite's recovery. Nobody writes meanwhile. False: not now."""
-        wal, database = self._database.wal, self._database
+        """As SQLite's recovery, but without a commit that is known to have failed. Nobody writes meanwhile. False: not
+        now."""
+        wal, shm = self._database.wal, self._fds[FileKind.SHM]
+        index = read_header(os.pread(shm, HEADER_SIZE, 0))
+        with wal.mutex:
+            failed = wal.uncommitted.behind(index, wal.view, wal.pending) if index is not None else None
         wal.before_index_truncate()
-        done = rebuild_index(
-            self._files, self._fds[FileKind.SHM], database.page_size, database.commit, shared=not alone
-        )  # fmt: skip
+        done = rebuild_index(self._files, shm, failed=failed, shared=not alone)
         wal.after_index_truncate()
         return done
 

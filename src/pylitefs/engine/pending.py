@@ -17,8 +17,9 @@ over its frames. So the cursor stays before them, and every look asks what becam
     none of these                                         undecided
 
 What was taken back is in the log, and on replicas. The next transaction of the log then also brings its pages back to
-what they are now. A process that makes the wal-index anew counts every whole frame, also of what was taken back: then
-that is a new commit, and is recorded as one.
+what they are now. It still stands in the WAL, and so does any other commit whose fsync failed: see `Uncommitted`. A
+process of an application that makes the wal-index anew counts every whole frame, also of these: then that is a new
+commit, and is recorded as one.
 
 A pending entry does not say which frames it holds: if it is taken back others stand there, and a power cut that takes
 the rest of the log would leave it as false evidence (see `evidence`).
@@ -26,6 +27,7 @@ the rest of the log would leave it as false evidence (see `evidence`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from dataclasses import dataclass, field, replace
@@ -40,11 +42,12 @@ from pylitefs.engine.wal_compare import WalPages
 from pylitefs.engine.wal_view import Committed, WalView
 from pylitefs.formats.ltx.format import lock_pgno
 from pylitefs.formats.sqlite.wal import FRAME_HEADER_SIZE, WalHeader, scan_frames
-from pylitefs.formats.sqlite.wal_index import latest_frames
+from pylitefs.formats.sqlite.wal_index import WalIndexHeader, latest_frames
 from pylitefs.ports import Then
 
 _FIRST_RUN, _LONGEST_RUN = 16, 256  # frames read at once
 _CHECKSUM = slice(8, FRAME_HEADER_SIZE)  # of a frame's header: salts and checksum
+_MUTEX_S = 0.02
 _U32 = 1 << 32
 
 Pgnos = NDArray[np.uint32]
@@ -117,6 +120,10 @@ class Pending:
         """Whether there is nothing to see: its writer, who keeps others out, waits for an answer."""
         return self.quiet and any(wait.failed is None for wait in self.waits)
 
+    def succeeded(self) -> bool:
+        """Whether an fsync of it was answered with success: its application may have been told that it is committed."""
+        return any(wait.failed is False for wait in self.waits)
+
     def all_failed(self) -> bool:
         return bool(self.waits) and all(wait.failed for wait in self.waits)
 
@@ -169,20 +176,68 @@ def take_back(pending: Pending, pages: WalPages, now: Committed, first: int) -> 
     )  # fmt: skip
 
 
-def without(lost: Tail, now: Committed, index_end: Committed, view: WalView) -> Committed:
-    """`now`, where the frames alone say it; but after the wal-index was removed in order, by a last user who removes
-    the WAL next, without what was taken back, which the index did not count."""
-    same = now.change is None and now.salts == lost.salts and index_end.mx_frame == lost.first - 1
-    if not same or now.mx_frame < lost.last or not lost.stands(view):
-        return now
-    return replace(index_end, salts=now.salts, page_size=now.page_size, change=None)
-
-
 def after(tail: Tail, now: Committed, before: Cursor) -> Cursor:
     """The cursor behind a tail, one transaction, that was published."""
     if now.change is None or now.mx_frame == tail.last:
         return Cursor(tail.salts, tail.last, now.change)
     return Cursor(tail.salts, tail.last, None if before.change is None else (before.change + 1) % _U32)
+
+
+@dataclass(slots=True)
+class Uncommitted:
+    """Transactions that stand whole in the WAL, perhaps, and are known not to be committed: the application was told of
+    an error, or killed before it was told anything. `taken_back`: by the log, last. `failed`: whose fsync failed last.
+    `index_end`: the wal-index's end, if that was removed in order.
+
+    The same frames may be written once more and be committed then (an application tries again). So they are left out
+    only where a wal-index says as well that it ends right before them.
+    """
+
+    taken_back: Tail | None = None
+    failed: Tail | None = None
+    index_end: Committed | None = None
+
+    def tails(self, pending: Pending | None = None) -> list[Tail]:
+        """All of these, and one that is pending, unless its application was told of success."""
+        undecided = pending.tail if pending is not None and not pending.succeeded() else None
+        return [tail for tail in (self.taken_back, self.failed, undecided) if tail is not None]
+
+    def note_failed(self, view: WalView, mutex: threading.RLock) -> None:
+        """An fsync of the WAL fails, and the writer still keeps all others out. `mutex` guards `view`; without it
+        nothing is noted, and the frames count where they alone tell, as natively. Any thread."""
+        if mutex.acquire(timeout=_MUTEX_S):
+            try:
+                with contextlib.suppress(OSError):
+                    self.failed = find_unpublished(view) or self.failed
+            finally:
+                mutex.release()
+
+    def behind(self, end: Committed | WalIndexHeader, view: WalView, pending: Pending | None) -> Tail | None:
+        """The one that stands right behind the end of a wal-index."""
+        for tail in self.tails(pending):
+            if end.mx_frame == tail.first - 1 and (end.salts == tail.salts or not end.mx_frame) and tail.stands(view):
+                return tail
+        return None
+
+    def without(self, now: Committed, view: WalView, pending: Pending | None) -> Committed:
+        """`now`, where the frames alone say it; but without what the wal-index did not count: one that was removed in
+        order, by a last user who removes the WAL next, or one that all have left, who were killed."""
+        end = None if now.change is not None else self.index_end or view.left_index()
+        tail = None if end is None else self.behind(end, view, pending)
+        if end is None or tail is None or (now.salts, now.mx_frame) != (tail.salts, tail.last):
+            return now
+        return replace(end, salts=now.salts, page_size=now.page_size, change=None)
+
+
+def find_unpublished(view: WalView) -> Tail | None:
+    """As `find_tail`, wherever the capture has come to; None also where that cannot be told now."""
+    now, header = view.committed(), view.wal_header()
+    if now is None or now.change is None or header is None or (now.mx_frame and header.salts != now.salts):
+        return None
+    if not now.mx_frame and header.salts != now.salts and _is_old(header, now, set()):
+        return None
+    start = (now.s0, now.s1) if now.mx_frame else (header.checksum1, header.checksum2)
+    return _scan(view, header, now.mx_frame + 1, start)
 
 
 def find_tail(view: WalView, cursor: Cursor, left: tuple[int, int] | None) -> Tail | None:

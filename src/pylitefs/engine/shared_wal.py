@@ -71,9 +71,7 @@ class SharedWal(ReplicaWal):
             self._wal = self._create(FileKind.WAL)
             if alone or read_header(os.pread(self._shm, HEADER_SIZE, 0)) is None:
                 last = published_frames(self._shm, _wal_header(self._wal))
-                if not rebuild_index(
-                    self._files, self._shm, self.page_size, self.commit, last=last, shared=not alone
-                ):  # fmt: skip
+                if not rebuild_index(self._files, self._shm, last=last, shared=not alone):
                     raise DatabaseBusy(f"{self._files.name}: another process makes its wal-index anew")
             if alone:  # from now on others may map it
                 ofd_locks.try_lock(self._shm, DMS, exclusive=False)

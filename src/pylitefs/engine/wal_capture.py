@@ -29,7 +29,7 @@ from pylitefs.engine.barrier import Barrier
 from pylitefs.engine.batches import COLLECT_BYTES, FRESH, IN_DOUBT, Batch, CollectedQueue, Cursor, Missed
 from pylitefs.engine.files import DatabaseFiles
 from pylitefs.engine.page_checksums import stamp
-from pylitefs.engine.pending import Pending, Tail, after, find_tail, take_back, without
+from pylitefs.engine.pending import Pending, Tail, Uncommitted, after, find_tail, take_back
 from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_compare import WalPages
 from pylitefs.engine.wal_locks import WalLocks
@@ -56,8 +56,7 @@ class WalCapture(WalLocks):
         self.cursor = FRESH
         self.barrier = Barrier()
         self.pending: Pending | None = None  # in the log, and not committed yet, see `pending`
-        self._lost: Tail | None = None  # what was taken back last, and may stand in the WAL
-        self._index_end: Committed | None = None  # the wal-index's end, if that was removed in order
+        self.uncommitted = Uncommitted()
         self.mutex = threading.RLock()  # guards cursor and view, and what goes into `collected`
         self.collected = CollectedQueue()  # taken into memory, not in the log yet
         self._awaited: Committed | None = None  # what a checkpoint that runs may overwrite afterwards
@@ -74,7 +73,7 @@ class WalCapture(WalLocks):
         """A new -wal or -shm. A new wal-index counts commits from zero. Returns descriptors to close."""
         self.view.forget(kind)
         closable: list[int] = []
-        self._index_end = None
+        self.uncommitted.index_end = None
         if kind is FileKind.SHM:
             closable = self._forget_shm()
             # Unless a pass has seen commits already, when this was still on its way to us.
@@ -89,10 +88,10 @@ class WalCapture(WalLocks):
         """The -wal or -shm goes away. If not all of the WAL was taken, the next pass compares the whole database."""
         if kind is FileKind.WAL:
             self.cursor = IN_DOUBT if self._is_incomplete() else FRESH
-            self.pending = self._lost = None
+            self.pending, self.uncommitted = None, Uncommitted()
             self._fsync_failed, self._refused, self._synced, self._left = False, None, None, FRESH
         elif kind is FileKind.SHM:
-            self._index_end = self.view.committed() if self.view.has_index() else None
+            self.uncommitted.index_end = self.view.committed() if self.view.has_index() else None
         self.view.forget(kind)
         return self._forget_shm() if kind is FileKind.SHM else []
 
@@ -128,9 +127,10 @@ class WalCapture(WalLocks):
             self._index_is_new = True
 
     def fsync_failed(self) -> None:
-        """An application's fsync failed: without a wal-index nobody can tell whether it took its newest commit back.
-        Any thread."""
+        """An application's fsync failed, and it was not told yet: without a wal-index nobody could tell later if it
+        took its newest commit back. Any thread."""
         self._fsync_failed = True
+        self.uncommitted.note_failed(self.view, self.mutex)
 
     def use_shm(self, fd: int) -> None:
         """A descriptor of the mount's -shm, opened by the opener."""
@@ -170,8 +170,7 @@ class WalCapture(WalLocks):
         """What is committed. The first frame of a generation brings its salts into the WAL; until then a process that
         has to read the WAL anew goes on in the one before."""
         now, left = self.view.committed(), self._left
-        if now is not None and self._lost is not None and self._index_end is not None:
-            now = without(self._lost, now, self._index_end, self.view)
+        now = None if now is None else self.uncommitted.without(now, self.view, self.pending)
         if now is not None and self.cursor.frame == 0 and now.salts == left.salts and now.mx_frame >= left.frame:
             self.cursor = left
         return now
@@ -353,7 +352,7 @@ class WalCapture(WalLocks):
         self.cursor = batch.cursor
         self.collected.commit = None
         if self.pending is not None and (batch.gap or batch.takes_back):
-            self._lost, self.pending = self.pending.tail, None
+            self.uncommitted.taken_back, self.pending = self.pending.tail, None
         if batch.gap and batch.committed.salts != self._refused:
             self._refused = None
 

@@ -6,7 +6,8 @@ because a region is written in one piece with the values that it has already.
 
 Not every whole transaction of a WAL was committed. A commit whose fsync failed stands there whole, and so does one
 whose process was killed in its fsync. SQLite never publishes it, but a recovery that looks at frames only would make it
-visible. So what is known to have ended before the last frame is an argument here (`last`).
+visible. So what is known to have ended before the last frame (`last`), or to have failed (`failed`), is an argument
+here. Where nothing counts the index says nothing of the database's size: SQLite would believe it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import numpy as np
 
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.files import DatabaseFiles, write_at
-from pylitefs.engine.wal_view import WalView
+from pylitefs.engine.page_checksums import stamp
+from pylitefs.engine.pending import Tail
+from pylitefs.engine.wal_view import Committed, WalView
 from pylitefs.formats.sqlite.locks import READ_SLOTS, RECOVER, read_lock
-from pylitefs.formats.sqlite.wal import WalHeader
+from pylitefs.formats.sqlite.wal import WAL_HEADER_SIZE, WalHeader
 from pylitefs.formats.sqlite.wal_index import (
     BACKFILL_ATTEMPTED_OFFSET,
     BACKFILL_OFFSET,
@@ -50,36 +53,36 @@ def published_frames(shm: int, header: WalHeader | None) -> int | None:
 
 
 def rebuild_index(
-    files: DatabaseFiles, shm: int, page_size: int, commit: int, last: int | None = None, *, shared: bool = True
+    files: DatabaseFiles, shm: int, *, last: int | None = None, failed: Tail | None = None, shared: bool = True
 ) -> bool:
-    """Write the whole wal-index into `shm`, a descriptor of the mount's. `page_size` and `commit` (in pages): what the
-    database is where the WAL has nothing. `last`: frames behind this one do not count; it has to end a transaction.
-    `shared`: others may use the index. False: another process is recovering it now. Raises OSError."""
+    """Write the whole wal-index into `shm`, a descriptor of the mount's. `last`: frames behind this one do not count;
+    it has to end a transaction. `failed`: this one does not count if it is the newest. `shared`: others may use the
+    index. False: another process is recovering it now. Raises OSError."""
     if not ofd_locks.try_lock(shm, RECOVER, exclusive=True):
         return False
+    view = WalView(files, lambda: False)
     try:
-        _rebuild(files, shm, page_size, commit, last, shared)
+        now = view.committed()
+        header = view.wal_header() if stamp(files.wal)[0] > WAL_HEADER_SIZE else None  # as in wal.c
+        if failed is not None and now is not None and (now.salts, now.mx_frame) == (failed.salts, failed.last):
+            last = failed.first - 1
+        _rebuild(view, now, header, shm, last, shared)
     finally:
+        view.close()
         ofd_locks.unlock(shm, RECOVER)
     return True
 
 
-def _rebuild(files: DatabaseFiles, shm: int, page_size: int, commit: int, last: int | None, shared: bool) -> None:
-    view = WalView(files, lambda: False)
-    try:
-        now, header = view.committed(), view.wal_header()
-        found = now.mx_frame if now is not None else 0
-        count = found if last is None else min(found, last)
-        pgnos = view.pgnos(1, count) if count else np.zeros(0, dtype=np.uint32)
-        sums = (now.s0, now.s1) if now is not None and count == found else (0, 0)
-        if count:
-            assert now is not None
-            commit, *ends = _FRAME_END.unpack(view.frame_head(count, now.page_size))
-            page_size, sums = now.page_size, (ends[0], ends[1])
-        elif header is not None:
-            sums = header.checksum1, header.checksum2
-    finally:
-        view.close()
+def _rebuild(
+    view: WalView, now: Committed | None, header: WalHeader | None, shm: int, last: int | None, shared: bool
+) -> None:
+    found = now.mx_frame if now is not None else 0
+    count = found if last is None else min(found, last)
+    pgnos = view.pgnos(1, count) if count else np.zeros(0, dtype=np.uint32)
+    sums, page_size, commit = (0, 0), 0, 0  # without frames nothing is said of the database, as in wal.c
+    if now is not None and count:
+        commit, *ends = _FRAME_END.unpack(view.frame_head(count, now.page_size))
+        page_size, sums = now.page_size, (ends[0], ends[1])
     if not shared:
         os.ftruncate(shm, 0)
     os.ftruncate(shm, max(REGION_SIZE, os.fstat(shm).st_size))

@@ -149,6 +149,15 @@ class WalView:
             return shm, os.pread(shm, HEADER_COPY_SIZE, 0)
         return None if self._fd(FileKind.WAL) is None else (-1, None)
 
+    def left_index(self) -> Committed | None:
+        """What a wal-index says that nobody uses any more, if it is sound."""
+        shm = self._fd(FileKind.SHM)
+        header = read_header(os.pread(shm, HEADER_SIZE, 0)) if shm is not None else None
+        if header is None:
+            return None
+        found = header.salts, header.page_size, header.mx_frame, header.page_count
+        return Committed(*found, None, *header.frame_checksum)
+
     def _drop_orphans(self) -> None:
         """A file that has no name any more is not the database's: its name may be another file's by now."""
         for kind in (FileKind.WAL, FileKind.SHM):

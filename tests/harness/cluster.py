@@ -93,6 +93,7 @@ class HaCluster(Cluster):
         self._stack = ExitStack()
         self.clients = Clients(base / "history")
         self.forgetful: set[str] = set()
+        self._hushed = 0  # rounds of `hush`
         self._pause_ms, self._halts, self._watched = 10.0, False, False
 
     # -- what there is
@@ -308,6 +309,12 @@ class HaCluster(Cluster):
                 kind, pause_ms = (("open", 20.0), ("keep", 50.0))[number % 2]
                 self.clients.start(kind, member, name, "rw", pause_ms, journal=self.databases[name][0])
 
+    def kill_applications(self, member: Member) -> int:
+        """Those on one node (kill -9); others take their place. How many there were."""
+        count = self.clients.end_on(member)
+        self._work_on(member)
+        return count
+
     # -- the end
 
     def wait_silent(self, limit_s: float = SILENT_S) -> float:
@@ -339,7 +346,9 @@ class HaCluster(Cluster):
     def hush(self, rounds: int, rng: random.Random) -> list[float]:
         """So many times: a commit or a few on the primary, and silence until all nodes have it. How long each took."""
         took_s = []
-        for number in range(rounds):
+        for _ in range(rounds):
+            self._hushed += 1
+            number = self._hushed
             name = rng.choice(sorted(self.databases))
             connection = self.primary().connect(name)
             connection.execute(f"pragma synchronous={rng.choice(('full', 'normal'))}")
@@ -398,6 +407,11 @@ class HaCluster(Cluster):
         except AssertionError as error:
             silent.append(str(error))
         self.wait_settled()
+        if self.databases and not silent:
+            try:
+                self.hush(1, random.Random(self._hushed))
+            except AssertionError as error:
+                silent.append(str(error))
         outcome = self.outcome()
         seen = self.clients.history()
         seen.downs = {member.name: member.killed_s for member in self.members}
@@ -449,14 +463,15 @@ class Clients:
             connection.execute("insert into log(value) values (?)", (value,))
             file.write(json.dumps({"op": "ok", "t": time.monotonic(), "value": value}) + "\n")
 
-    def end_on(self, member: Member) -> None:
-        """Those of one node: its machine has lost its power."""
+    def end_on(self, member: Member) -> int:
+        """Kill those of one node; how many there were."""
         there = [process for process in self._processes if str(member.mount) in process.args]  # type: ignore[operator]
         for process in there:
             process.kill()
         for process in there:
             process.wait(10)
             self._processes.remove(process)
+        return len(there)
 
     def observe(self, members: list[Member]) -> None:
         """Write down, again and again, what each node says of its role."""

@@ -3,9 +3,11 @@
     python tests/harness/endurance.py [--kills 10000] [--failovers 1000] [--seed 1] [--jobs 2] [--minutes N]
 
 A round is a cluster of three nodes, drawn by its seed, with writers, readers that hold snapshots and readers that open
-a database at every moment, and some dozens of faults: a node is killed (kill -9) and started again, all of them are,
-the primary is killed and another one takes over, it is told to stop (SIGTERM), or to hand over. Then all must agree in
-silence, and the clients' histories are judged (`history.py`). Each round is a process of its own, and one line of
+a database at every moment, and some dozens of faults: a node's daemon is killed (kill -9) and started again, all of
+them are, the primary's is killed and another one takes over, it is told to stop (SIGTERM), or to hand over; all
+applications of a node are killed in the middle of whatever they do, and the lease engine is, where that keeps its data.
+Kills of daemons, of applications and of engines are counted apart. Then all must agree in silence, and the clients'
+histories are judged (`history.py`). Each round is a process of its own, and one line of
 OUT.jsonl, with what was wrong. OUT.md, the table, is written after every round: a run may be stopped at any time, and
 goes on with the next seed.
 """
@@ -43,11 +45,12 @@ from harness.cluster import (  # noqa: E402
 )
 from harness.nodes import Member, wait_for  # noqa: E402
 
-ROUND_KILLS = 40
-ROUND_S = 120.0 * PATIENCE  # then it ends with the faults it has had
+ROUND_KILLS = 60
+ROUND_S = 150.0 * PATIENCE  # then it ends with the faults it has had
 ROUND_LIMIT_S = ROUND_S + 300 * PATIENCE  # then it hangs
 ENGINES = ("etcd", "etcd", "directory", "s3", "kubernetes")
 KEPT = 20  # folders of rounds that failed
+DURABLE = ("etcd",)  # engines that can be killed: they have their data on the disk
 
 
 @dataclass
@@ -59,6 +62,8 @@ class Result:
     kills: int = 0
     failovers: int = 0
     terminated: int = 0
+    applications: int = 0  # killed, as the engines are
+    engines: int = 0
     acknowledged: int = 0
     reads: int = 0
     seconds: float = 0.0
@@ -92,7 +97,7 @@ class Round:
                         self.epoch = self._epoch()
                         while result.kills < self.wanted and time.monotonic() - start_s < ROUND_S:
                             self._fault()
-                            time.sleep(self.rng.choice((0.0, 0.1, 0.5, 1.0)))
+                            time.sleep(self.rng.choice((0.0, 0.05, 0.2, 0.6)))
                         cluster.revive()
                     seen, _ = cluster.judge()
                     result.acknowledged = sum(write.outcome == "ok" for write in seen.writes)
@@ -111,7 +116,10 @@ class Round:
     # -- faults
 
     def _fault(self) -> None:
-        kinds = (self._kill_replica,) * 5 + (self._kill_all,) * 2 + (self._kill_primary, self._stop, self._hand_over)
+        kinds = [*(self._kill_replica,) * 5, *(self._kill_all,) * 3, self._kill_primary, self._stop, self._hand_over]
+        kinds += [self._kill_applications] * 2
+        if self.result.setup["engine"] in DURABLE and self.rng.random() < 0.3:
+            kinds += [self._kill_engine]
         self.rng.choice(kinds)()
 
     def _kill(self, members: list[Member]) -> None:
@@ -137,6 +145,21 @@ class Round:
         victims = [member for member in self.cluster.members if member.runs]
         self._kill(victims)
         self._start(victims)
+
+    def _kill_applications(self) -> None:
+        """Of one node, in the middle of whatever they do; others take their place."""
+        self.result.applications += self.cluster.kill_applications(self.rng.choice(self.cluster.members))
+
+    def _kill_engine(self) -> None:
+        """Back before the lease has ended, or after."""
+        service = self.cluster.service
+        assert service is not None
+        service.kill()
+        self.result.engines += 1
+        time.sleep(self.rng.choice((0.0, 0.3, 1.5, 4.0)))
+        service.start()
+        self.cluster.wait_primary()
+        self._count()
 
     def _kill_primary(self) -> None:
         old = self.cluster.primary()
@@ -244,7 +267,7 @@ def one(base: Path, seed: int) -> dict[str, Any]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """For people."""
-    numbers = ("kills", "failovers", "terminated", "acknowledged", "reads", "seconds")
+    numbers = ("kills", "applications", "engines", "failovers", "terminated", "acknowledged", "reads", "seconds")
     total = {key: sum(record[key] for record in found) for key in numbers}
     bad = [record for record in found if record["problems"]]
     lines = [
@@ -252,7 +275,8 @@ def table(found: list[dict[str, Any]]) -> str:
         "`python tests/harness/endurance.py`: clusters of three nodes on real engines, with writers, readers that "
         "hold snapshots and readers that open the databases at every moment; what it does stands in its head.", "",
         "| | |", "| --- | --: |",
-        f"| rounds (clusters) | {len(found)} |", f"| kills (kill -9 of a daemon) | {total['kills']:,} |",
+        f"| rounds (clusters) | {len(found)} |", f"| daemons killed (kill -9) | {total['kills']:,} |",
+        f"| applications killed | {total['applications']:,} |", f"| lease engines killed | {total['engines']:,} |",
         f"| changes of the primary | {total['failovers']:,} |", f"| SIGTERMs of a primary | {total['terminated']:,} |",
         f"| commits acknowledged | {total['acknowledged']:,} |", f"| reads that were judged | {total['reads']:,} |",
         f"| hours of clusters | {total['seconds'] / 3600:.1f} |", f"| rounds with a problem | {len(bad)} |", "",

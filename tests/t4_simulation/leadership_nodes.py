@@ -373,7 +373,7 @@ class SimNode:
             return None
         at_s = world.now_s
         self.disk.durable[FULL] = max(self.disk.durable[FULL], number)
-        if self.cluster.setup.gaps and world.rng.random() < 0.1:
+        if self.cluster.setup.gaps and not self.cluster.calm and world.rng.random() < 0.1:
             await self._is_stopped_here()
         self.visible = max(self.visible, number)
         return at_s

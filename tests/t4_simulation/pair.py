@@ -11,6 +11,7 @@ from pathlib import Path
 from fake_engine import FakeDatabase, FakeStore, page
 from memory_link import Wire
 
+from harness.liveness import silence
 from pylitefs.cluster.backoff import Backoff
 from pylitefs.cluster.channel import Timings
 from pylitefs.cluster.ports import Link, LinkClosed
@@ -103,6 +104,14 @@ class Pair:
 
     async def until_equal(self, timeout_s: float = 20.0) -> None:
         await self.until(self.equal, timeout_s)
+
+    async def hush(self, rounds: int = 5) -> None:
+        """So many times a commit or a few, and silence until the replica has them."""
+        for _ in range(rounds):
+            await asyncio.sleep(self.rng.choice((0.0, 0.001, 0.03)))
+            name = self.rng.choice(sorted(self.primary.databases))
+            await asyncio.to_thread(self.write, name, self.rng.choice((1, 1, 3)))
+            await silence(lambda: {"primary": self.primary.contents(), "replica": self.replica.contents()})
 
     def close(self) -> None:
         self.primary.close()

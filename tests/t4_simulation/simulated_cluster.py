@@ -63,6 +63,7 @@ class SimCluster:
         self.clients = world.process("clients")
         self.nodes = {number: SimNode(self, number) for number in range(1, setup.count + 1)}
         self.writing = True
+        self.calm = False  # nothing is slow or stopped any more
         self._fresh: list[tuple[str, float, frozenset[str]]] = []
         self._acknowledged: dict[str, int] = {}  # in which epoch
         self._newest: tuple[int, Entry] | None = None  # of FULL, acknowledged: its number, and what it is
@@ -96,7 +97,7 @@ class SimCluster:
         return found if found.node_id == node_id else None
 
     def fsync_s(self) -> float:
-        if self.setup.slow_disks and self.world.rng.random() < 0.05:
+        if self.setup.slow_disks and not self.calm and self.world.rng.random() < 0.05:
             return self.world.rng.choice((0.3, 2.5))
         return self.world.rng.uniform(0.0005, 0.01)
 
@@ -268,6 +269,15 @@ class SimCluster:
         ]
 
     # -- the end
+
+    def write_last(self) -> list[int]:
+        """A last commit in each database, nothing is written afterwards; where in the history they are."""
+        leader = self.leader()
+        assert leader is not None
+        first = len(self.history.writes)
+        for name in (FULL, NORMAL):
+            self.clients.spawn(self._commit(leader, name))
+        return [first, first + 1]
 
     def leader(self) -> SimNode | None:
         found = [node for node in self.nodes.values() if node.runs and node.holds()]

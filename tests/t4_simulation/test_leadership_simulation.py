@@ -19,6 +19,7 @@ from worlds import World
 
 from cluster_nodes import scaled
 from harness.history import check
+from harness.liveness import LIVE_S
 
 FIRST = int(os.environ.get("PYLITEFS_TEST_SEED", "1"))
 SEEDS = 8
@@ -232,6 +233,20 @@ class Nemesis:
                 node.order(node.take_over(force=not setup.failsafe))
 
 
+def hush(world: World, cluster: SimCluster) -> list[str]:
+    """A last commit in each database, and silence: whether it is answered, and everywhere, in time."""
+    cluster.calm = True
+    world.run(world.now_s + 3.0)  # what is under way comes to its end
+    last = cluster.write_last()
+    world.run(world.now_s + LIVE_S)
+    writes = cluster.history.writes
+    problems = [f"SILENT {writes[at].value} is not answered" for at in last if writes[at].outcome != "ok"]
+    if not cluster.settled() or len(writes) != last[-1] + 1:
+        ends = {node.hostname: {name: len(log) for name, log in node.logs.items()} for node in cluster.nodes.values()}
+        problems.append(f"SILENT not the same {LIVE_S:g} s after the last write: {ends}")
+    return problems
+
+
 def run(world: World, cluster: SimCluster, nemesis: Nemesis) -> list[str]:
     """What was wrong."""
     world.run(FAULTS_S + 10.0)
@@ -252,11 +267,12 @@ def run(world: World, cluster: SimCluster, nemesis: Nemesis) -> list[str]:
             *cluster.observed,
             *(f"UNSETTLED {node.hostname}: {node.leadership.problem} {node.positions()}" for node in nodes),
         ]
+    silent = hush(world, cluster)
     cluster.history.writes.sort(key=lambda write: write.start_s)
     cluster.history.roles.sort(key=lambda role: role.start_s)
     outcome = cluster.outcome()
     final = frozenset(value for copy in outcome.copies[outcome.primary].values() for value in copy.values)
-    problems = [*cluster.observed, *check(cluster.history, outcome), *cluster.stale_reads(final)]
+    problems = [*cluster.observed, *silent, *check(cluster.history, outcome), *cluster.stale_reads(final)]
     if not any(write.outcome == "ok" for write in cluster.history.writes):
         problems.append("IDLE nothing was ever committed")
     return problems

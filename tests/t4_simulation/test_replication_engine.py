@@ -15,12 +15,17 @@ from memory_link import Wire
 from pair import FAST
 from real_nodes import Application, open_store
 
+from harness.liveness import silence
 from pylitefs.cluster.backoff import Backoff
 from pylitefs.cluster.ports import Link
 from pylitefs.cluster.primary import RecoveryWait, Replicas
 from pylitefs.cluster.replica import Replica
 from pylitefs.cluster.roles import NodeIdentity
 from pylitefs.engine.store import Store
+
+
+def positions(store: Store) -> dict[str, object]:
+    return {name: store.find(name).position for name in store.names()}
 
 
 class Nodes:
@@ -93,9 +98,6 @@ class Nodes:
             raise AssertionError(f"did not happen; replica: {state}; primary: {self.replicas.infos()}") from None
 
     async def until_equal(self) -> None:
-        def positions(store: Store) -> dict[str, object]:
-            return {name: store.find(name).position for name in store.names()}
-
         await self.until(lambda: positions(self.primary) == positions(self.replica))
         for name in self.primary.names():
             copies = []
@@ -106,6 +108,13 @@ class Nodes:
                 with contextlib.closing(sqlite3.connect(path)) as db:
                     assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             assert copies[0] == copies[1], name
+
+    async def hush(self, rounds: int = 5) -> None:
+        """So many times a commit, and silence until the replica has it."""
+        for _ in range(rounds):
+            await asyncio.sleep(self.rng.choice((0.0, 0.001, 0.03)))
+            await asyncio.to_thread(self.work)
+            await silence(lambda: {"primary": positions(self.primary), "replica": positions(self.replica)})
 
     def close(self) -> None:
         self.primary.close(clean=True)
@@ -128,6 +137,7 @@ async def test_files_are_identical_in_the_end(tmp_path: Path, seed: int) -> None
             await nodes.until_equal()
             await asyncio.to_thread(nodes.work)
             await nodes.until_equal()
+            await nodes.hush()
     finally:
         nodes.close()
 

@@ -101,6 +101,7 @@ async def test_copies_are_identical_in_the_end(tmp_path: Path, seed: int) -> Non
             await pair.until_equal(30)
             pair.write("a.db", 3)
             await pair.until_equal()
+            await pair.hush()
     finally:
         pair.close()
 
@@ -127,6 +128,7 @@ async def test_a_primary_that_loses_its_tail_recovers(tmp_path: Path, seed: int)
             await pair.until_equal()
             kept = pair.primary.databases["a.db"].log.covering(before["a.db"][0].txid)
             assert kept is not None or pair.replica.databases["a.db"].lost
+            await pair.hush()
     finally:
         pair.close()
 

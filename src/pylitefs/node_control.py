@@ -28,6 +28,8 @@ from pylitefs.status import ReplicaInfo, ReplicaProgress
 log = logging.getLogger("litefs")
 
 CATCH_UP_S = 10.0  # for a successor, while writes go on
+LEAVE_S = 4.0  # the same at a stop, in tries that are
+_LEAVE_TRY_S = 0.5  # so long
 REFRESH_S = 1.0  # the primary is asked no more often, and given no longer, to say how far the others are
 FORGET_S = 30.0  # and what it has said is shown for so long with a static lease, where nobody else knows the members
 _RECENT_S = 3.0  # and with an engine
@@ -66,11 +68,19 @@ class NodeControl:
             await asyncio.sleep(DISK_S)
 
     async def leave(self) -> None:
-        """The node is about to stop: pass the lease to the best replica, if there is one and it is quick."""
-        leadership = self._node.leadership
-        if leadership is not None and leadership.leads and leadership.view is not None:
-            with contextlib.suppress(LitefsError):  # everything it waits for has a limit of its own
-                await self._hand_over(0, "the primary was stopped", catch_up_s=0.0)
+        """The node is about to stop: pass the lease to the best replica. As long as one answers that could have it, it
+        is tried again while writes go on: what nobody else has would not be in the next primary's history."""
+        leadership, until_s = self._node.leadership, time.monotonic() + LEAVE_S
+        while leadership is not None and leadership.leads and leadership.view is not None:
+            others = [one for one in leadership.view.members if one.candidate and one.node_id != self._node.node_id]
+            alive = any(await asyncio.gather(*(self._answers(other, {}) for other in others)))
+            try:  # everything it waits for has a limit of its own
+                await self._hand_over(0, "the primary was stopped", catch_up_s=_LEAVE_TRY_S if alive else 0.0)
+                return
+            except LitefsError as error:
+                if not alive or time.monotonic() >= until_s:
+                    log.warning("stopping, and no other node is known to have what was committed here: %s", error)
+                    return
 
     def view(self) -> ClusterView:
         leadership = self._node.leadership

@@ -11,13 +11,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import pytest
 from fake_engine import FakeStore
 from memory_link import Wire
 from pair import FAST
 
 from pylitefs.cluster.backoff import Backoff
 from pylitefs.cluster.candidate import Settings
-from pylitefs.cluster.lease_port import now_s
+from pylitefs.cluster.lease_port import Member, now_s
 from pylitefs.cluster.ports import Link
 from pylitefs.cluster.replica import Replica
 from pylitefs.cluster.roles import NodeIdentity
@@ -26,6 +27,7 @@ from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.events import EventBus
 from pylitefs.lease.memory import MemoryEngine, MemoryService
 from pylitefs.node import Node
+from pylitefs.node_control import NodeControl
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -117,3 +119,44 @@ async def test_a_replica_that_hangs_does_not_hold_up_a_node_that_has_passed_the_
             assert not node.store.is_primary
         finally:
             await follower.close()
+
+
+async def test_a_primary_that_is_stopped_waits_for_a_replica_that_is_on_its_way(tmp_path: Path) -> None:
+    """Right after a promotion nobody may follow it yet, and what is committed then would be on no other node."""
+    async with member(tmp_path) as (node, engine):
+        await node.start_member(engine, "memory", Settings(ttl_s=30.0))
+        await until(lambda: node.leadership is not None and node.leadership.leads)
+        assert node.leadership is not None and node.store.is_primary
+        await engine.announce(Member(7, "n7", "http://127.0.0.1:7"), 30.0)
+        await until(lambda: node.leadership is not None and len(node.leadership.view.members) == 2)
+
+        async def answers(other: Member, timeout_s: float) -> dict[str, object]:
+            return {}
+
+        node.ask = answers  # type: ignore[method-assign]
+        leaving = asyncio.ensure_future(NodeControl(node).leave())
+        await asyncio.sleep(0.8)
+        assert not leaving.done(), "it did not wait"
+        assert not node.infos()
+        follower = Follower(tmp_path, node)
+        try:
+            await asyncio.wait_for(leaving, 10.0)
+            assert node.leadership.document.state.handoff_to == 7
+            assert not node.store.is_primary
+        finally:
+            await follower.close()
+
+
+async def test_a_primary_whose_other_nodes_are_gone_stops_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with member(tmp_path) as (node, engine):
+        await node.start_member(engine, "memory", Settings(ttl_s=30.0))
+        await until(lambda: node.leadership is not None and node.leadership.leads)
+        assert node.leadership is not None
+        await engine.announce(Member(7, "n7", "http://127.0.0.1:1"), 30.0)
+        await until(lambda: node.leadership is not None and len(node.leadership.view.members) == 2)
+        began_s = time.monotonic()
+        await NodeControl(node).leave()
+        assert time.monotonic() - began_s < 1.0
+        assert "no other node is known to have" in caplog.text

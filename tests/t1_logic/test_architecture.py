@@ -220,3 +220,112 @@ def test_every_public_class_says_what_it_is() -> None:
 def test_the_standard_library_list_is_what_it_says() -> None:
     third_party = {"numpy", "lz4", "fastcrc"}
     assert PURE - third_party <= sys.stdlib_module_names
+
+
+# -- an application's files ------------------------------------------------------------------------------------------
+
+# Functions that write, cut off, remove or rename a database, -wal, -shm or -journal that applications use. Why each may
+# is in the table "Who writes an application's files" of docs/ARCHITECTURE.md.
+LIVE_WRITERS: dict[str, set[str]] = {
+    "engine/apply.py": {"Apply.apply"},
+    "engine/building.py": {"Building.__exit__", "Building.__init__", "Building.publish", "Building.write"},
+    "engine/damage.py": {"mend"},
+    "engine/grip.py": {"Grip._clear_journal", "Grip._open"},
+    "engine/hooks.py": {"EngineHooks._remove_stillborn", "EngineHooks._write_database", "EngineHooks.write"},
+    "engine/leftovers.py": {
+        "_play_back", "checkpoint_wal", "forget_journal", "normalise", "remove_wal", "retire_index",
+    },
+    "engine/live_files.py": {"LiveFiles.remove_live_files"},
+    "engine/naming.py": {
+        "Naming._make_plain", "Naming._remove_plain", "Naming.emptied", "Naming.finish_promotions", "Naming.keep_plain",
+        "Naming.rename", "Naming.set_aside", "Naming.take_journal", "_link",
+    },
+    "engine/redo.py": {"apply_entries", "forget_redo"},
+    "engine/replacement.py": {
+        "Replacement.exchange", "Replacement.undo", "_forget_note", "_take_side_files", "forget_moved",
+    },
+    "engine/replica_wal.py": {
+        "ReplicaWal._backfill", "ReplicaWal._begin_generation", "ReplicaWal._copy_frames", "ReplicaWal._make_empty",
+        "ReplicaWal._make_room", "ReplicaWal._publish", "ReplicaWal._set_read_mark", "ReplicaWal._write_run",
+        "ReplicaWal._write_wal_header", "ReplicaWal.remove", "ReplicaWal.replace", "ReplicaWal.roll_back",
+    },
+    "engine/resync.py": {"Resync._finish", "Resync.pages"},
+    "engine/shared_wal.py": {"SharedWal._create", "SharedWal.adopt"},
+    "engine/startup.py": {
+        "Startup._give_back", "Startup._prepare", "Startup._write_boot", "Startup.leave_in_order",
+    },
+    "engine/store.py": {"Store.unmounted"},
+    "engine/takeover.py": {"_give_up_content"},
+    "engine/wal_index_rebuild.py": {"_rebuild"},
+    "filesystem/files.py": {"FileRequests._fallocate", "FileRequests._truncate", "FileRequests._write"},
+    "filesystem/names.py": {
+        "NameRequests._make.act", "NameRequests._open_existing.truncate",
+        "NameRequests._open_existing.go_on", "NameRequests._rename.act", "NameRequests._unlink.act",
+    },
+    "mount_guard.py": {"abort", "fail", "retire_once"},
+}  # fmt: skip
+
+# Modules that change files, and none of those: the log, tables, notes, copies, devices.
+OTHER_WRITERS = {
+    "cluster/tail.py", "daemon.py", "engine/database.py", "engine/files.py", "engine/incoming.py", "engine/loan.py",
+    "engine/lost.py", "engine/ltx_log.py", "engine/marker.py", "engine/page_checksums.py", "engine/registry.py",
+    "engine/reserve.py", "engine/snapshot.py", "engine/spares.py", "engine/transaction.py", "filesystem/device.py",
+    "filesystem/mount.py", "filesystem/rings.py", "http/transfers.py", "lease/directory.py",
+}  # fmt: skip
+CHANGING = {
+    "copy_file_range", "ftruncate", "link", "posix_fallocate", "pwrite", "pwritev", "remove", "rename", "replace",
+    "sendfile", "truncate", "unlink", "write", "writev",
+}  # fmt: skip
+LIVE_FILES = {"database", "wal", "shm", "journal", "backing", "live"}
+
+
+def changes_a_file(node: ast.AST) -> bool:
+    """Whether a call changes a file or a name, or a flag says that an open will."""
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("O_CREAT", "O_TRUNC")
+    if not isinstance(node, ast.Call):
+        return False
+    call = node.func
+    if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name):
+        module, name = call.value.id, call.attr
+        return (
+            (module == "os" and name in CHANGING)
+            or (module == "shutil" and name in ("copy", "copy2", "copyfile", "move", "rmtree"))
+            or (module == "_libc" and name == "fallocate")
+        )
+    if isinstance(call, ast.Name) and call.id == "open":
+        modes = [*node.args[1:2], *(word.value for word in node.keywords if word.arg == "mode")]
+        return any(isinstance(mode, ast.Constant) and set(str(mode.value)) & set("wax+") for mode in modes)
+    return isinstance(call, ast.Name) and call.id == "write_at"
+
+
+def changers(node: ast.AST, within: tuple[str, ...] = ()) -> Iterator[tuple[str, ast.AST]]:
+    """The functions that change files, and the calls."""
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        inside = (*within, child.name) if named else within  # type: ignore[attr-defined]
+        if changes_a_file(child):
+            yield ".".join(inside), child
+        yield from changers(child, inside)
+
+
+@parametrized([path for path in MODULES if package_of(path) != "cli"])
+def test_only_these_write_an_applications_files(path: Path) -> None:
+    found = list(changers(tree_of(path)))
+    module = name_of(path)
+    if module in OTHER_WRITERS:
+        assert found, f"{module} changes no file any more"
+        for function, call in found:
+            for part in ast.walk(call):
+                is_live = isinstance(part, ast.Attribute) and part.attr in LIVE_FILES
+                assert not is_live, f"{module}: {function}, line {part.lineno}"  # type: ignore[attr-defined]
+    else:
+        functions_found = {function for function, _ in found}
+        assert functions_found == LIVE_WRITERS.get(module, set()), "add it, with why it is safe, to ARCHITECTURE.md"
+
+
+def test_the_document_names_all_who_write_an_applications_files() -> None:
+    text = (ROOT.parent.parent / "docs" / "ARCHITECTURE.md").read_text()
+    table = text.split("## Who writes an application's files")[1].split("\n## ")[0]
+    for module in LIVE_WRITERS:
+        assert f"`{module}`" in table, module

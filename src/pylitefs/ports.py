@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class FileKind(enum.Enum):
@@ -55,6 +55,18 @@ class FileRef:
 Then = Callable[[BaseException | None], None]
 """Continuation of a request: called exactly once, from any thread, with None to go on or an error
 (an OSError's errno, or a LitefsError, is what the caller of the system call gets)."""
+
+
+@runtime_checkable
+class PatientThen(Protocol):
+    """A continuation whose request may be given up while other nodes are waited for: when its caller was killed it is
+    answered with EINTR, as if the wait had failed then. What continues it later is ignored."""
+
+    def __call__(self, error: BaseException | None) -> None: ...
+
+    def waits(self) -> None:
+        """From now on nothing but other nodes is waited for; nothing of the request is under way on this one. Any
+        thread."""
 
 
 class LockOpening(Protocol):

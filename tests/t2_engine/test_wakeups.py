@@ -307,7 +307,7 @@ def test_a_commit_whose_gate_fails_is_answered(live: Silent) -> None:
         answers.append(error)
         answered.set()
 
-    gated.after_commit(live.database, True, then)
+    gated.after_commit(live.database, True, then, caller=None)
     publish = live.commit()
     gated.before_wal_fsync(live.database)
     gated.after_wal_fsync(live.database, then)

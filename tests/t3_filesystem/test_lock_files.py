@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from fake_kernel import Kernel
 
-from pylitefs.filesystem.openers import is_open_anywhere
+from pylitefs.filesystem.openers import is_open_anywhere, is_proc_filtered
 from pylitefs.formats.fuse import abi
 
 
@@ -38,6 +39,30 @@ def test_an_open_is_answered_when_the_engine_has_the_lock(kernel: Kernel) -> Non
     assert kernel.calls("lock_release") == []
     kernel.release(lock, opened[0])
     assert kernel.calls("lock_release") == [("b.db-lock",)]
+
+
+def test_whether_a_close_is_the_last_where_nobody_can_see_it(kernel: Kernel) -> None:
+    """An opener in another PID namespace (its id is 0) may have handed it on to others."""
+    kernel.create("b.db")
+    lock = kernel.look_up("b.db-lock")
+    unseen, seen = kernel.open(lock, os.O_RDWR, pid=0)[0], kernel.open(lock, os.O_RDWR)[0]
+    for fh in (unseen, seen):
+        kernel.ask(abi.FLUSH, abi.FLUSH_IN.pack(fh, 0, 0, 0), lock)
+    kernel.release(lock, unseen)
+    kernel.ask(abi.FLUSH, abi.FLUSH_IN.pack(seen, 0, 0, 0), lock)
+    assert kernel.calls("lock_flush") == [("b.db-lock", False)] * 2 + [("b.db-lock", True)]
+
+
+def test_whether_all_processes_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = tmp_path / "mountinfo"
+    root = "22 1 8:1 / / rw - ext4 /dev/sda rw"
+    for options, uid, filtered in [
+        ("rw", 1000, False), ("rw,hidepid=invisible", 1000, True), ("rw,hidepid=4", 1000, True),
+        ("rw,hidepid=1", 1000, False), ("rw,hidepid=2", 0, False),
+    ]:  # fmt: skip
+        mounts.write_text(f"{root}\n23 22 0:5 / /proc rw,nosuid shared:5 - proc proc {options}\n")
+        monkeypatch.setattr(os, "geteuid", lambda uid=uid: uid)
+        assert is_proc_filtered(str(mounts)) == filtered, options
 
 
 def test_a_refusal_is_the_answer(kernel: Kernel) -> None:

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,8 +64,11 @@ class GatedNode(Node):
         return found
 
 
-def gated_pair(cluster: Cluster, journal: str = "wal", **rules: Any) -> tuple[GatedNode, Node, sqlite3.Connection]:
+def gated_pair(
+    cluster: Cluster, journal: str = "wal", *, fuse: Mapping[str, Any] | None = None, **rules: Any
+) -> tuple[GatedNode, Node, sqlite3.Connection]:
     primary = GatedNode(cluster.base, "primary", passthrough=cluster.passthrough)
+    primary.config["fuse"].update(fuse or {})
     primary.rules = rules  # type: ignore[misc]
     cluster.nodes.append(primary)
     primary.start()
@@ -191,6 +195,57 @@ def test_a_writer_that_is_killed_while_it_waits(cluster: Cluster, passthrough: s
     wait_same_position(primary, replica, NAME)
     assert applied(replica) == 2
     assert_same_bytes([primary, replica], NAME)
+    other.close()
+
+
+CLOSER = """
+import os, sys, time
+with open(sys.argv[2], "rb") as source:
+    data = source.read()
+target = open(sys.argv[1], "wb", buffering=0)
+target.write(data)
+print("begun", flush=True)
+if sys.argv[3] == "close":
+    target.close()
+    print("committed", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("io_uring", ["auto", "off"])
+@pytest.mark.parametrize("where", ["unlink", "truncate", "close", "exit"])
+def test_who_is_killed_while_he_waits_ends(cluster: Cluster, tmp_path: Path, where: str, io_uring: str) -> None:
+    """In any system call: he has been told nothing, so either outcome is right, the same one on all nodes."""
+    primary, replica, other = gated_pair(
+        cluster, "truncate" if where == "truncate" else "delete", fuse={"io-uring": io_uring}
+    )
+    words: list[Any] = [sys.executable, "-c", WRITER.replace("= full", "= off"), primary.mount / NAME]
+    name = NAME
+    if where in ("close", "exit"):
+        name = "new.db"
+        _first_transaction(tmp_path / "source.db", "delete")
+        words = [sys.executable, "-c", CLOSER, primary.mount / name, tmp_path / "source.db", where]
+    replica.pause()
+    logged = set(primary.data.glob("dbs/*/ltx/*.ltx"))
+    try:
+        writer = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"begun\n"
+        if where == "exit":
+            writer.send_signal(signal.SIGKILL)
+        wait_until(lambda: set(primary.data.glob("dbs/*/ltx/*.ltx")) - logged, "it waits")
+        writer.send_signal(signal.SIGKILL)
+        assert writer.wait(START_S) == -signal.SIGKILL
+        assert writer.stdout.read() == b""
+        writer.stdout.close()
+    finally:
+        replica.resume()
+    if name == NAME:
+        assert count(other) == 1
+        other.execute("insert into t(data) values ('after')")
+        assert applied(replica) == 2
+    wait_same_position(primary, replica, name)
+    assert_same_bytes([primary, replica], name)
     other.close()
 
 

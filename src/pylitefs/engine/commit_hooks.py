@@ -128,7 +128,7 @@ class CommitHooks(Shown):
         if database is None:
             self._plain_synced(ref, then)
         else:
-            self._gated.after_commit(database, recorded, if_held(database, then) if recorded else then)
+            self._gated.after_commit(database, recorded, if_held(database, then) if recorded else then, caller=then)
 
     # -- a WAL that stands in for a rollback mode ----------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class CommitHooks(Shown):
 
         def settled(error: BaseException | None) -> None:
             if error is None:
-                self._gated.after_commit(database, True, if_held(database, then), on_worker=True)
+                self._gated.after_commit(database, True, if_held(database, then), caller=then, on_worker=True)
             else:
                 then(error)
 
@@ -189,7 +189,7 @@ class CommitHooks(Shown):
                 then(error)
             else:
                 answer = if_held(database, then) if recorded else then
-                self._gated.after_commit(database, recorded, answer, on_worker=True)
+                self._gated.after_commit(database, recorded, answer, caller=then, on_worker=True)
 
         if large:
             threading.Thread(target=commit, name="commit", daemon=True).start()
@@ -261,4 +261,6 @@ class CommitHooks(Shown):
                 self._store.naming.take_journal(database)
             then(error)
 
-        self._gated.after_commit(database, True, if_held(database, answer), on_worker=True)
+        # A journal that was left must be taken along at the very moment in which the request fails.
+        caller = None if leave_journal else then
+        self._gated.after_commit(database, True, if_held(database, answer), caller=caller, on_worker=True)

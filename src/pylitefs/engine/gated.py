@@ -34,7 +34,7 @@ from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_compare import WalPages
 from pylitefs.formats.sqlite.locks import SHARED_FIRST, SHARED_SIZE
 from pylitefs.formats.sqlite.wal import frame_offset
-from pylitefs.ports import CommitGate, FileKind, Then
+from pylitefs.ports import CommitGate, FileKind, PatientThen, Then
 
 if TYPE_CHECKING:
     from pylitefs.engine.store import Store
@@ -211,9 +211,12 @@ class GatedCommits:
         database's lock."""
         return self.gate_of(database) is not None and not database.rollback.suspect
 
-    def after_commit(self, database: Database, recorded: bool, then: Then, *, on_worker: bool = False) -> None:
+    def after_commit(
+        self, database: Database, recorded: bool, then: Then, *, caller: Then | None, on_worker: bool = False
+    ) -> None:
         """A transaction was `recorded` at a commit point: go on when replicas have it. `on_worker`: there, because
-        what follows takes long."""
+        what follows takes long. `caller`: the request's own continuation, which `then` leads to; None: the request
+        is not given up halfway."""
         gate = self.gate_of(database)
         if gate is None or not recorded:
             then(None)
@@ -228,6 +231,8 @@ class GatedCommits:
                 then(None)  # it was rolled back
                 return
             self._nonces[database.name] = nonce
+            if isinstance(caller, PatientThen):
+                caller.waits()
             gate.wait(database.name, database.position.txid, on_the_worker if on_worker else then)
         except Exception as error:
             proceed(then, error)

@@ -190,7 +190,7 @@ class EngineHooks(CommitHooks):
             if database.captures and database.rollback.pending:
                 def settled(error: BaseException | None) -> None:
                     if error is None:
-                        self._gated.after_commit(database, True, if_held(database, then), on_worker=True)
+                        self._gated.after_commit(database, True, if_held(database, then), caller=then, on_worker=True)
                     else:
                         then(error)
 
@@ -353,7 +353,7 @@ class EngineHooks(CommitHooks):
         def renamed(error: BaseException | None) -> None:
             database = self._store.get(new.name)
             if error is None and database is not None and database.exists:
-                self._gated.after_commit(database, True, if_held(database, answer), on_worker=True)
+                self._gated.after_commit(database, True, if_held(database, answer), caller=then, on_worker=True)
             else:
                 answer(error)
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from errno import EACCES, EBADF, EINTR, EOPNOTSUPP, EPERM, ESTALE
 
-from pylitefs.filesystem.dying import Answerable, Patience
+from pylitefs.filesystem.dying import Answerable
 from pylitefs.filesystem.handles import Handle
 from pylitefs.filesystem.openers import is_interrupted, is_open_anywhere
 from pylitefs.filesystem.tree import Node
@@ -83,9 +83,9 @@ _NO_OPENING = _NoOpening()
 class FileRequests:
     """Handlers by opcode in `table`."""
 
-    def __init__(self, volume: Volume, patience: Patience) -> None:
+    def __init__(self, volume: Volume) -> None:
         self._volume = volume
-        self._patience = patience
+        self._patience = volume.patience
         self._hooks = volume.hooks
         self._handles = volume.handles
         self._open = volume.handles.open
@@ -140,14 +140,14 @@ class FileRequests:
 
     def _open_lock(self, rq: Request, node: Node) -> None:
         """It may take long, and the caller can be interrupted meanwhile."""
-        unique, answers = rq.unique, self._volume.answers
+        unique, answers, unseen = rq.unique, self._volume.answers, not rq.pid
         waiting = _Waiting()
         with self._waiting_lock:
             self._waiting[unique] = waiting
             interrupted = unique in self._interrupted or is_interrupted(rq.pid)
 
         def act() -> None:
-            fh = self._handles.open_virtual(node, waiting.opening())
+            fh = self._handles.open_virtual(node, waiting.opening(), unseen=unseen)
             if not answers.sink.reply(unique, replies.pack_open(fh, abi.FOPEN_DIRECT_IO)):
                 self._handles.release(fh)
 
@@ -173,14 +173,7 @@ class FileRequests:
                 self._interrupted.append(unique)
         if waiting is not None:
             waiting.when_open(waiting.cancel)
-        else:
-            self._patience.interrupted(unique)
-
-    def _watch(self, request: Answerable) -> None:
-        """A request waits that may wait for long."""
-        self._patience.watch(request)
-        if request.unique in self._interrupted:  # noted before the kernel's word is passed on, so one of both sees it
-            self._patience.interrupted(request.unique)
+        self._patience.interrupted(unique)
 
     def open_handle(self, node: Node, writable: bool, by_daemon: bool) -> tuple[int, int, int]:
         """A handle on the backing file of `node`, which a name or an earlier handle leads to. One descriptor serves all
@@ -199,12 +192,19 @@ class FileRequests:
         handle = self._handle(requests.parse_handle(rq.data))
         node = handle.node
         if handle.lock is not None:
-            handle.lock.flush(not is_open_anywhere(node.ref.name, node.ino), self._volume.after(rq, lambda: b""))
+            handle.lock.flush(not self._is_open_elsewhere(node), self._volume.after(rq, lambda: b""))
             return None
         if not node.hooked:
             return b""
-        self._hooks.flushed(self._volume.ref(node), self._volume.after(rq, lambda: b""))
+        self._hooks.flushed(self._volume.ref(node), self._volume.patiently(rq, lambda: b""))
         return None
+
+    def _is_open_elsewhere(self, node: Node) -> bool:
+        """Whether any process may have a lock file open. Where one that opened it cannot be seen, it may: then
+        the lock is given back when its last descriptor is gone, which the kernel tells of, and nobody waits for it.
+        """
+        handles = [other for other in list(self._open.values()) if other.node.ref.name == node.ref.name]
+        return any(other.unseen for other in handles) or is_open_anywhere(node.ref.name, node.ino)
 
     def _release(self, rq: Request) -> bytes:
         fh = requests.parse_handle(rq.data)
@@ -273,13 +273,13 @@ class FileRequests:
             except OSError:
                 hooks.fsync_failed(ref)
                 raise
-            then = Answerable(pid, unique, answered)
+            then = Answerable(self._patience, pid, unique, answered)
             try:
                 hooks.after_fsync(ref, then)
             except BaseException as error:
                 then(error)
-            if not then.answered:
-                self._watch(then)
+            if ref.kind is FileKind.WAL and not then.answered:
+                then.waits()  # its frames are written, and whether they count is decided by what is done next
 
         hooks.before_fsync(ref, self._volume.after(rq, act))
 
@@ -326,7 +326,7 @@ class FileRequests:
             return volume.attr_body(node)
 
         by_daemon = volume.by_daemon(rq.pid)
-        self._hooks.before_truncate(ref, request.size_bytes, volume.after(rq, act), by_daemon)
+        self._hooks.before_truncate(ref, request.size_bytes, volume.patiently(rq, act), by_daemon)
         return None
 
     def _setattr_root(self, request: requests.Setattr) -> bytes:

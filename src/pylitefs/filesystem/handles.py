@@ -41,7 +41,7 @@ class Handle:
     """An open file of one process. `content` is what a virtual file said when this handle first read it. `direct`: its
     reads and writes come to us, beside others that pass through."""
 
-    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "writable")
+    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "unseen", "writable")
 
     def __init__(self, node: Node, writable: bool, by_daemon: bool) -> None:
         self.node = node
@@ -50,6 +50,7 @@ class Handle:
         self.direct = False
         self.content: bytes | None = None
         self.lock: LockOpening | None = None  # of a lock file that is open for writing
+        self.unseen = False  # its process is in a PID namespace that we cannot see into
 
 
 class Handles:
@@ -65,9 +66,10 @@ class Handles:
         self.passthrough = passthrough
         self.open: dict[int, Handle] = {}
 
-    def open_virtual(self, node: Node, lock: LockOpening | None = None) -> int:
+    def open_virtual(self, node: Node, lock: LockOpening | None = None, *, unseen: bool = False) -> int:
         fh = next(self._numbers)
         handle = Handle(node, lock is not None, False)
+        handle.unseen = unseen
         handle.lock = lock
         self.open[fh] = handle
         return fh

@@ -234,7 +234,7 @@ class NameRequests:
             self._hooks.unlinked(ref)
             return b""
 
-        self._hooks.before_unlink(ref, self._volume.by_daemon(rq.pid), self._volume.after(rq, act))
+        self._hooks.before_unlink(ref, self._volume.by_daemon(rq.pid), self._volume.patiently(rq, act))
 
     def _side_files_gone(self, name: str) -> None:
         """The engine has removed a database and all that belonged to it."""

@@ -9,11 +9,15 @@ _HALT_BYTE = "72"
 
 def is_open_anywhere(name: str, ino: int) -> bool:
     """Whether any process has a lock file of this name open, in whatever directory: another mount namespace may show
-    ours elsewhere. Of processes that do not let us see their files it counts whether anybody has locked byte 72.
+    ours elsewhere. Of processes that do not let us see their files it counts whether anybody has locked byte 72; where
+    /proc does not list all processes nobody can tell, which counts as open. Processes of another PID namespace, that
+    is of another container, are not to be seen here at all.
 
     Used at FLUSH, when the descriptor that is being closed is no longer in its process's table, but holds its lock yet.
     """
     end = f"/{name}"
+    if is_proc_filtered():
+        return True
     all_seen = True
     for process in os.listdir("/proc"):
         if process.isdecimal():
@@ -26,6 +30,17 @@ def is_open_anywhere(name: str, ino: int) -> bool:
             except OSError:
                 all_seen = False
     return not all_seen and _is_locked(ino)
+
+
+def is_proc_filtered(mountinfo: str = "/proc/self/mountinfo") -> bool:
+    """Whether /proc is mounted so that other users' processes are not listed (`hidepid`, see proc(5)), and concerns
+    us."""
+    if os.geteuid() == 0:
+        return False
+    with open(mountinfo, errors="surrogateescape") as file:
+        options = [line.split()[-1].split(",") for line in file if line.split()[4] == "/proc"]
+    hides = {option.partition("=")[2] for option in (options[-1] if options else []) if option.startswith("hidepid=")}
+    return bool(hides & {"2", "4", "invisible", "ptraceable"})
 
 
 def is_interrupted(pid: int) -> bool:

@@ -81,9 +81,10 @@ class Dispatcher:
         self.handles = Handles(hooks, channel, log, passthrough=passthrough)
         self.tree = Tree(hooks.resolve)
         self.notifier = KernelNotifier(self.tree, channel, log, expire_only=expire_only)
-        volume = Volume(hooks, self.answers, self.handles, self.tree, RootStat(uid, gid), data_dir)
-        self.patience = Patience()
-        files = FileRequests(volume, self.patience)
+        self.patience = Patience(log)
+        root = RootStat(uid, gid)
+        volume = Volume(hooks, self.answers, self.handles, self.tree, root, data_dir, self.patience)
+        files = FileRequests(volume)
         names = NameRequests(volume, files, self.notifier)
         self._channel = channel
         self._log = log

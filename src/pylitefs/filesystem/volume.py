@@ -11,6 +11,7 @@ from errno import EIO, ENAMETOOLONG, ENOENT, ENOTDIR, ESTALE
 from typing import TypeVar
 
 from pylitefs.filesystem.answers import Act, Answers
+from pylitefs.filesystem.dying import Answerable, Patience
 from pylitefs.filesystem.handles import Handles
 from pylitefs.filesystem.tree import Node, RootStat, Tree, id_of
 from pylitefs.formats.fuse import abi, replies
@@ -50,7 +51,8 @@ class Volume:
     """The mounted directory: its tree, handles and engine."""
 
     def __init__(
-        self, hooks: FileHooks, answers: Answers, handles: Handles, tree: Tree, root: RootStat, data_dir: str
+        self, hooks: FileHooks, answers: Answers, handles: Handles, tree: Tree, root: RootStat, data_dir: str,
+        patience: Patience,
     ) -> None:
         self.hooks = hooks
         self.answers = answers
@@ -58,10 +60,15 @@ class Volume:
         self.tree = tree
         self.root = root
         self.data_dir = data_dir
+        self.patience = patience
         self._pid = os.getpid()
 
     def after(self, rq: Request, act: Act) -> Then:
         return self.answers.after(rq.unique, rq.opcode, act)
+
+    def patiently(self, rq: Request, act: Act) -> Answerable:
+        """As `after`, for what may wait for other nodes: it is given up when the caller was killed meanwhile."""
+        return Answerable(self.patience, rq.pid, rq.unique, self.after(rq, act))
 
     def by_daemon(self, pid: int) -> bool:
         """Whether a request comes from this process; the kernel tells the calling *thread's* id."""

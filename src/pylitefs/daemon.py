@@ -392,6 +392,23 @@ class Daemon:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        self._wait_for_replicas(name)
+
+    def _wait_for_replicas(self, name: str) -> None:
+        """As a FULL commit does; a rename does not wait. Blocking."""
+        gate, database = self._store.gate, self._store.get(name)
+        if gate is None or not gate.active or database is None:
+            return
+        done: Future[None] = Future()
+
+        def answer(error: BaseException | None) -> None:
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        gate.wait(name, database.position.txid, answer)
+        done.result()
 
 
 def _copy_into(path: str, target: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class FileKind(enum.Enum):
@@ -55,6 +55,14 @@ class FileRef:
 Then = Callable[[BaseException | None], None]
 """Continuation of a request: called exactly once, from any thread, with None to go on or an error
 (an OSError's errno, or a LitefsError, is what the caller of the system call gets)."""
+
+
+class Moved(NamedTuple):
+    """A database was renamed: what it had up to its TXID `after` is what `name` has at its TXID `txid`."""
+
+    name: str
+    txid: int
+    after: int
 
 
 @runtime_checkable

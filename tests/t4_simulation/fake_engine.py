@@ -33,6 +33,8 @@ Faults = Callable[[str], None]
 
 
 class FakeDatabase:
+    moved_to = None
+
     def __init__(self, store: FakeStore, name: str) -> None:
         self.store, self.name = store, name
         self.folder = Path(store.data_dir) / name

@@ -22,6 +22,8 @@ from pylitefs.cluster.primary import RecoveryWait, Replicas
 from pylitefs.cluster.replica import Replica
 from pylitefs.cluster.roles import NodeIdentity
 from pylitefs.engine.store import Store
+from pylitefs.events import Event
+from pylitefs.ports import FileKind, FileRef
 
 
 def positions(store: Store) -> dict[str, object]:
@@ -138,6 +140,48 @@ async def test_files_are_identical_in_the_end(tmp_path: Path, seed: int) -> None
             await asyncio.to_thread(nodes.work)
             await nodes.until_equal()
             await nodes.hush()
+    finally:
+        nodes.close()
+
+
+def _move(nodes: Nodes, old: str, new: str) -> None:
+    source = FileRef(old, FileKind.DATABASE, old, nodes.primary.find(old).files.database)
+    target = FileRef(new, FileKind.PLAIN, None, nodes.primary.plain_path(new))
+    nodes.primary.worker.submit(nodes.primary.naming.rename, source, target).result()
+
+
+@pytest.mark.parametrize("how", ["once", "on", "back", "behind"])
+async def test_a_replica_has_what_was_renamed_by_one_name_at_every_moment(tmp_path: Path, how: str) -> None:
+    """The drop of the old name is small, and the new one's content is not: it must not be overtaken."""
+    nodes = Nodes(tmp_path, 1)
+    nodes.bad = False
+    seen: list[set[str]] = []
+    try:
+        app = Application(nodes.primary, "a.db")
+        app.insert(12_000_000)
+        async with nodes.running():
+            await nodes.until_equal()
+            rows = app.database.position.checksum
+            if how == "behind":
+                app.insert(3)
+                rows = app.database.position.checksum
+                nodes.replica.events.subscribe(lambda event: None)
+
+            def look(event: Event) -> None:
+                if event.type in ("tx", "drop", "resync"):
+                    stores = [nodes.replica.databases.get(name) for name in ("a.db", "b.db", "c.db")]
+                    seen.append({item.name for item in stores if item is not None and item.position.checksum == rows})
+
+            nodes.replica.events.subscribe(look)
+            await asyncio.to_thread(_move, nodes, "a.db", "b.db")
+            if how in ("on", "back"):
+                await asyncio.to_thread(_move, nodes, "b.db", "c.db" if how == "on" else "a.db")
+            await nodes.until_equal()
+            await nodes.until(lambda: nodes.primary.all_names() == nodes.replica.all_names())
+            assert nodes.replica.names() == {"on": ["c.db"], "back": ["a.db"]}.get(how, ["b.db"])
+            if how == "behind":
+                seen = seen[1:]
+            assert seen and all(seen), seen
     finally:
         nodes.close()
 

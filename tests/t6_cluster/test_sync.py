@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -196,6 +197,31 @@ def test_a_writer_that_is_killed_while_it_waits(cluster: Cluster, passthrough: s
     assert applied(replica) == 2
     assert_same_bytes([primary, replica], NAME)
     other.close()
+
+
+@pytest.mark.parametrize("name", [NAME, "plain"])
+def test_a_rename_does_not_wait_and_loses_nothing(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    """While it waited nobody could open anything in the mount. The next commit brings what it has brought."""
+    primary, replica, user = gated_pair(cluster, "delete")
+    user.close()
+    if name == "plain":
+        name = ".hidden"  # as rsync makes it: not taken for a database before it is renamed
+        _first_transaction(tmp_path / "source", "delete")
+        shutil.copyfile(tmp_path / "source", primary.mount / name)
+    replica.pause()
+    try:
+        subprocess.run(["mv", primary.mount / name, primary.mount / "new.db"], check=True, timeout=10)
+        (primary.mount / "note").write_text("others go on")
+        code = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).executescript('insert into t(data) values (1)')"
+        writer = subprocess.Popen([sys.executable, "-c", code, primary.mount / "new.db"])
+        with pytest.raises(subprocess.TimeoutExpired):
+            writer.wait(2.0)
+    finally:
+        replica.resume()
+    assert writer.wait(START_S) == 0
+    with contextlib.closing(replica.connect("new.db")) as reader:
+        assert count(reader) == (2 if name == NAME else 1)
+    wait_until(lambda: replica.databases() == sorted({NAME, "new.db"} - {name}), "the old name is gone")
 
 
 CLOSER = """

@@ -32,6 +32,7 @@ from pylitefs.cluster.decisions import (
     branch_point,
     decide,
 )
+from pylitefs.cluster.moves import is_held
 from pylitefs.cluster.outlet import Outlet, Turn, send
 from pylitefs.cluster.ports import Database, Log, LogEntry, PageSums, SnapshotReader
 from pylitefs.cluster.roles import Refused, StaleEpoch
@@ -227,6 +228,8 @@ class Feed:
             if self._live and database is not None:
                 if await self._stream(database.log):
                     self._attempts = 0
+                if is_held(self, self._outlet, database.log.head.txid):
+                    return False
                 self._live = self.sent.is_at(database.log.head)
                 if self._live and self._incoming is None:
                     self._settled()
@@ -274,6 +277,8 @@ class Feed:
                 self._is_in_line()
                 self._try_again("the log changes faster than it can be sent")
                 self._live = True
+            case Snapshot() if is_held(self, outlet, view.head.txid):
+                return False
             case Snapshot():
                 self._try_again("the database changes faster than a snapshot can be sent")
                 await self._snapshot(0, None, None)
@@ -334,7 +339,7 @@ class Feed:
         """Send what the log has after `sent`, up to its head or where it does not continue. True if anything went."""
         progressed = False
         with contextlib.suppress(_NotFollowing):
-            while (entry := entries.after(self.sent.txid)) is not None:
+            while (entry := entries.after(self.sent.txid)) and not is_held(self, self._outlet, entry.max_txid):
                 self._check()
                 if len(self._in_flight) >= WINDOW:
                     self.state = "catch-up"
@@ -366,7 +371,7 @@ class Feed:
 
     async def _send_merged(self, entries: Log, first: LogEntry) -> bool:
         run = small_run(entries, first)
-        if len(run) < COMPACT_MIN:
+        if len(run) < COMPACT_MIN or is_held(self, self._outlet, run[-1].max_txid):
             return False
         self.state = "catch-up"
         merged = await self._turn.blocking(merge, run, self.sent)

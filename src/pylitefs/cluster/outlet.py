@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from pylitefs.cluster.ports import Store
@@ -18,6 +18,9 @@ from pylitefs.cluster.roles import Refused
 from pylitefs.cluster.transfer import Blocking
 from pylitefs.formats.stream import Message
 from pylitefs.formats.stream_fields import ErrorCode
+
+if TYPE_CHECKING:
+    from pylitefs.cluster.feed import Feed
 
 READ_AHEAD = 4
 """Pieces of log entries for one replica that are in memory at once, beside its snapshots."""
@@ -47,6 +50,10 @@ class Outlet(Protocol):
     def caught_up(self, name: str) -> None: ...
     def holds(self, name: str, txid: int) -> None:
         """The replica holds our transactions up to this one durably."""
+
+    def lacks(self, name: str, txid: int, feed: Feed) -> bool:
+        """Whether the replica has yet to hold these transactions of another database that it copies. If so, `feed` is
+        poked when it holds more."""
 
     def strayed(self, name: str) -> None:
         """Its copy was not what it seemed to be, and is mended."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pylitefs.errors import Unavailable
 from pylitefs.events import EventBus
 from pylitefs.formats.ltx.format import Position
+from pylitefs.ports import Moved
 
 T = TypeVar("T")
 PageSums = npt.NDArray[np.uint64]
@@ -137,6 +138,10 @@ class Database(Protocol):
     @property
     def epoch(self) -> int:
         """Of the log's head."""
+
+    @property
+    def moved_to(self) -> Moved | None:
+        """Where its content was moved, when it was renamed last."""
 
     @property
     def captures(self) -> bool:

@@ -257,6 +257,7 @@ class ReplicaSession:
         self._moved: set[str] = set()
         self._asked: dict[int, asyncio.Future[list[tuple[int, bytes]]]] = {}  # requests for pages
         self._requests = 0
+        self._held_back: dict[str, set[Feed]] = {}  # feeds that wait for what the replica holds of another database
 
     @property
     def address(self) -> str:
@@ -355,7 +356,19 @@ class ReplicaSession:
         """What the replica's acknowledgements are for; a copy of some databases only does not count."""
         return None if self._wanted else self._replicas.gate
 
+    def lacks(self, name: str, txid: int, feed: Feed) -> bool:
+        if not is_database_name(name) or (self._wanted and name not in self._wanted):
+            return False
+        if name not in self.feeds:  # the event that tells of it is under way
+            self.poke(name)
+        if self.feeds[name].standing.durable >= txid:
+            return False
+        self._held_back.setdefault(name, set()).add(feed)
+        return True
+
     def holds(self, name: str, txid: int) -> None:
+        for feed in self._held_back.pop(name, ()):
+            feed.poke()
         if (gate := self._gate) is not None and self._replicas.sessions.get(self.replica_id) is self:
             gate.holds(self.replica_id, name, txid)
 

@@ -11,7 +11,7 @@
                                  goes)
     MEMORY, OFF                  the fsync of the database                   the same, as far as SQLite can
     a new database               its file's fsync; where there is none, the  the same: the file is empty then, and the
-                                 journal's end, the close or the rename      name is dropped
+                                 journal's end, or the close                 name is dropped
 
 The backing fsync runs beside the replication. A commit in WAL mode that is not fsynced (synchronous=NORMAL) never
 waits. The end of a rollback of something that has waited does not wait again: its journal is the same, as the nonce

@@ -351,9 +351,11 @@ class EngineHooks(CommitHooks):
             then(error)
 
         def renamed(error: BaseException | None) -> None:
+            """Replicas are not waited for: until the answer the kernel holds the lock of the directory, and nobody can
+            open anything by its name. What was acknowledged they have under one name or the other."""
             database = self._store.get(new.name)
-            if error is None and database is not None and database.exists:
-                self._gated.after_commit(database, True, if_held(database, answer), caller=then, on_worker=True)
+            if database is not None and database.exists:
+                if_held(database, answer)(error)
             else:
                 answer(error)
 

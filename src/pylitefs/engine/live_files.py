@@ -8,7 +8,7 @@ from pylitefs.engine.files import DatabaseFiles
 from pylitefs.engine.page_checksums import stamp
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
-from pylitefs.ports import FileKind
+from pylitefs.ports import FileKind, Moved
 
 
 class LiveFiles:
@@ -16,6 +16,9 @@ class LiveFiles:
 
     files: DatabaseFiles
     wal_stands_in = False  # applications write it in a WAL, but its mode is a rollback mode, see `stand_in`
+    moved_to: Moved | None = None
+    """When it was renamed last, in this run of the daemon."""
+
     withheld: str | None = None
     """Why what the database file holds is not in the log, and on no replica; None if all is well."""
 

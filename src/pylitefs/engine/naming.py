@@ -25,7 +25,7 @@ from pylitefs.engine.wal_capture import wait_stable
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG
 from pylitefs.formats.names import MAX_FILE_NAME, shown
-from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef
+from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef, Moved
 
 log = logging.getLogger("litefs.store")
 
@@ -305,18 +305,19 @@ class Naming:
                         replacement.finish()
                         raise
                     capture.wake_rollback(target)  # the old file of this name is gone: it is recorded later
-                    self._moved_away(source, replacement)
+                    self._moved_away(source, target, replacement)
                     raise
                 if not target.exists:  # SQLite cannot read it: a plain file
                     self._make_plain(target, name)
-                self._moved_away(source, replacement)
+                self._moved_away(source, target, replacement)
             if target.exists:
                 capture.flush_if_possible(target)  # what its WAL has on top, where that could not be read with it
         finally:
             self._tell(source.name, name)
         source.emit("drop", txid=source.position.txid)
 
-    def _moved_away(self, source: Database, replacement: Replacement) -> None:
+    def _moved_away(self, source: Database, target: Database, replacement: Replacement) -> None:
+        source.moved_to = Moved(target.name, target.position.txid, source.position.txid) if target.exists else None
         self.record_drop(source)
         replacement.finish()
         source.wal_stands_in = False

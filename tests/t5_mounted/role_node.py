@@ -24,6 +24,8 @@ WRITER = Path(__file__).with_name("role_writer.py")
 class RoleNode:
     """One daemon. Any command of `role_daemon.RoleNode` is a method here."""
 
+    PROGRAM = DAEMON
+
     def __init__(self, base: Path, passthrough: str = "auto") -> None:
         self.mount, self.data, self.passthrough = base / "mnt", base / "data", passthrough
         self.mount.mkdir(parents=True, exist_ok=True)
@@ -34,7 +36,7 @@ class RoleNode:
     def start(self) -> None:
         with open(self.errors, "ab") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(DAEMON), str(self.mount), str(self.data), self.passthrough],
+                [sys.executable, str(self.PROGRAM), str(self.mount), str(self.data), self.passthrough],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
             )  # fmt: skip
         assert self._answer() is (self.passthrough == "auto")

@@ -17,7 +17,7 @@ from pair import Pair
 from test_halt import World, world
 
 from harness.interleaver import Steps, sweep
-from pylitefs.cluster import acks, feed, hold, primary, replica, sync_gate
+from pylitefs.cluster import acks, applier, feed, hold, primary, replica, sync_gate
 from pylitefs.cluster.sync_gate import SyncGate, SyncRules, log_heads
 from pylitefs.events import Event
 
@@ -127,9 +127,11 @@ async def replicating(path: Path) -> AsyncIterator[tuple[Pair, SyncGate]]:
         pair.close()
 
 
-def committed(pair: Pair, gate: SyncGate, name: str) -> asyncio.Future[None]:
-    """A FULL commit; done when it is answered."""
-    loop = asyncio.get_running_loop()
+def committed(
+    pair: Pair, gate: SyncGate, name: str, loop: asyncio.AbstractEventLoop | None = None
+) -> asyncio.Future[None]:
+    """A FULL commit; done when it is answered. `loop`: from another thread than that of this loop."""
+    loop = loop or asyncio.get_running_loop()
     answered: asyncio.Future[None] = loop.create_future()
     txid = pair.write(name).position.txid
 
@@ -159,6 +161,30 @@ def commits(*names: str) -> Callable[[Steps], None]:
             answers: list[asyncio.Future[None]] = []
             steps.actions(*(lambda name=name: answers.append(committed(pair, gate, name)) for name in names))
             with steps.here():
+                answers.append(committed(pair, gate, "a.db"))
+                await agreed(pair, answers)
+            steps.finish()
+            await agreed(pair, answers)
+
+    return scenario(run)
+
+
+def applies(*what: str) -> Callable[[Steps], None]:
+    """The replica's worker takes a transaction over; meanwhile others are committed, or the link is cut ("")."""
+
+    async def run(steps: Steps, path: Path) -> None:
+        async with replicating(path) as (pair, gate):
+            await until(lambda: pair.equal() and gate.in_sync, "it does not begin")
+            loop, answers = asyncio.get_running_loop(), list[asyncio.Future[None]]()
+
+            def act(name: str) -> None:
+                if name:
+                    answers.append(committed(pair, gate, name, loop))
+                else:
+                    loop.call_soon_threadsafe(pair.wires[-1].cut, "gone")
+
+            steps.actions(*(lambda name=name: act(name) for name in what))
+            with steps.on_worker(pair.replica.worker):
                 answers.append(committed(pair, gate, "a.db"))
                 await agreed(pair, answers)
             steps.finish()
@@ -221,6 +247,14 @@ def test_a_new_database_between_any_two_steps_of_a_feed_and_the_gate() -> None:
 
 def test_a_commit_between_any_two_steps_of_the_replica() -> None:
     assert sweep(commits("a.db"), [acks, replica]) > 40
+
+
+def test_a_commit_between_any_two_steps_of_the_applier() -> None:
+    assert sweep(applies("a.db", "b.db"), [applier, acks], pairs=20) > 20
+
+
+def test_the_end_of_a_connection_between_any_two_steps_of_the_applier() -> None:
+    assert sweep(applies("", "a.db"), [applier, acks], pairs=20) > 20
 
 
 def test_a_release_between_any_two_steps_of_a_feed_and_the_gate() -> None:

@@ -293,7 +293,7 @@ class Daemon:
         self._stack.callback(guard.stop)
         await in_thread(session.start)
         self._stack.push_async_callback(self._unmount)
-        guard.hold(session.device_fd, session.mount_device)
+        guard.hold(session.device_fd, session.cached_fd, session.mount_device)
         self._mounted = True
         await asyncio.wrap_future(self._store.worker.submit(self._store.serving))
         self._store.start_upkeep()

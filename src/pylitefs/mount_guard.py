@@ -9,12 +9,17 @@ signals it when the daemon's main thread dies (PR_SET_PDEATHSIG). Then, in this 
 1. With `retire` (where another node takes over) it locks writers out: each wal-index gets a version that SQLite does
    not know ("unable to open database file"). A commit that is just being made writes the right one back, so that is
    done again until it stays.
-2. It ends the connection, so that everybody gets an error and can go on: it writes to the connection's `abort` in
+2. It has the kernel forget the cached pages of database files. In a rollback mode SQLite asks with stat(2) whether a
+   journal or a WAL stands beside a database, and takes any error for "no" (unixAccess of os_unix.c): with the
+   connection's end it would read the bare file, with half of a transaction or an old state of a replica. So no page
+   of it may be left to read. Until the connection ends, nobody gets an error: requests wait. That is why the guard has
+   a second descriptor of /dev/fuse, which keeps the connection alive until here.
+3. It ends the connection, so that everybody gets an error and can go on: it writes to the connection's `abort` in
    fusectl, which its owner may do, where that is mounted; as root it unmounts by force, which aborts too; else it
-   answers in the daemon's place, with an error, until the daemon's threads are gone. For that the daemon has sent it a
-   second descriptor of /dev/fuse, which lies in the socket that is its standard input until then. A request that the
-   daemon had read is known to nobody, but requests have numbers: those before the newest are all answered.
-3. It takes the mount away.
+   answers in the daemon's place, with an error, until the daemon's threads are gone. (The descriptor lies in the
+   socket that is its standard input until then.) A request that the daemon had read is known to nobody, but requests
+   have numbers: those before the newest are all answered.
+4. It takes the mount away.
 
 It is often killed itself a moment later (systemd, KillMode=mixed; the end of a container). So writers are locked out at
 once, with nothing to be loaded or waited for. `litefs clean-up` and the next start do what it did not come to.
@@ -51,6 +56,8 @@ _WAL_INDEX_VERSION, _RETIRED = 3007000, 1
 _HEADER_SIZE = 48  # of a wal-index; it is there twice
 _RETIRE_S, _STAYS_S, _PAUSE_S = 2.0, 0.1, 0.001
 _OLDER_MAX = 1_000_000  # requests; about a second
+_INVAL_INODE = 2  # FUSE_NOTIFY_INVAL_INODE
+_THREADS_S, _FORGET_S = 0.1, 1.0
 
 
 def main(daemon_pid: int, mount_dir: str, data_dir: str = "", what: str = "") -> None:
@@ -159,6 +166,7 @@ def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int, indexes: list[int]) 
     if device is None or told not in ("", device):
         retire(indexes)
         return
+    forget_pages(fds, daemon_pid, indexes)
     aborted = abort(device)
     retire(indexes)
     path = os.fsencode(mount_dir)
@@ -171,6 +179,35 @@ def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int, indexes: list[int]) 
         os.dup2(null, 0)  # and the descriptor of /dev/fuse in it is gone, if it is still there
         os.dup2(null, 2)
         os.execvp(HELPER, [HELPER, "-u", "-z", "--", mount_dir])
+
+
+def forget_pages(fds: list[int], daemon_pid: int, indexes: list[int]) -> None:
+    """Of the cached databases, when none of the daemon's threads answers any more. `fds`: /dev/fuse, and the list of
+    inode numbers. `indexes`: those that were retired, and stay so.
+
+    In another process, because the kernel lets it wait for a page that is just being read, of which nobody tells it
+    any more. Then the connection ends first, and the rest is forgotten right after."""
+    if len(fds) < 2:
+        return
+    until = time.monotonic() + _THREADS_S
+    while lives(daemon_pid) and time.monotonic() < until:
+        retire_once(indexes)
+        time.sleep(_PAUSE_S)
+    device, cached = fds
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for (inode,) in struct.iter_unpack("=Q", os.pread(cached, os.fstat(cached).st_size & ~7, 0)):
+                try:
+                    os.write(device, struct.pack("=IiQQqq", 40, _INVAL_INODE, 0, inode, 0, 0))
+                except OSError:
+                    pass  # the kernel knows it no more
+        finally:
+            os._exit(0)
+    until = time.monotonic() + _FORGET_S
+    while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < until:
+        retire_once(indexes)
+        time.sleep(_PAUSE_S)
 
 
 def device_of(mount_dir: str) -> str | None:
@@ -187,11 +224,12 @@ def device_of(mount_dir: str) -> str | None:
 
 
 def told_by_daemon() -> tuple[str, list[int]]:
-    """Its mount's device number, and a descriptor of /dev/fuse; nothing if it died before it had a mount."""
+    """Its mount's device number, and descriptors of /dev/fuse and of the list of cached databases; nothing if it died
+    before it had a mount."""
     try:
         channel = socket.socket(fileno=os.dup(0))
         channel.setblocking(False)  # recv_fds of the standard library ignores its flags: MSG_DONTWAIT would wait
-        text, fds, _, _ = socket.recv_fds(channel, 64, 1)
+        text, fds, _, _ = socket.recv_fds(channel, 64, 2)
     except OSError:
         return "", []
     return text.decode("ascii"), list(fds)

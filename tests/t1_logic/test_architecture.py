@@ -262,15 +262,16 @@ LIVE_WRITERS: dict[str, set[str]] = {
         "NameRequests._make.act", "NameRequests._open_existing.truncate",
         "NameRequests._open_existing.go_on", "NameRequests._rename.act", "NameRequests._unlink.act",
     },
-    "mount_guard.py": {"abort", "fail", "retire_once"},
+    "mount_guard.py": {"abort", "fail", "forget_pages", "retire_once"},
 }  # fmt: skip
 
 # Modules that change files, and none of those: the log, tables, notes, copies, devices.
 OTHER_WRITERS = {
     "cluster/tail.py", "daemon.py", "engine/database.py", "engine/files.py", "engine/incoming.py", "engine/loan.py",
     "engine/lost.py", "engine/ltx_log.py", "engine/marker.py", "engine/page_checksums.py", "engine/registry.py",
-    "engine/reserve.py", "engine/snapshot.py", "engine/spares.py", "engine/transaction.py", "filesystem/device.py",
-    "filesystem/mount.py", "filesystem/rings.py", "http/transfers.py", "lease/directory.py",
+    "engine/reserve.py", "engine/snapshot.py", "engine/spares.py", "engine/transaction.py",
+    "filesystem/cached_databases.py", "filesystem/device.py", "filesystem/mount.py", "filesystem/rings.py",
+    "http/transfers.py", "lease/directory.py",
 }  # fmt: skip
 CHANGING = {
     "copy_file_range", "ftruncate", "link", "posix_fallocate", "pwrite", "pwritev", "remove", "rename", "replace",

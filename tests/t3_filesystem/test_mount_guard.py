@@ -7,11 +7,13 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 from pylitefs import mount_guard
+from pylitefs.filesystem.cached_databases import CachedDatabases
 
 DAEMON = """
 import os, subprocess, sys
@@ -40,3 +42,18 @@ def test_a_daemon_that_is_killed_before_it_has_told_which_mount_is_its_own(tmp_p
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(guard, signal.SIGKILL)
             os.close(guard)
+
+
+def test_which_databases_are_cached_is_shared() -> None:
+    """Also those from before it was shared, each once."""
+    cached = CachedDatabases()
+    cached.add(7)
+    fd = cached.share()
+    assert cached.share() == fd
+    for ino in (9, 7, 8, 9):
+        cached.add(ino)
+    assert os.pread(fd, 100, 0) == struct.pack("=3Q", 7, 9, 8)
+    assert cached.numbers() == [7, 9, 8] and 8 in cached and 6 not in cached
+    cached.close()
+    cached.add(6)  # of a mount that is gone
+    assert 6 in cached

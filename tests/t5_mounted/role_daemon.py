@@ -75,7 +75,7 @@ class RoleNode:
         )  # fmt: skip
         self.guard = MountGuard(mount_dir)
         self.session.start()
-        self.guard.hold(self.session.device_fd, self.session.mount_device)
+        self.guard.hold(self.session.device_fd, self.session.cached_fd, self.session.mount_device)
         self.store.worker.submit(self.store.serving).result()
         self.store.start_upkeep()
 

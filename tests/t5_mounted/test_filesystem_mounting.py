@@ -96,7 +96,7 @@ def test_a_late_guard_ends_no_mount_but_its_own(plain_mount: PlainMount, told: s
         "import os, signal\n"
         "from pylitefs.filesystem.guard import MountGuard\n"
         f"guard = MountGuard({str(plain_mount.dir)!r})\n"
-        f"guard.hold(os.open('/dev/null', os.O_RDWR), {device!r})\n"
+        f"guard.hold(os.open('/dev/null', os.O_RDWR), os.memfd_create('cached'), {device!r})\n"
         "print(guard._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -71,7 +71,7 @@ def before_fsync(ref, then):
 hooks.before_fsync = before_fsync
 session, guard = Session(mount_dir, data_dir, hooks), MountGuard(mount_dir)
 session.start()
-guard.hold(session.device_fd, session.mount_device)
+guard.hold(session.device_fd, session.cached_fd, session.mount_device)
 def use_own_mount():
     os.fsync(os.open(mount_dir + "/own", os.O_CREAT | os.O_RDWR))
 threading.Thread(target=use_own_mount, daemon=True).start()

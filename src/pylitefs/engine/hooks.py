@@ -131,9 +131,7 @@ class EngineHooks(CommitHooks):
 
     def wants_write_hook(self, ref: FileRef) -> bool:
         if ref.kind is FileKind.DATABASE:
-            database = self._database(ref)
-            may_write = self._store.options.role_from_marker or (database is not None and database.captures)
-            return may_write and not self._in_wal_mode(ref)
+            return not self._in_wal_mode(ref)
         if ref.kind is not FileKind.PLAIN or ref.path is None:
             return False
         head = self._head(ref.path)

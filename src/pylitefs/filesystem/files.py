@@ -218,6 +218,7 @@ class FileRequests:
         fh, offset, size = requests.parse_read(rq.data)
         handle = self._handle(fh)
         if not handle.node.virtual:
+            self._handles.check_alive(handle.node)
             return os.pread(handle.node.fd, size, offset)
         return self._read_virtual(rq, handle, offset, size)
 
@@ -242,6 +243,7 @@ class FileRequests:
         fh, offset, data, clear_setid = requests.parse_write(rq.data, rq.size)
         handle = self._handle(fh)
         node = handle.node
+        self._handles.check_alive(node)
         if clear_setid:
             _clear_setid(node.fd, os.fstat(node.fd))
         with data:

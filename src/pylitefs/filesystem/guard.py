@@ -31,10 +31,10 @@ class MountGuard:
         assert self._process.stdout is not None
         self._process.stdout.readline()  # it listens now
 
-    def hold(self, device_fd: int, mount_device: str) -> None:
-        """Tell it which mount is ours, and give it a descriptor of /dev/fuse to answer with, should the daemon be
-        killed: it needs one where it cannot end the connection otherwise, without root's privileges."""
-        socket.send_fds(self._channel, [mount_device.encode("ascii")], [] if os.geteuid() == 0 else [device_fd])
+    def hold(self, device_fd: int, cached_fd: int, mount_device: str) -> None:
+        """Tell it which mount is ours, and give it a descriptor of /dev/fuse, should the daemon be killed, and the list
+        of cached databases (`cached_databases`)."""
+        socket.send_fds(self._channel, [mount_device.encode("ascii")], [device_fd, cached_fd])
 
     def stop(self) -> None:
         """After the mount was taken down in good order."""

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable
 from typing import Protocol
 
+from pylitefs.filesystem.cached_databases import CachedDatabases
 from pylitefs.filesystem.tree import IoMode, Node
 from pylitefs.formats.fuse import abi
 from pylitefs.ports import FileHooks, FileKind, LockOpening
@@ -64,7 +65,15 @@ class Handles:
         self._log = log
         self._numbers = itertools.count(1)
         self.passthrough = passthrough
+        self.cached = CachedDatabases()
+        self.ending = False  # the mount is about to end: see `check_alive`
         self.open: dict[int, Handle] = {}
+
+    def check_alive(self, node: Node) -> None:
+        """Before a read or a write. Once the mount is ending no page of a database comes into the kernel's cache any
+        more. Raises OSError."""
+        if self.ending and node.ino in self.cached:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
 
     def open_virtual(self, node: Node, lock: LockOpening | None = None, *, unseen: bool = False) -> int:
         fh = next(self._numbers)
@@ -122,6 +131,8 @@ class Handles:
             node.fd = fd
         node.backing_id = backing_id
         node.mode = IoMode.PASSTHROUGH if backing_id else IoMode.CACHED
+        if not backing_id and (wanted or node.ref.kind is FileKind.DATABASE):
+            self.cached.add(node.ino)
         node.hooked = wanted or (not backing_id and node.ref.kind in _ALWAYS_HOOKED)
         node.drop_cache = node.drop_cache or backing_id != 0
 

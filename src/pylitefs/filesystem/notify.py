@@ -8,7 +8,7 @@ that is still waiting in the queue is not queued again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from pylitefs.filesystem.tree import Tree
@@ -65,6 +65,10 @@ class KernelNotifier:
         if node is not None:
             self._put(replies.notify_inval_inode(node.ino, -1, 0))
         self._put(replies.notify_inval_entry(abi.ROOT_ID, name, self._expire_only), self._listing())
+
+    def forget_pages(self, inodes: Iterable[int]) -> None:
+        """What is cached of the content of these files."""
+        self._put(*(replies.notify_inval_inode(ino, 0, 0) for ino in inodes))
 
     def move(self, old: str, new: str, do: Callable[[], None]) -> None:
         self._tree.move(old, new, do)

@@ -199,6 +199,11 @@ class Session:
         return self._device.fd
 
     @property
+    def cached_fd(self) -> int:
+        """The descriptor of the list of cached databases (`cached_databases`), while mounted."""
+        return self._running().handles.cached.share()
+
+    @property
     def mount_device(self) -> str:
         """The mount's device number as in /proc/self/mountinfo, "major:minor", while mounted."""
         return self._mount_device
@@ -364,10 +369,12 @@ class Session:
             device.close()
             dispatcher.notifier.stop(STOP_TIMEOUT_S)
             dispatcher.handles.release_all()
+            dispatcher.handles.cached.close()
 
     def _end_busy_mount(self, device: Device) -> None:
         """Take a mount with open files out of the namespace, and end its connection while we still answer: a thread of
         ours may wait for it too (the opener, the notifier), would keep /dev/fuse open for good, and so the connection.
+        Before that the kernel forgets what it has cached of databases, for the reason in `mount_guard`.
 
         Where it cannot be ended it lives on as long as its files are open, and would keep our threads reading: each is
         sent a request to wake up on (nothing else interrupts the read of /dev/fuse).
@@ -378,6 +385,10 @@ class Session:
             root = -1
         try:
             self._stopping = True
+            handles, notifier = self._running().handles, self._running().notifier
+            handles.ending = True
+            notifier.forget_pages(handles.cached.numbers())
+            notifier.drain(STOP_TIMEOUT_S)
             ended = mount.end(self._path, self._mount_device)
             device.give_up()
             if ended or root < 0 or self._rings is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import sqlite3
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine_nodes import Node, check_log, copy_of, file_checksum, log_files, new_primary, rows_of
+from engine_nodes import Node, check_log, copy_of, file_checksum, log_files, make_sqlite, new_primary, rows_of
 from limits import largest_file
 from sqlite_process import SqliteProcess
 
@@ -225,6 +226,109 @@ def test_another_page_size_beside_a_long_reader(pair: Pair, monkeypatch: pytest.
     finally:
         reader.kill()
     pair.check()
+
+
+@pytest.mark.parametrize("how", ["page size", "set aside", "drop"])
+def test_who_has_the_old_file_open_does_not_take_the_new_files_wal_for_its_own(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It holds no lock at that moment, as in a rollback mode between two transactions."""
+    monkeypatch.setattr("pylitefs.engine.apply._REPLACE_TRIES_S", 0.0)
+    monkeypatch.setattr("pylitefs.engine.shared_wal.SharedWal.replace", lambda *_: False)
+    pair.catch_up()
+    old, last = SqliteProcess(pair.target.files.database), SqliteProcess(pair.target.files.database)
+    try:
+        assert old("SELECT count(*) FROM t") == [(3,)]
+        if how == "page size":
+            pair.replica.apply.activate(pair.target)
+            last("BEGIN")
+            last("SELECT count(*) FROM t")
+        pair.target.app_handles = 2
+        if how == "page size":
+            pair.write("PRAGMA page_size = 4096", "VACUUM")
+        elif how == "set aside":
+            pair.target.set_aside_reason = "it cannot be read"
+            pair.write("DELETE FROM t", "INSERT INTO t (v) VALUES (randomblob(5000))")
+            TestResync().run(pair, TestResync.pages(pair.source))
+        else:
+            pair.primary.store.naming.drop(pair.source)
+            pair.catch_up()
+            make_sqlite(pair.source.files.database, page_size=1024, mode="DELETE", rows=9)
+            pair.source.rollback.suspect = True
+            assert pair.primary.store.capture.commit_point(pair.source)
+        pair.catch_up()
+        pair.insert(3000)
+        pair.catch_up()
+        pair.replica.apply.activate(pair.target)
+        pair.insert(2000)
+        pair.catch_up()
+        assert os.path.getsize(pair.target.files.wal) > 0
+        with pytest.raises(RuntimeError, match="locked"):
+            old("SELECT id, v FROM t")
+        new = last("SELECT id, v FROM t ORDER BY id", on="new")
+        assert new == rows_of(pair.source.files.database)
+        last.close("new")
+        if how == "page size":
+            assert last("SELECT count(*) FROM t") == [(3,)]
+            last.close("main")
+        assert os.path.exists(pair.target.files.wal), "it was another file's"
+    finally:
+        old.kill()
+        last.kill()
+    pair.target.app_handles = 0
+    pair.replica.apply._upkeep(pair.target)
+    assert not pair.target.locked_out
+    pair.check()
+
+
+def test_a_replacement_that_fails_locks_nobody_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.catch_up()
+    reader = SqliteProcess(pair.target.files.database)
+    try:
+        assert reader("SELECT count(*) FROM t") == [(3,)]
+        pair.target.app_handles = 1
+        pair.target.set_aside_reason = "it cannot be read"
+        pair.insert()
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pylitefs.engine.replacement.publish_file", full)
+            with pytest.raises(OSError, match="no room"):
+                TestResync().run(pair, TestResync.pages(pair.source))
+        pair.replica.store.opener.start()
+        pair.replica.store.opener.stop()
+        assert reader("SELECT count(*) FROM t") == [(3,)] and not pair.target.locked_out
+    finally:
+        reader.kill()
+
+
+@pytest.mark.parametrize("at", ["noted", "exchanged"])
+def test_a_crash_while_a_file_takes_anothers_place(pair: Pair, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """The old -wal never lies beside the new file."""
+    pair.catch_up()
+    pair.replica.apply.activate(pair.target)
+    pair.insert(3000)
+    pair.catch_up()
+    assert os.path.getsize(pair.target.files.wal) > 0
+    old = Path(pair.target.files.wal).read_bytes()
+    pair.target.set_aside_reason = "it cannot be read"
+    pair.write("DELETE FROM t", "INSERT INTO t (v) VALUES (randomblob(5000))")
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    step = "_take_side_files" if at == "exchanged" else "os.rename"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pylitefs.engine.replacement.{step}", crash)
+        with pytest.raises(KeyboardInterrupt):
+            TestResync().run(pair, TestResync.pages(pair.source))
+    assert Path(pair.target.files.wal).read_bytes() == old
+    pair.replica.store.naming.finish_promotions()
+    assert os.path.exists(pair.target.files.wal) == (at == "noted")
+    content = Path(pair.target.files.database).read_bytes()
+    assert (content == Path(pair.source.files.database).read_bytes()) == (at == "exchanged")
 
 
 def test_drop_and_create(pair: Pair) -> None:

@@ -28,6 +28,7 @@ from pylitefs.engine.database import Database
 from pylitefs.engine.files import Permissions, sync_folder, write_at
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.opener import Opener
+from pylitefs.engine.replaced_file import let_go, locked_out
 from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import DatabaseBusy, FormatError
@@ -178,6 +179,8 @@ class Apply:
     def _upkeep(self, database: Database) -> None:
         """Checkpoint what has settled; let go of a database at rest."""
         database.upkeep_scheduled = False
+        if self.is_unused(database):
+            let_go(database, self._opener)
         replica = database.replica
         if replica is None:
             return
@@ -214,6 +217,7 @@ class Apply:
         snapshot reads on in it, nobody begins to read or to write (`retire`), and the next start finds every commit."""
         self._stopped = True
         for database in databases:
+            let_go(database, None)
             replica = database.replica
             if replica is None:
                 continue
@@ -289,10 +293,12 @@ class Apply:
             self._later(database)
 
     def _drop_files(self, database: Database) -> None:
-        if database.replica is not None:
-            database.replica.close()
-            database.replica = None
-        database.remove_live_files()
+        with self._locked_out(database):
+            if database.replica is not None:
+                database.replica.close()
+                database.replica = None
+            database.remove_live_files()
+        self._later(database)
 
     def forget_names(self, database: Database) -> None:
         """A database came, went or has another file. When it counts as there, or as gone."""
@@ -347,13 +353,24 @@ class Apply:
         self._later(database)
 
     def replace_files(self, database: Database, building: Building) -> None:
-        """Put a whole new database file in place."""
+        """Put a whole new database file in place. Raises DatabaseBusy, OSError; nothing has changed then."""
         self._refuse(database)
         building.sync()
-        if database.replica is not None:  # its WAL need not be in the old file: the log has what it holds
-            database.replica.close()
-            database.replica = None
-        building.publish(self._permissions)
+        with self._locked_out(database):
+            if database.replica is not None:  # its WAL need not be in the old file: the log has what it holds
+                database.replica.close()
+                database.replica = None
+            building.publish(self._permissions, self.notifier)
+        self.forget_names(database)
+        self._later(database)
+
+    def _locked_out(self, database: Database) -> contextlib.AbstractContextManager[None]:
+        """The file loses its name within. Raises DatabaseBusy, OSError."""
+        if database.set_aside_reason is None and self.is_unused(database):  # what is set aside is opened unseen
+            return contextlib.nullcontext()
+        if self.names_wait():
+            raise DatabaseBusy(f"{database.name}: its file cannot be replaced while requests about names wait")
+        return locked_out(database, self._opener)
 
     def let_go(self, database: Database) -> None:
         """Close the live WAL; what it holds is checkpointed where readers allow."""

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import Permissions, sync_folder, write_at
+from pylitefs.engine.replacement import Replacement
 from pylitefs.formats.ltx.format import Header
-from pylitefs.ports import FileKind
+from pylitefs.ports import SIDE_KINDS, FileKind, Notifier
 
 
 class Building:
@@ -29,14 +30,22 @@ class Building:
         """After it nothing that `publish` does needs room on the disk."""
         os.fsync(self.fd)
 
-    def publish(self, permissions: Permissions) -> None:
+    def publish(self, permissions: Permissions, notifier: Notifier | None = None) -> None:
+        """Give it the database's name. The -wal of a file that had it goes in the same moment, where nobody can open a
+        file of the mount; it is noted before, so that a start after a crash does the rest. Raises OSError."""
         permissions.give(self.fd)
         self.sync()
         files = self._database.files
-        for kind in (FileKind.JOURNAL, FileKind.WAL, FileKind.SHM):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(files.backing(kind))
-        os.rename(self.path, files.database)
+        if any(os.path.lexists(files.backing(kind)) for kind in (FileKind.DATABASE, *SIDE_KINDS)):
+            replacement = Replacement(files, self.path, None)
+            replacement.note()
+            if notifier is not None:
+                notifier.move("", self._database.name, replacement.exchange)
+            else:
+                replacement.exchange()
+            replacement.finish()
+        else:
+            os.rename(self.path, files.database)
         sync_folder(files.folder)
 
     def __enter__(self) -> Building:

@@ -61,6 +61,7 @@ class Database(LiveFiles, Damage):
     """All attributes may be read from any thread; `lock` guards position, table, `rollback` and the log's growth."""
 
     def __init__(self, name: str, files: DatabaseFiles, events: EventBus) -> None:
+        super().__init__()
         self.name = name
         self.files = files
         self.events = events

@@ -27,6 +27,10 @@ class LiveFiles:
     writers = 0
     """Handles of the database file that applications have open for writing. Guarded by `handles_lock`."""
 
+    def __init__(self) -> None:
+        self.locked_out: list[int] = []
+        """Of files that had its names before, see `replaced_file`."""
+
     def emit(self, kind: str, **data: object) -> None:
         raise NotImplementedError
 

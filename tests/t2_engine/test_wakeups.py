@@ -314,3 +314,17 @@ def test_a_commit_whose_gate_fails_is_answered(live: Silent) -> None:
     until(lambda: len(answers) == 2)
     publish()
     assert all(isinstance(error, Exception) for error in answers)
+
+
+def test_who_gives_up_waiting_for_a_position_is_no_error(live: Silent, caplog: pytest.LogCaptureFixture) -> None:
+    """As a request does whose client has gone: what is at work for it comes to its end, and others are answered."""
+    go_on = threading.Event()
+    live.worker.post(go_on.wait, 10)
+    one, all_of_them = live.capture.flush_later(live.database), live.node.store.flush_all()
+    for asked in (one, all_of_them):
+        asked.cancel()
+    other = live.capture.flush_later(live.database)
+    go_on.set()
+    assert other.result(10).txid == live.database.position.txid
+    assert one.result(10) == other.result() and all_of_them.result(10)["db"] == other.result()
+    assert not caplog.records

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 from pylitefs.engine.batches import Batch, Missed
 from pylitefs.engine.commit_points import CommitPoints
@@ -23,7 +24,7 @@ from pylitefs.engine.files import same_file
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_capture import BARRIER_FRAMES, COLLECT_FRAMES, WalCapture, wait_stable
-from pylitefs.engine.worker import Timer, Worker
+from pylitefs.engine.worker import Timer, Worker, not_done
 from pylitefs.errors import FormatError, Unavailable
 from pylitefs.formats.ltx.format import Position
 from pylitefs.ports import FileKind
@@ -246,6 +247,7 @@ class Capture(CommitPoints):
     def flush_later(self, database: Database) -> Future[Position]:
         """`flush` from any thread; also settles writes in rollback modes that no hook saw the end of."""
         result, tries = Future[Position](), iter(range(_ATTEMPTS))
+        result.set_running_or_notify_cancel()  # who waited for it may give up: it is answered all the same
 
         def work(_: object) -> None:
             try:
@@ -261,8 +263,7 @@ class Capture(CommitPoints):
         if self.has_unseen_writes(database):
             self.settle_later(database, work, ended=database.lock_fd < 0)
         else:
-            done = self._worker.submit(work, None, database=database.name)
-            done.add_done_callback(lambda done: done.cancelled() and result.cancel())
+            self._worker.submit(work, None, database=database.name).add_done_callback(partial(not_done, result))
         return result
 
     def _pass(self, database: Database) -> bool:

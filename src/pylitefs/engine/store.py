@@ -295,6 +295,7 @@ class Store(Registry):
         """The positions of all databases, each a barrier. One whose log cannot be written keeps the position it has."""
         names = self.all_names()
         result: Future[dict[str, Position]] = Future()
+        result.set_running_or_notify_cancel()  # who waited for it may give up: it is answered all the same
         found: dict[str, Position] = {}
         lock = threading.Lock()
 

@@ -20,11 +20,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger("litefs.worker")
+
+
+def not_done(result: Future[Any], job: Future[Any]) -> None:
+    """When a job that was to answer `result`, which cannot be cancelled, is over: whether the worker ended before."""
+    if job.cancelled():
+        result.set_exception(CancelledError())
 
 
 class Timer:

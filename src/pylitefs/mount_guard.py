@@ -15,11 +15,12 @@ signals it when the daemon's main thread dies (PR_SET_PDEATHSIG). Then, in this 
    of it may be left to read. Until the connection ends, nobody gets an error: requests wait. That is why the guard has
    a second descriptor of /dev/fuse, which keeps the connection alive until here.
 3. It ends the connection, so that everybody gets an error and can go on: it writes to the connection's `abort` in
-   fusectl, which its owner may do, where that is mounted; as root it unmounts by force, which aborts too; else it
-   answers in the daemon's place, with an error, until the daemon's threads are gone. (The descriptor lies in the
+   fusectl, which its owner may do, where that is mounted; as root it asks for an unmount by force of a mount that is
+   in use, which aborts only; else it answers in the daemon's place, with an error, until the daemon's threads are gone. (The descriptor lies in the
    socket that is its standard input until then.) A request that the daemon had read is known to nobody, but requests
    have numbers: those before the newest are all answered.
-4. It takes the mount away.
+The mount stays, dead, until the next start or `litefs clean-up` takes it away. In the bare directory below it an
+application would make a new database, which nobody replicates and which keeps the next litefs from mounting.
 
 It is often killed itself a moment later (systemd, KillMode=mixed; the end of a container). So writers are locked out at
 once, with nothing to be loaded or waited for. `litefs clean-up` and the next start do what it did not come to.
@@ -42,10 +43,9 @@ import sys
 import time
 
 PR_SET_PDEATHSIG = 1
-MNT_FORCE, MNT_DETACH = 1, 2
+MNT_FORCE = 1
 DIED = signal.SIGUSR1
 RETIRE = "retire"
-HELPER = "fusermount3"
 ANSWER_S = 10.0
 _LOOK_MS = 20
 _BUFFER_SIZE = 1 << 20  # for any request: a smaller buffer is refused
@@ -61,7 +61,7 @@ _THREADS_S, _FORGET_S = 0.1, 1.0
 
 
 def main(daemon_pid: int, mount_dir: str, data_dir: str = "", what: str = "") -> None:
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None, use_errno=True)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the daemon gets these, and ends us when it is done
     signal.pthread_sigmask(signal.SIG_BLOCK, {DIED})
@@ -160,25 +160,17 @@ def retired_header(header: bytes) -> bytes:
 
 
 def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int, indexes: list[int]) -> None:
-    """Abort the connection of the mount, then take it away. `indexes`: those that were retired."""
+    """Abort the connection of the mount; the mount stays, dead. `indexes`: those that were retired."""
     device = device_of(mount_dir)
     told, fds = told_by_daemon()
     if device is None or told not in ("", device):
         retire(indexes)
         return
     forget_pages(fds, daemon_pid, indexes)
-    aborted = abort(device)
+    aborted = cut(libc, mount_dir, device)
     retire(indexes)
-    path = os.fsencode(mount_dir)
-    if libc.umount2(path, MNT_FORCE) == 0 or libc.umount2(path, MNT_DETACH) == 0:
-        return
     if not aborted:
         answer_for(daemon_pid, mount_dir, fds)
-    if device_of(mount_dir) == device:
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)  # and the descriptor of /dev/fuse in it is gone, if it is still there
-        os.dup2(null, 2)
-        os.execvp(HELPER, [HELPER, "-u", "-z", "--", mount_dir])
 
 
 def forget_pages(fds: list[int], daemon_pid: int, indexes: list[int]) -> None:
@@ -233,6 +225,20 @@ def told_by_daemon() -> tuple[str, list[int]]:
     except OSError:
         return "", []
     return text.decode("ascii"), list(fds)
+
+
+def cut(libc: ctypes.CDLL, mount_dir: str, device: str) -> bool:
+    """End the connection of the mount at `mount_dir` and leave the mount; False if this process may not."""
+    if abort(device):
+        return True
+    try:
+        hold = os.open(mount_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # in use, it is aborted, not taken away
+    except OSError:
+        return False
+    try:
+        return libc.umount2(os.fsencode(mount_dir), MNT_FORCE) == 0 or ctypes.get_errno() == errno.EBUSY
+    finally:
+        os.close(hold)
 
 
 def abort(device: str) -> bool:

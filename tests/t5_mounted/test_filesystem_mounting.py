@@ -63,8 +63,11 @@ def test_a_killed_daemon_is_cleaned_up_after(plain_mount: PlainMount) -> None:
     (plain_mount.dir / "f").write_text("before")
     plain_mount.process.send_signal(signal.SIGKILL)
     plain_mount.process.wait(20)
-    with pytest.raises(OSError):  # not connected, aborted, or the guard has taken the mount away already
+    with pytest.raises(OSError):  # not connected, or aborted
         (plain_mount.dir / "f").read_text()
+    wait_for_guard(plain_mount)
+    with pytest.raises(OSError, match="not connected"):  # nor does anybody write into the directory below
+        (plain_mount.dir / "f").write_text("after")
     again = start_plain(plain_mount.dir, plain_mount.data, plain_mount.mode)
     try:
         assert (plain_mount.dir / "f").read_text() == "before"
@@ -84,6 +87,22 @@ def test_a_killed_daemon_with_files_still_open(plain_mount: PlainMount) -> None:
             assert (plain_mount.dir / "f").read_text() == "x"
         finally:
             stop_plain(again)
+
+
+def wait_for_guard(killed: PlainMount) -> None:
+    """Until it has done what it does."""
+    deadline = time.monotonic() + 20
+    words = b"mount_guard.py\0" + str(killed.process.pid).encode() + b"\0"
+    while any(words in line for line in map(command_line, os.listdir("/proc"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def command_line(process: str) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.mark.parametrize("told", ["its own mount", "another one"])

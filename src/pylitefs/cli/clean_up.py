@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import socket
@@ -20,13 +21,15 @@ _LOCK_LOOK_S = 0.02
 
 @click.command("clean-up")
 @click.option("-config", "config_path", default=None, metavar="PATH", help="Configuration file.")
-def clean_up(config_path: str | None) -> None:
+@click.option("-keep-mount", is_flag=True, help="Leave the dead mount: who opens a file in it gets an error.")
+def clean_up(config_path: str | None, keep_mount: bool) -> None:
     """End what a node that was killed has left: applications that still have a database open cannot commit to it any
-    more, where another node takes over (not with a static lease), and its mount is taken away.
+    more, where another node takes over (not with a static lease), and its dead mount is taken away.
 
-    A killed litefs does the same by a small program that waits beside it, and the next start does it again. This is
-    for those who kill both: docs/litefs.service has it in ExecStopPost. It does nothing where a node runs, or was
-    stopped in order.
+    The first a killed litefs does itself, by a small program that waits beside it; the next start does both. This is
+    for those who kill that program too: docs/litefs.service has it in ExecStopPost, with -keep-mount, because in the
+    bare directory below applications would make new databases until the next start. It does nothing where a node runs,
+    or was stopped in order.
 
     \b
     Example:
@@ -42,7 +45,12 @@ def clean_up(config_path: str | None) -> None:
         databases = mount_guard.open_databases(data_dir)
         if databases >= 0 and not config.lease.is_static:
             mount_guard.retire(mount_guard.open_indexes(databases))
-        take_away_dead(config.fuse.dir, click.echo)
+        if keep_mount:
+            device = mount_guard.device_of(os.path.realpath(config.fuse.dir))
+            if device is not None:
+                mount_guard.cut(ctypes.CDLL(None, use_errno=True), config.fuse.dir, device)
+        else:
+            take_away_dead(config.fuse.dir, click.echo)
     finally:
         if lock >= 0:
             os.close(lock)

@@ -16,9 +16,10 @@ signals it when the daemon's main thread dies (PR_SET_PDEATHSIG). Then, in this 
    a second descriptor of /dev/fuse, which keeps the connection alive until here.
 3. It ends the connection, so that everybody gets an error and can go on: it writes to the connection's `abort` in
    fusectl, which its owner may do, where that is mounted; as root it asks for an unmount by force of a mount that is
-   in use, which aborts only; else it answers in the daemon's place, with an error, until the daemon's threads are gone. (The descriptor lies in the
-   socket that is its standard input until then.) A request that the daemon had read is known to nobody, but requests
-   have numbers: those before the newest are all answered.
+   in use, which aborts only; else it answers in the daemon's place, with an error, until the daemon's threads are
+   gone. (The descriptor lies in the socket that is its standard input until then.) A request that the daemon had read
+   is known to nobody, but requests have numbers: those before the newest are all answered.
+
 The mount stays, dead, until the next start or `litefs clean-up` takes it away. In the bare directory below it an
 application would make a new database, which nobody replicates and which keeps the next litefs from mounting.
 

@@ -178,7 +178,7 @@ def test_killed_while_a_dead_mount_stays(cluster: Cluster, sandbox: Sandbox) -> 
 
 @pytest.mark.parametrize("fusectl", [FUSECTL, NO_FUSECTL], ids=["fusectl", "no-fusectl"])
 def test_killed(cluster: Cluster, fusectl: str) -> None:
-    """The mount is dead at once, and whoever comes back to it makes no files below; both roles start again and agree."""
+    """The mount is dead at once, and nobody makes files below it; both roles start again and agree."""
     with Sandbox(cluster.base, fusectl) as sandbox:
         primary = SandboxNode(cluster, sandbox, "primary")
         primary.config["lease"]["recovery-wait"] = "0s"

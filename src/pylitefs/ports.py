@@ -217,6 +217,10 @@ class Notifier(Protocol):
         *after* every change that the engine makes (not only if there was something, and not before), the last time when
         the change is complete. Handles that are open keep their file."""
 
-    def move(self, old: str, new: str, do: Callable[[], None]) -> None:
+    def move(self, old: str, new: str, do: Callable[[], None], *, anew: bool = False) -> None:
         """Rename MOUNT/old to MOUNT/new: `do` does it on the disk, and nothing but that. Who looks up a name meanwhile
-        waits. `changed` has to be called for both afterwards."""
+        waits. `changed` has to be called for both afterwards. `anew`: no application has MOUNT/old open; who is about
+        to open it by its old name meanwhile, does not get it."""
+
+    def is_open(self, name: str) -> bool:
+        """Whether an application has MOUNT/name open. One that has just closed it may count for a moment."""

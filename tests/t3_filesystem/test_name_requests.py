@@ -152,6 +152,26 @@ def test_rename_by_the_engine_is_not_done_again(kernel: Kernel) -> None:
     assert kernel.look_up("b.db") == node
 
 
+def test_a_file_that_moves_anew_is_not_opened_by_its_old_name(kernel: Kernel) -> None:
+    """Until RENAME is answered the kernel has the old name's entry, which leads to the old node."""
+    node, fh, _, _ = kernel.create("a.db")
+    notifier, paths = kernel.dispatcher.notifier, [os.path.join(kernel.hooks.directory, name) for name in ("a.db", "b")]
+    assert notifier.is_open("a.db") and not notifier.is_open("b")
+    kernel.release(node, fh)
+    assert not notifier.is_open("a.db")
+    by_daemon, _, _ = kernel.open(node, pid=os.getpid())
+    assert not notifier.is_open("a.db")
+    notifier.move("a.db", "b", lambda: os.rename(*paths), anew=True)
+    with raises(errno.ESTALE):
+        kernel.open(node)
+    assert kernel.look_up("a.db") == 0
+    moved = kernel.look_up("b")
+    assert moved not in (0, node)
+    kernel.open(moved)
+    assert notifier.is_open("b") and not notifier.is_open("a.db")
+    kernel.release(node, by_daemon)
+
+
 def test_a_moved_backing_file_keeps_its_node(kernel: Kernel, tmp_path: Path) -> None:
     node, fh, _, _ = kernel.create("plain")
     kernel.write(node, fh, b"data")

@@ -40,6 +40,7 @@ from pylitefs.engine import (  # noqa: E402
     live_files,
     naming,
     registry,
+    renaming,
     replacement,
     rollback_capture,
     wal_capture,
@@ -47,8 +48,8 @@ from pylitefs.engine import (  # noqa: E402
 )
 
 MODULES: list[ModuleType] = [
-    batches, capture, checkpoints, commit_hooks, commit_points, hooks, live_files, naming, registry, replacement,
-    rollback_capture, wal_capture, wal_view,
+    batches, capture, checkpoints, commit_hooks, commit_points, hooks, live_files, naming, registry, renaming,
+    replacement, rollback_capture, wal_capture, wal_view,
 ]  # fmt: skip
 LOADED_S = 10.0  # a machine under load may take so long; what is lost is never found
 Rows = list[tuple[Any, ...]]
@@ -102,6 +103,7 @@ class App:
 
 
 CREATE = "CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, v BLOB)"
+OF_OTHER = "INSERT INTO t (v) VALUES (x'6f74686572')"  # "other"
 INSERT = "INSERT INTO t (v) VALUES (randomblob(60))"
 
 
@@ -140,7 +142,28 @@ def drop_open(app: App) -> Action:
 
 
 def rename(app: App) -> Action:
-    return lambda: app.command("mv", app.name, "moved.db", then="moved.db")
+    def work() -> None:
+        try:
+            app.command("mv", app.name, "moved.db", then="moved.db")
+        except subprocess.CalledProcessError:  # the other one has it open, or is about to, in WAL mode
+            assert app.mode == "WAL"
+            app(INSERT)
+
+    return work
+
+
+def rename_open(app: App) -> Action:
+    """The same while the application itself has it open, and goes on with it."""
+
+    def work() -> None:
+        moved = subprocess.run(["mv", app.name, "moved.db"], check=False, timeout=30, cwd=app.mount).returncode == 0
+        assert moved == (app.mode == "DELETE")
+        if moved:
+            app.close()
+            app.name = "moved.db"
+        app(INSERT)
+
+    return work
 
 
 def rename_over(app: App) -> Action:
@@ -160,7 +183,7 @@ def rename_over(app: App) -> Action:
 
 SCENARIOS: dict[str, Callable[[App], Action]] = {
     "checkpoint": checkpoint, "truncating checkpoint": truncate, "last close": last_close, "drop": drop,
-    "drop while open": drop_open, "rename": rename, "rename over it": rename_over,
+    "drop while open": drop_open, "rename": rename, "rename while open": rename_open, "rename over it": rename_over,
 }  # fmt: skip
 
 
@@ -196,6 +219,7 @@ class SweptNode(role_daemon.RoleNode):
     def _scenario(self, steps: Steps, kind: str, mode: str, *, leaves: bool) -> None:
         store, worker, done = self.store, self.store.worker, threading.Event()
         app, other = App(self.mount_dir, NAME, mode), App(self.mount_dir, NAME, mode)
+        told: list[int] = []  # the other one's commit was acknowledged
 
         def work() -> None:
             try:
@@ -205,7 +229,8 @@ class SweptNode(role_daemon.RoleNode):
 
         def come_in() -> None:
             with contextlib.suppress(RuntimeError):  # the file may have left its name under it
-                other(CREATE, INSERT)
+                other(CREATE, OF_OTHER)
+                told.append(1)
 
         def leave() -> None:
             with contextlib.suppress(RuntimeError):
@@ -222,6 +247,9 @@ class SweptNode(role_daemon.RoleNode):
                 worker.submit(int).result()
             steps.finish()
             self._agree("at the end", sorted({app.name, *(name for name in (NAME,) if self._is_there(name))}))
+            if told and kind in KEEPS_ALL:
+                logs = [self._logged(name) for name in self.store.names() if self.store.find(name).exists]
+                assert any(b"other" in repr(rows).encode() for rows in logs), f"its commit is in none of {logs}"
             unwanted = WRONG | ({"gap"} if kind in KEEPS_ITS_FILES else set())
             assert not (wrong := [event for event in self.events if event.split()[0] in unwanted]), wrong
         finally:
@@ -279,6 +307,7 @@ def _rows(path: Path) -> object:
 
 NAME = "app.db"
 KEEPS_ITS_FILES = {"checkpoint", "truncating checkpoint", "last close"}  # no WAL is taken from under anybody
+KEEPS_ALL = {*KEEPS_ITS_FILES, "rename", "rename while open"}  # no commit goes with a file that is removed
 WRONG = {"overlooked", "lost", "setAside", "damaged", "corruptLog"}
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,20 +138,92 @@ def test_rename_remove_and_make_again(cluster: Cluster, passthrough: str, mode: 
     assert txid(primary) > before + 1
 
 
+_LEFT_WAL = """
+import os, sqlite3, sys
+user = sqlite3.connect(sys.argv[1], isolation_level=None)
+user.execute("insert into t values (100, 'in the WAL')")
+os._exit(0)
+"""
+
+
 @pytest.mark.parametrize("passthrough", PASSTHROUGH)
 def test_rename_with_what_is_in_the_wal(cluster: Cluster, passthrough: str) -> None:
-    """A database that somebody has open: its WAL comes along, and a rename that was done is not said to have failed."""
+    """Nobody has it open, but its last user did not close it: its WAL comes along."""
     primary, replica = cluster.pair()
     make(primary.mount / NAME, 40, "wal")
-    user = primary.connect(NAME)
-    user.execute("insert into t values (100, 'in the WAL')")
+    run(sys.executable, "-c", _LEFT_WAL, primary.mount / NAME)
     assert (primary.mount / f"{NAME}-wal").stat().st_size
     os.rename(primary.mount / NAME, primary.mount / "new.db")
-    user.close()
     wait_until(lambda: count(replica, "new.db") == 41 if "new.db" in replica.databases() else 0, "all rows are there")
     check(primary, replica, 41, "new.db")
     assert primary.databases() == ["new.db"]
     wait_until(lambda: replica.databases() == ["new.db"], "the old name is gone")
+
+
+@pytest.mark.parametrize("made_by", ["itself", "others"])
+@pytest.mark.parametrize("onto", ["nothing", "another"])
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_a_database_in_use_in_wal_mode_keeps_its_name(
+    cluster: Cluster, passthrough: str, onto: str, made_by: str
+) -> None:
+    """SQLite would go on to write a -wal of the old name, which nobody looks at. Who has made the database has it open
+    as well as others; so has who did not read it yet. A close counts at once."""
+    primary, replica = cluster.pair()
+    if made_by == "others":
+        make(primary.mount / NAME, 1, "wal")
+        user = primary.connect(NAME)
+    else:
+        user = primary.connect(NAME)
+        user.execute("pragma journal_mode=wal")
+        user.execute("create table t(id integer primary key, data)")
+        user.execute("insert into t values (0, '')")
+    if onto == "another":
+        make(primary.mount / "new.db", 7, "wal")
+        target = primary.connect("new.db")
+        assert target.execute("select count(*) from t").fetchone() == (7,)
+    for rows in (2, 3):
+        with pytest.raises(OSError, match="Device or resource busy"):
+            os.rename(primary.mount / NAME, primary.mount / "new.db")
+        user.execute("insert into t values (?, 'after it')", (rows,))
+        check(primary, replica, rows)
+        assert primary.databases() == ([NAME, "new.db"] if onto == "another" else [NAME])
+    assert "app.db is not renamed: an application has it open" in primary.log_text()
+    user.close()
+    os.rename(primary.mount / NAME, primary.mount / "new.db")
+    check(primary, replica, 3, "new.db")
+    wait_until(lambda: replica.databases() == ["new.db"], "the old name is gone")
+    if onto == "another":
+        target.close()
+        check(primary, replica, 3, "new.db")
+
+
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_a_database_in_use_in_a_rollback_mode_may_be_renamed(cluster: Cluster, passthrough: str) -> None:
+    """As natively: who has it open reads on, and SQLite refuses to write to a file that has lost its name. Not while a
+    transaction has begun to write."""
+    primary, replica = cluster.pair()
+    make(primary.mount / NAME, 40)
+    user = primary.connect(NAME)
+    user.execute("pragma cache_size=2")
+    user.execute("begin")
+    user.execute("update t set data = 'half'")
+    with pytest.raises(OSError, match="Device or resource busy"):
+        os.rename(primary.mount / NAME, primary.mount / "new.db")
+    user.execute("commit")
+    check(primary, replica, 40)
+    os.rename(primary.mount / NAME, primary.mount / "new.db")
+    assert user.execute("select count(*) from t where data = 'half'").fetchone() == (40,)
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        user.execute("delete from t")
+    other = primary.connect("new.db")
+    other.execute("insert into t values (100, '')")
+    check(primary, replica, 41, "new.db")
+    assert user.execute("select count(*) from t").fetchone() == (41,)
+    user.close()
+    other.execute("insert into t values (101, '')")
+    other.close()
+    check(primary, replica, 42, "new.db")
+    assert primary.databases() == ["new.db"]
 
 
 @pytest.mark.parametrize("passthrough", PASSTHROUGH)

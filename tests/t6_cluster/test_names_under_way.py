@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster_nodes import Cluster, Node, needs_root, scaled, wait_same_position
+from cluster_nodes import Cluster, Node, needs_root, scaled, wait_same_position, wait_until
 
 pytestmark = needs_root
 NAME = "app.db"
@@ -99,7 +99,7 @@ def test_who_opens_a_database_that_gets_another_file_has_one_or_the_other(cluste
     assert set(seen) == {"ok"}, seen
     wait_same_position(primary, replica, NAME)
     assert values(primary) == values(replica)
-    assert not (replica.mount / "new.db").exists()
+    wait_until(lambda: not (replica.mount / "new.db").exists(), "the drop follows")
 
 
 def test_the_wal_of_the_old_file_never_gets_into_the_new_one(cluster: Cluster, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_file, sync_folder
 from pylitefs.engine.page_checksums import stamp
+from pylitefs.engine.renaming import wait_until_closed
 from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.store import Store
 from pylitefs.errors import FormatError
@@ -357,7 +358,12 @@ class EngineHooks(CommitHooks):
             else:
                 answer(error)
 
-        self._in_thread(lambda: self._store.worker.submit(self._store.naming.rename, old, new).result(), renamed)
+        def rename() -> None:
+            if (source := self._database(old)) is not None:
+                wait_until_closed(source, self._store.notifier)
+            self._store.worker.submit(self._store.naming.rename, old, new).result()
+
+        self._in_thread(rename, renamed)
 
     def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
         key = (old.name, new.name)

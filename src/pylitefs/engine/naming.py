@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import logging
 import os
@@ -19,17 +18,15 @@ from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
 from pylitefs.engine.lost import write_info
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
+from pylitefs.engine.renaming import check_unused, needs_its_name, record_content
 from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, was_moved
-from pylitefs.engine.transaction import Change, UnstableSource
-from pylitefs.engine.wal_capture import wait_stable
+from pylitefs.engine.transaction import Change
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG
 from pylitefs.formats.names import MAX_FILE_NAME, shown
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef, Moved
 
 log = logging.getLogger("litefs.store")
-
-_ATTEMPTS = 8
 
 
 def _link(path: str, target: str) -> None:
@@ -119,9 +116,9 @@ class Naming:
                 for suffix in ("", *SUFFIXES):
                     self._registry.notifier.changed(name + suffix)
 
-    def _move(self, old: str, new: str, do: Callable[[], None]) -> None:
+    def _move(self, old: str, new: str, do: Callable[[], None], *, anew: bool = False) -> None:
         if self._registry.notifier is not None:
-            self._registry.notifier.move(old, new, do)
+            self._registry.notifier.move(old, new, do, anew=anew)
         else:
             do()
 
@@ -284,19 +281,30 @@ class Naming:
     def _rename_database(self, source: Database, name: str) -> None:
         """`source` is called `name` from now on. The new name's content is recorded before the drop of the old one:
         whoever follows the log has the rows under one of the names at least."""
+        check_unused(source, self._registry.notifier)
         capture, target = self._registry.capture, self._registry.get_or_create(name)
         capture.flush_if_possible(source)
         if target.exists:
             capture.flush_if_possible(target)
         replacement = Replacement(target.files, source.files.database, source.files)
+
+        def exchange() -> None:
+            with source.handles_lock:  # nobody is let in meanwhile
+                try:
+                    check_unused(source, self._registry.notifier)
+                except OSError:
+                    replacement.finish()
+                    raise
+                replacement.exchange()
+
         try:
             with _still(source, target):
                 replacement.note()
-                self._move(source.name, name, replacement.exchange)
+                self._move(source.name, name, exchange, anew=needs_its_name(source))
                 stood_in, target.wal_stands_in = target.wal_stands_in, source.wal_stands_in
                 capture.replaced(target)
                 try:
-                    self._record_content(target)
+                    record_content(target, capture)
                 except OSError:
                     if not target.exists:  # nothing has the new name: all is as it was
                         target.rollback.clear()
@@ -324,25 +332,6 @@ class Naming:
         self._registry.capture.replaced(source)
         source.rollback.clear()
         source.withhold(None)
-
-    def _record_content(self, database: Database) -> None:
-        """Other files have its names: what they hold is one transaction, with what is committed in a WAL that came
-        along (which a file alone need not be whole without: a checkpoint may be under way). Raises OSError."""
-        wal = database.wal
-        for attempt in range(_ATTEMPTS if not wal.view.index_is_hidden() else 0):
-            try:
-                committed = wal.view.committed()
-                batch = wal.diff(committed) if committed is not None and committed.mx_frame else None
-                if batch is None:
-                    break
-                stable = functools.partial(wal.is_stable, batch)
-                database.record(batch.change, batch.pages, batch.read_missing, stable, "import")
-                wal.advance(batch)
-                return
-            except UnstableSource:
-                wait_stable(attempt)
-        database.rollback.suspect = True
-        self._registry.capture.commit_point(database, "import")
 
     def _make_plain(self, database: Database, name: str) -> None:
         """Its files have plain names only. Raises OSError."""

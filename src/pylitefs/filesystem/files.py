@@ -131,6 +131,8 @@ class FileRequests:
         unique = rq.unique
 
         def act() -> None:
+            if node.moved:
+                raise OSError(ESTALE, "the file has another name")
             opened = self.open_handle(node, writable, by_daemon)
             if not volume.answers.sink.reply(unique, replies.pack_open(*opened)):
                 self._handles.release(opened[0])

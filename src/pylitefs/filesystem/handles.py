@@ -92,6 +92,7 @@ class Handles:
             elif writable and not node.writable:
                 self._make_writable(node, open_fd(True))
             node.handle_count += 1
+            node.app_handles += not by_daemon
             handle = Handle(node, writable, by_daemon)
             if node.mode is IoMode.PASSTHROUGH:
                 flags = abi.FOPEN_PASSTHROUGH | abi.FOPEN_NOFLUSH
@@ -106,7 +107,7 @@ class Handles:
             try:
                 self._hooks.opened(node.ref, writable, node.hooked, by_daemon)
             except BaseException:
-                self._drop(node)
+                self._drop(node, by_daemon)
                 raise
             fh = next(self._numbers)
             self.open[fh] = handle
@@ -163,12 +164,13 @@ class Handles:
             return
         with node.gate:
             hooked = node.hooked
-            last = self._drop(node)
+            last = self._drop(node, handle.by_daemon)
             self._hooks.released(node.ref, handle.writable, hooked, last, handle.by_daemon)
 
-    def _drop(self, node: Node) -> bool:
+    def _drop(self, node: Node, by_daemon: bool) -> bool:
         """One handle less; True if it was the last."""
         node.handle_count -= 1
+        node.app_handles -= not by_daemon
         if node.handle_count == 0:
             self._leave(node)
         return node.handle_count == 0

@@ -70,8 +70,11 @@ class KernelNotifier:
         """What is cached of the content of these files."""
         self._put(*(replies.notify_inval_inode(ino, 0, 0) for ino in inodes))
 
-    def move(self, old: str, new: str, do: Callable[[], None]) -> None:
-        self._tree.move(old, new, do)
+    def move(self, old: str, new: str, do: Callable[[], None], *, anew: bool = False) -> None:
+        self._tree.move(old, new, do, anew=anew)
+
+    def is_open(self, name: str) -> bool:
+        return self._tree.is_open(name)
 
     @staticmethod
     def _listing() -> bytes:

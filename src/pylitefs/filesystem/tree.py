@@ -59,8 +59,8 @@ class Node:
     `file_id` tells which file of the disk it is, None for a virtual one."""
 
     __slots__ = (
-        "backing_id", "drop_cache", "fd", "file_id", "gate", "handle_count", "hooked", "ino", "lock", "lookups", "mode",
-        "name", "ref", "spare_fds", "stale", "virtual", "writable",
+        "app_handles", "backing_id", "drop_cache", "fd", "file_id", "gate", "handle_count", "hooked", "ino", "lock",
+        "lookups", "mode", "moved", "name", "ref", "spare_fds", "stale", "virtual", "writable",
     )  # fmt: skip
 
     def __init__(self, ino: int, name: str, ref: FileRef, file_id: FileId | None) -> None:
@@ -75,6 +75,8 @@ class Node:
         self.lock = threading.Lock()
         self.mode = IoMode.IDLE
         self.handle_count = 0
+        self.app_handles = 0  # of these, those that are not the daemon's own
+        self.moved = False  # its file has another name and another node now: who opens this one, looks up the name
         self.fd = -1
         self.writable = False  # whether `fd` is
         self.spare_fds: list[int] = []  # descriptors that were replaced by a writable one, still in use
@@ -188,18 +190,30 @@ class Tree:
             node.name = None
         return node
 
-    def move(self, old: str, new: str, do: Callable[[], None]) -> None:
+    def move(self, old: str, new: str, do: Callable[[], None], *, anew: bool = False) -> None:
         """Rename the file `old` to `new` by `do`, which moves it on the disk (and nothing else: it is called under the
         lock, so that nobody finds the file under its new name before it has its node there). Raises what `do` raises;
-        no name has changed then."""
+        no name has changed then.
+
+        `anew`: no application has it open, and it gets another node. Until the rename is answered the kernel goes on to
+        find the node by the old name; who opens it so, must learn that the name has gone."""
         with self.lock:
             do()
             self._remove(new)
+            if anew:
+                if (node := self._remove(old)) is not None:
+                    node.moved = True
+                return
             node = self.names.pop(old, None)
             if node is not None:
                 node.name = new
                 node.stale = True
                 self.names[new] = node
+
+    def is_open(self, name: str) -> bool:
+        """Whether an application has the file of this name open."""
+        node = self.names.get(name)
+        return node is not None and node.app_handles > 0
 
     def refresh(self, node: Node) -> FileRef:
         """What the node stands for now; of a node without a name, what it stood for last."""

@@ -1,0 +1,89 @@
+"""Whether a database may be renamed, and what its content is then.
+
+SQLite finds -wal, -shm and -journal by the name that it opened a database by. So a connection that goes on when the
+file has another name would commit where nobody looks: into a WAL of the old name, beside others who write the same
+file. Natively too rows are lost so. Therefore a rename is refused (EBUSY)
+
+    in WAL mode                 while any application has the database, its -wal or its -shm open, or is about to
+    in the rollback modes       while a journal stands there that could still take pages back
+
+In a rollback mode a connection may stay: it reads on, and SQLite itself refuses to write to a file that has lost its
+name (SQLITE_READONLY_DBMOVED). The answer holds until the file has its new name, because it is given anew where nobody
+is let in (`Database.handles_lock`). Who finds the file by its old name even then, as the kernel does until the rename
+is answered, is told that it has gone (`anew` in `ports.Notifier.move`).
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import time
+
+from pylitefs.engine.capture import Capture
+from pylitefs.engine.commit_points import wal_in_use
+from pylitefs.engine.database import Database
+from pylitefs.engine.transaction import UnstableSource
+from pylitefs.engine.wal_capture import wait_stable
+from pylitefs.formats.names import shown
+from pylitefs.ports import SUFFIXES, Notifier
+
+log = logging.getLogger("litefs.store")
+
+_ATTEMPTS = 8
+_CLOSED_S = 0.5  # the kernel tells of a close(2) after it has returned
+_LOOK_AGAIN_S = 0.005
+
+
+def needs_its_name(database: Database) -> bool:
+    """Whether those who have it open would go on with files of its old name: in WAL mode."""
+    return database.journal_mode == "wal" or database.wal_stands_in or wal_in_use(database)
+
+
+def _problem(database: Database, notifier: Notifier | None) -> str | None:
+    if database.rollback.journal_in_use():
+        return "a transaction in it has not ended, or has to be rolled back: open it once"
+    if database.opening or (
+        needs_its_name(database)
+        and (database.app_handles or (notifier is not None and _is_open(database.name, notifier)))
+    ):
+        return "an application has it open; SQLite would go on to write to files of its old name: close it first"
+    return None
+
+
+def _is_open(name: str, notifier: Notifier) -> bool:
+    return any(notifier.is_open(name + suffix) for suffix in ("", *SUFFIXES))
+
+
+def check_unused(database: Database, notifier: Notifier | None) -> None:
+    """It may get another name; else OSError (EBUSY), and a line in the log."""
+    if (problem := _problem(database, notifier)) is not None:
+        log.warning("%s is not renamed: %s", shown(database.name), problem)
+        raise OSError(errno.EBUSY, f"{database.name}: {problem}")
+
+
+def wait_until_closed(database: Database, notifier: Notifier | None) -> None:
+    """Those who have just closed it may still count as users: give them a moment. Blocking, not on the worker."""
+    until_s = time.monotonic() + _CLOSED_S
+    while _problem(database, notifier) is not None and time.monotonic() < until_s:
+        time.sleep(_LOOK_AGAIN_S)
+
+
+def record_content(database: Database, capture: Capture) -> None:
+    """Other files have its names: what they hold is one transaction, with what is committed in a WAL that came along
+    (which a file alone need not be whole without: a checkpoint may be under way). On the worker. Raises OSError."""
+    wal = database.wal
+    for attempt in range(_ATTEMPTS if not wal.view.index_is_hidden() else 0):
+        try:
+            committed = wal.view.committed()
+            batch = wal.diff(committed) if committed is not None and committed.mx_frame else None
+            if batch is None:
+                break
+            stable = functools.partial(wal.is_stable, batch)
+            database.record(batch.change, batch.pages, batch.read_missing, stable, "import")
+            wal.advance(batch)
+            return
+        except UnstableSource:
+            wait_stable(attempt)
+    database.rollback.suspect = True
+    capture.commit_point(database, "import")

@@ -22,6 +22,7 @@ from power_cut import POLICIES, Recorder
 from recording_vfs import RecordingVfs, library
 
 from pylitefs.engine.database import Database
+from pylitefs.engine.super_journal import super_journal_of
 
 pytestmark = pytest.mark.skipif(library() is None, reason="Python's sqlite3 has no libsqlite3 of its own")
 
@@ -38,10 +39,11 @@ def state_of(db: sqlite3.Connection, schema: str) -> tuple[State, str]:
 
 
 class Mount:
-    """What the mount does with the files of two databases, and with a super-journal."""
+    """What the mount does with the files of two databases, and with a super-journal. `early`: as if that
+    lay outside of the mount, each database is recorded at its fsync already."""
 
-    def __init__(self, node: Node, recorder: Recorder) -> None:
-        self.node, self.recorder = node, recorder
+    def __init__(self, node: Node, recorder: Recorder, *, early: bool) -> None:
+        self.node, self.recorder, self.early = node, recorder, early
         self.databases = {os.path.dirname(node.database(name).files.database): node.database(name) for name in NAMES}
         self._new: set[str] = set()  # files whose name was not made durable yet
         self._changed: set[str] = set()
@@ -88,6 +90,8 @@ class Mount:
 
     def sync(self, path: str) -> None:
         self.recorder.sync(self._place(path))
+        if path.endswith("/database") and self.early:
+            self._commit_point(path)
         if path in self._new:
             self._new.discard(path)
             self._sync_names()
@@ -95,6 +99,10 @@ class Mount:
     def delete(self, path: str, sync_folder: bool) -> None:
         if path.endswith("-journal"):
             self._commit_point(path)
+        elif "-mj" in path:
+            for database in self.databases.values():
+                if os.path.basename(super_journal_of(database.files.journal) or "") == os.path.basename(path):
+                    self._commit_point(database.files.database)
         self.recorder.unlink(self._place(path))
         self._new.discard(path)
         self._changed.add(os.path.dirname(self._place(path)))
@@ -105,7 +113,7 @@ class Mount:
 class Run:
     """A recorded run. `states`: the digest of each state of each database."""
 
-    def __init__(self, folder: Path, mode: str, synchronous: str, seed: int) -> None:
+    def __init__(self, folder: Path, mode: str, synchronous: str, seed: int, *, early: bool) -> None:
         self.rng = random.Random(seed)
         self.folder, self.mode, self.synchronous = folder / "node", mode, synchronous
         for name in NAMES:
@@ -120,7 +128,7 @@ class Run:
         self.recorder = Recorder(self.folder)
         self.states: dict[tuple[str, State], str] = {}
         self.super_journals = 0
-        vfs = RecordingVfs(f"attached{id(self)}", Mount(self.node, self.recorder), seed)
+        vfs = RecordingVfs(f"attached{id(self)}", Mount(self.node, self.recorder, early=early), seed)
         try:
             with self.recorder.recording():
                 self._work(vfs._name.decode())
@@ -251,9 +259,12 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["", "early"])
 @pytest.mark.parametrize(("mode", "synchronous", "seed"), CASES)
-def test_both_have_the_transaction_or_neither(tmp_path: Path, mode: str, synchronous: str, seed: int) -> None:
-    run = Run(tmp_path / "run", mode, synchronous, seed)
+def test_both_have_the_transaction_or_neither(
+    tmp_path: Path, mode: str, synchronous: str, seed: int, early: bool
+) -> None:
+    run = Run(tmp_path / "run", mode, synchronous, seed, early=early)
     assert run.super_journals > 3
     rng = random.Random(seed)
     for number, (count, policy) in enumerate(chosen(run, rng)):

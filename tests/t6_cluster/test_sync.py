@@ -173,6 +173,47 @@ def test_what_no_replica_held_in_time_is_gone_everywhere(cluster: Cluster, passt
     writer.close()
 
 
+@pytest.mark.parametrize("opened_in", ["wal", "delete"])
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_a_transaction_over_two_databases_that_no_replica_held_in_time(
+    cluster: Cluster, passthrough: str, opened_in: str
+) -> None:
+    """It is refused at the end of its super-journal: what SQLite does to the two journals afterwards it ignores."""
+    primary, replica, writer = gated_pair(cluster, opened_in, timeout_s=1.0)
+    names = (NAME, "other.db")
+    writer.execute("attach ? as other", (str(primary.mount / names[1]),))
+    writer.execute(f"pragma other.journal_mode = {opened_in}")
+    writer.execute("create table other.t(id integer primary key, data)")
+    for schema in ("main", "other"):
+        writer.execute(f"pragma {schema}.journal_mode = delete")
+        writer.execute(f"pragma {schema}.synchronous = full")
+
+    def commit(data: str) -> None:
+        writer.execute("begin immediate")
+        for schema in ("main", "other"):
+            writer.execute(f"insert into {schema}.t(data) values (?)", (data,))
+        writer.execute("commit")
+
+    commit("both")
+    replica.pause()
+    try:
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+            commit("in vain")
+    finally:
+        replica.resume()
+    if writer.in_transaction:
+        writer.execute("rollback")
+    wait_until(primary.in_sync, "the replica is in sync again")  # type: ignore[attr-defined]
+    commit("after")
+    for name, rows in zip(names, (["first", "both", "after"], ["both", "after"]), strict=True):
+        wait_same_position(primary, replica, name)
+        assert_same_bytes([primary, replica], name)
+        for node in (primary, replica):
+            with contextlib.closing(node.connect(name)) as reader:
+                assert [data for (data,) in reader.execute("select data from t")] == rows
+    writer.close()
+
+
 @pytest.mark.parametrize("mode", ["wal", "delete"])
 @pytest.mark.parametrize("passthrough", PASSTHROUGH)
 def test_a_writer_that_is_killed_while_it_waits(cluster: Cluster, passthrough: str, mode: str) -> None:

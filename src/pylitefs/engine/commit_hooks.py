@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 from pylitefs.engine.checkpoints import Checkpoints
 from pylitefs.engine.commit_points import wal_in_use
-from pylitefs.engine.continuation import finish
+from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.shown import Shown
 from pylitefs.engine.stand_in import completes_commit
 from pylitefs.engine.store import Store
+from pylitefs.engine.super_journal import members, super_journal_of
 from pylitefs.ports import FileKind, FileRef, Then
 
 _LARGE_BYTES = 8 << 20  # a commit of more than this leaves the FUSE thread
@@ -47,6 +48,8 @@ class CommitHooks(Shown):
         self._checkpoints = Checkpoints(store)
         self._gated = self._checkpoints.gated
         self._early: set[str] = set()  # databases whose commit is in the log, and its journal still there
+        # Super-journals that are about to go: whose, and the nonces of the journals.
+        self._decided: dict[str, list[tuple[Database, bytes]]] = {}
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
@@ -91,11 +94,11 @@ class CommitHooks(Shown):
             then(None)
 
     def _is_commit(self, database: Database, ref: FileRef) -> bool:
-        """Whether an fsync may be that of a commit. The database's is not, as long as a journal can take it back, or if
-        it was rolled back already."""
+        """Whether an fsync may be that of a commit. The database's is not if the pages are as the log has them: then
+        it was rolled back. A journal beside it makes no difference: what follows may be a super-journal's end."""
         if ref.kind is not FileKind.DATABASE or wal_in_use(database):
             return True
-        return not database.rollback.journal_in_use() and not self._store.capture.is_as_logged(database)
+        return not self._store.capture.is_as_logged(database)
 
     def after_fsync(self, ref: FileRef, then: Then) -> None:
         database = self._capturing(ref)
@@ -121,7 +124,7 @@ class CommitHooks(Shown):
                 if is_database and is_commit and database.rollback.pending and self._store.capture.is_foreign(database):
                     self._foreign_synced(database, then)
                     return
-                if database.rollback.pending and (is_commit or (is_database and self._gated.may_commit_here(database))):
+                if database.rollback.pending and (is_commit or (is_database and self._commits_here(database))):
                     recorded = self._store.capture.commit_point(database)
                     if recorded and not is_commit:
                         self._early.add(database.name)
@@ -129,6 +132,19 @@ class CommitHooks(Shown):
             self._plain_synced(ref, then)
         else:
             self._gated.after_commit(database, recorded, if_held(database, then) if recorded else then, caller=then)
+
+    def _commits_here(self, database: Database) -> bool:
+        """Whether a transaction is recorded at the fsync of its database, with the journal still there. One over
+        several databases is, where its super-journal's end is not seen: nothing that comes later can be waited for, or
+        refused. Under the database's lock."""
+        if super_journal_of(database.files.journal) is not None:
+            return self._is_decided_elsewhere(database)
+        return self._gated.may_commit_here(database)
+
+    def _is_decided_elsewhere(self, database: Database) -> bool:
+        """Whether the super-journal that the journal names lies outside of the mount, so that its end is not seen."""
+        named = super_journal_of(database.files.journal)
+        return named is not None and not os.path.exists(self._plain(os.path.basename(named)))
 
     # -- a WAL that stands in for a rollback mode ----------------------------------------------------------------
 
@@ -175,8 +191,12 @@ class CommitHooks(Shown):
 
     # -- commit points -----------------------------------------------------------------------------------------
 
-    def _commit(self, database: Database, then: Then) -> None:
-        """The journal goes away: the transaction is committed, or rolled back (then no page has changed)."""
+    def _commit(self, database: Database, then: Then, *, caller: Then | None = None) -> None:
+        """The journal goes away, or the super-journal that it names: the transaction is committed, or rolled back (then
+        no page has changed). `caller`: the request's own continuation, if `then` is another one."""
+        if database.rollback.journal_is_committed():
+            then(None)
+            return
         with database.lock:
             if database.raw_writers and not wal_in_use(database):
                 database.rollback.suspect = True
@@ -189,7 +209,7 @@ class CommitHooks(Shown):
                 then(error)
             else:
                 answer = if_held(database, then) if recorded else then
-                self._gated.after_commit(database, recorded, answer, caller=then, on_worker=True)
+                self._gated.after_commit(database, recorded, answer, caller=caller or then, on_worker=True)
 
         if large:
             threading.Thread(target=commit, name="commit", daemon=True).start()
@@ -198,13 +218,72 @@ class CommitHooks(Shown):
 
     def _commit_now(self, database: Database) -> bool:
         """Raises OSError: it must not be. The end of what was rolled back may; whether it was, the pages tell."""
+        if database.rollback.journal_is_committed():
+            return False
         was_early = database.name in self._early
         self._early.discard(database.name)
         if not database.may_commit:
-            if was_early or not self._store.capture.is_as_logged(database):
+            refused = was_early and not self._is_decided_elsewhere(database)
+            if refused or not self._store.capture.is_as_logged(database):
                 raise cut_off(database.name)
             return False
         return self._store.capture.commit_point(database)
+
+    # -- commit points of several databases -----------------------------------------------------------------------
+
+    def _plain_goes(self, ref: FileRef, then: Then) -> None:
+        if ref.name.endswith("-journal"):
+            self._plain_commit(ref, then, leave_journal=True)
+        else:
+            self._super_journal_goes(ref, then)
+
+    def _super_journal_goes(self, ref: FileRef, then: Then) -> None:
+        """A plain file goes. If it is a super-journal, that commits what is under way in all databases whose journals
+        name it: each is recorded and waits for replicas, and all of them must be allowed to commit."""
+        self._decided.pop(ref.name, None)
+        names = [name for name in members(self._plain(ref.name)) if self._belongs(name, ref.name)]
+        left = iter(names)
+
+        def step(error: BaseException | None) -> None:
+            name = next(left, None) if error is None else None
+            database = None if name is None else self._store.get(name)
+            if error is not None:
+                then(error)
+            elif name is None:
+                finish(then, decide)
+            elif database is not None and database.exists:
+                self._commit(database, next_step, caller=then)
+            else:
+                self._take_over(name, next_step)
+
+        def next_step(error: BaseException | None) -> None:
+            try:
+                step(error)
+            except Exception as raised:
+                proceed(then, raised)
+
+        def decide() -> None:
+            found = [database for name in names if (database := self._store.get(name)) is not None and database.exists]
+            for database in found:
+                if not database.may_commit:
+                    raise cut_off(database.name)
+            if found:
+                self._decided[ref.name] = [(database, database.rollback.nonce()) for database in found]
+
+        step(None)
+
+    def _belongs(self, name: str, super_journal: str) -> bool:
+        """Whether the journal of a database, or of a file that becomes one, names this super-journal."""
+        database = self._store.get(name)
+        is_database = database is not None and database.exists
+        journal = database.files.journal if database is not None and is_database else self._plain(name + "-journal")
+        return os.path.basename(super_journal_of(journal) or "") == super_journal
+
+    def _super_journal_gone(self, ref: FileRef) -> None:
+        """It was unlinked: the journals of its databases count no more."""
+        for database, nonce in self._decided.pop(ref.name, ()):
+            with database.lock:
+                database.rollback.super_journal_gone(nonce)
 
     # -- files that become databases -----------------------------------------------------------------------------
 

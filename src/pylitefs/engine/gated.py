@@ -9,6 +9,7 @@
     DELETE, TRUNCATE, PERSIST    the fsync of the database, before the       SQLite rolls back, and what that writes is
                                  journal goes (synchronous=OFF: when it      recorded when the journal goes
                                  goes)
+    ... several databases        the end of their super-journal              the same, in each of them
     MEMORY, OFF                  the fsync of the database                   the same, as far as SQLite can
     a new database               its file's fsync; where there is none, the  the same: the file is empty then, and the
                                  journal's end, or the close                 name is dropped

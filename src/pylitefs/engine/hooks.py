@@ -288,7 +288,7 @@ class EngineHooks(CommitHooks):
         if ref.kind in VIRTUAL_KINDS:
             then(PermissionError(errno.EPERM, ref.name))
         elif ref.kind is FileKind.PLAIN:
-            self._plain_commit(ref, then, leave_journal=True)
+            self._plain_goes(ref, then)
         elif database is None:
             then(None)
         elif database.is_busy:
@@ -307,6 +307,7 @@ class EngineHooks(CommitHooks):
     def unlinked(self, ref: FileRef) -> None:
         """SQLite makes it durable with synchronous=EXTRA only that a journal has gone: one that is there again after a
         power cut takes its commit back, and replicas have it already."""
+        self._super_journal_gone(ref)
         database = self._capturing(ref) if ref.kind is FileKind.JOURNAL else None
         if database is not None and self._gated.gate_of(database) is not None:
             sync_folder(database.files.folder)

@@ -10,6 +10,7 @@ from pylitefs import mount_guard
 from pylitefs.engine.evidence import WalEnd
 from pylitefs.engine.files import DatabaseFiles, sync_folder, write_at
 from pylitefs.engine.proof import is_alone
+from pylitefs.engine.super_journal import exists
 from pylitefs.engine.wal_view import WalView
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.journal import is_hot_header, read_super_journal_name, records
@@ -79,6 +80,7 @@ def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
         fd = os.open(files.database, os.O_RDWR | os.O_CLOEXEC)
         try:
             changed = play_back(files, super_journal_dirs, fd)
+            os.fsync(fd)
         finally:
             os.close(fd)
     forget_journal(files)
@@ -86,7 +88,8 @@ def roll_back(files: DatabaseFiles, super_journal_dirs: list[str]) -> bool:
 
 
 def play_back(files: DatabaseFiles, super_journal_dirs: list[str], fd: int) -> bool:
-    """Undo in `fd`, the database, what a hot journal is about; the journal stays. True if something was changed."""
+    """Undo in `fd`, the database, what a hot journal is about; the journal stays, and the database is not fsynced. True
+    if something was changed."""
     try:
         journal = os.open(files.journal, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -100,16 +103,11 @@ def play_back(files: DatabaseFiles, super_journal_dirs: list[str], fd: int) -> b
         if not is_hot_header(read(0, 28)):
             return False
         super_journal = read_super_journal_name(read, size)
-        if super_journal is not None and not _exists(super_journal, super_journal_dirs):
+        if super_journal is not None and not exists(super_journal, super_journal_dirs):
             return False
         return _play_back(fd, read, size)
     finally:
         os.close(journal)
-
-
-def _exists(super_journal: str, folders: list[str]) -> bool:
-    base = os.path.basename(super_journal)
-    return os.path.exists(super_journal) or any(os.path.exists(os.path.join(folder, base)) for folder in folders)
 
 
 def _play_back(fd: int, read: Read, size: int) -> bool:
@@ -121,7 +119,6 @@ def _play_back(fd: int, read: Read, size: int) -> bool:
     for pgno, page in rollback:
         if pgno <= rollback.initial_pages:
             write_at(fd, page, (pgno - 1) * rollback.page_size)
-    os.fsync(fd)
     return True
 
 

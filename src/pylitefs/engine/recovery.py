@@ -59,6 +59,7 @@ from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.page_checksums import CleanState, stamp
 from pylitefs.engine.redo import REDO_ENTRIES, forget_redo, redo, redo_is_noted
 from pylitefs.engine.rollback_capture import database_size, journal_in_use, whole_size
+from pylitefs.engine.super_journal import is_undecided
 from pylitefs.engine.transaction import Change
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksums
@@ -156,7 +157,7 @@ def _recover_unclean(database: Database, state: CleanState | None, start: Circum
         database.log.restart_at(state.position)  # a position without log entries: from a snapshot
     head_header = _head_header(database)
     previous = _previous_sums(database, head_header)
-    _keep_what_the_log_has(database, head_header)
+    _keep_what_the_log_has(database, head_header, start)
     is_as_noted = state is not None and not state.clean and stamp(files.database) == state.database
     wal_end = normalise(files, start.super_journal_dirs)
     database.position = head = database.log.head
@@ -227,10 +228,13 @@ def _newest_headers(database: Database) -> Iterator[Header]:
         yield entry.header()
 
 
-def _keep_what_the_log_has(database: Database, header: Header | None) -> None:
-    """A hot journal whose transaction is the log's head, and whole in the database: its removal is the commit."""
+def _keep_what_the_log_has(database: Database, header: Header | None, start: Circumstances) -> None:
+    """A hot journal whose transaction is the log's head, and whole in the database: its removal is the commit. With a
+    super-journal it is not: the other databases of the transaction may lack it, and SQLite takes it back in all."""
     files = database.files
     if header is None or header.wal_size or not journal_in_use(files.journal) or stamp(files.wal)[0]:
+        return
+    if is_undecided(files.journal, start.super_journal_dirs):
         return
     with contextlib.suppress(FormatError, FileNotFoundError):
         if _has_pages(database, database.log.entries()[-1]):

@@ -2,8 +2,8 @@
 
 The journal is not the list of changed pages (a page from the freelist is changed without being journaled), the
 writes are. So the database file's writes come to us, and are noted as byte ranges until a commit point: the
-journal is unlinked, truncated or its header zeroed; where there is no journal file, the database is fsynced, or
-nobody holds a write lock any more.
+journal is unlinked, truncated or its header zeroed (of several databases: the super-journal is unlinked, see
+`super_journal`); where there is no journal file, the database is fsynced, or nobody holds a write lock any more.
 
 A handle that was opened with passthrough (in WAL mode) and now writes in rollback mode leaves no ranges. Then
 `suspect` makes the next commit compare the whole database with the checksum table.
@@ -75,6 +75,7 @@ class RollbackCapture:
         self.looked: tuple[int, FileStamp] = (0, (0, 0))  # what was found to be sound, or not
         self.has_journal = False  # at the last write there was one that could undo it
         self._nonce = b""
+        self._committed = b""  # nonce of a journal whose super-journal has gone, see `super_journal`
 
     @property
     def pending(self) -> bool:
@@ -87,7 +88,21 @@ class RollbackCapture:
 
     def journal_in_use(self) -> bool:
         """Whether a journal stands there that could still roll the database back."""
-        return journal_in_use(self._files.journal)
+        head = journal_head(self._files.journal)
+        return _in_use(head) and head[_NONCE] != self._committed
+
+    def journal_is_committed(self) -> bool:
+        """Whether a journal stands there whose transaction was committed by the end of its super-journal."""
+        head = journal_head(self._files.journal)
+        return _in_use(head) and head[_NONCE] == self._committed
+
+    def nonce(self) -> bytes:
+        """What tells the journal that stands there from others; for `super_journal_gone`."""
+        return journal_head(self._files.journal)[_NONCE]
+
+    def super_journal_gone(self, nonce: bytes) -> None:
+        """The transaction of the journal with this nonce is committed, whatever becomes of the journal."""
+        self._committed = nonce
 
     def journal_is_finished(self) -> bool:
         """Whether a journal stands there that was invalidated: its transaction is committed (or rolled back)."""
@@ -125,7 +140,10 @@ def journal_head(path: str) -> bytes:
 
 def journal_in_use(path: str) -> bool:
     """Whether a transaction of this journal may still be under way, or has to be rolled back."""
-    head = journal_head(path)
+    return _in_use(journal_head(path))
+
+
+def _in_use(head: bytes) -> bool:
     return len(head) >= _HEADER_BYTES and any(head)
 
 

@@ -187,6 +187,9 @@ class FileHooks(Protocol):
     def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
         """After a handle was released (asynchronously to the application's close). `last`: none is open any more."""
 
+    def overwritten(self, ref: FileRef) -> None:
+        """After `released`, of an application's handle that was for writing alone (O_WRONLY): SQLite never has one."""
+
     def flushed(self, ref: FileRef, then: Then) -> None:
         """Before close(2) returns, for hooked handles only (FLUSH); a plain file that turned out to be a database is
         imported here, so that `cp app.db MOUNT/` has done its work when it returns."""

@@ -58,6 +58,8 @@ class DatabaseView(Protocol):
     def set_aside_reason(self) -> str | None: ...
     @property
     def withheld(self) -> str | None: ...
+    @property
+    def failing(self) -> str | None: ...
     def copy_to(self, path: str) -> Position: ...
 
 
@@ -234,6 +236,7 @@ def database_document(database: DatabaseView) -> Json:
         "sqliteVersion": version_text(database.sqlite_version),  # of the library that wrote to it last
         "mayCorruptWAL": database.journal_mode == "wal" and 0 < database.sqlite_version < WAL_RESET_FIXED_IN,
         "setAside": database.set_aside_reason,  # why it is not replicated; null if all is well
+        "failing": database.failing,  # why the log cannot be written (a full disk): replicas wait; null if it can be
         "withheld": database.withheld,  # why replicas have the state before what its file holds; null if all is well
     }
 

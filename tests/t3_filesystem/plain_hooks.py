@@ -155,6 +155,8 @@ class PlainHooks:
     def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
         return False
 
+    def overwritten(self, ref: FileRef) -> None: ...
+
     def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
         self.calls.append(("released", ref.name, writable, hooked, last, by_daemon))
 

@@ -221,3 +221,62 @@ def test_sqlite_without_a_journal(cluster: Cluster, mode: str, synchronous: str)
                 seen.add(count())
         assert len(seen) > 3, "it is captured while it is being written"
         wait_until(lambda: count() == written, "all rows", 2.0)
+
+
+def cp_while_open(path: Path, source: Path) -> None:
+    subprocess.run(["cp", source, path], check=True, timeout=30)
+
+
+def dd_while_open(path: Path, source: Path) -> None:
+    subprocess.run(["dd", f"if={source}", f"of={path}", "conv=notrunc", "bs=4096", "status=none"], check=True)
+
+
+def rsync_while_open(path: Path, source: Path) -> None:
+    if shutil.which("rsync") is None:
+        pytest.skip("no rsync here")
+    subprocess.run(["rsync", "--inplace", "-I", source, path], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("tool", [cp_while_open, dd_while_open, rsync_while_open])
+def test_an_image_beside_a_wal_in_use(cluster: Cluster, tool: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    """SQLite reads the new file with the WAL's frames on top. If that is sound replicas have it, if not they keep what
+    was before, and it is said."""
+    primary, replica = cluster.pair()
+    path = primary.mount / NAME
+    with contextlib.closing(primary.connect(NAME)) as user:
+        user.execute("pragma journal_mode=wal")
+        user.execute("pragma wal_autocheckpoint=0")
+        user.execute("create table a(v)")
+        user.execute("create table b(v)")
+        user.execute("insert into a values ('old')")
+        user.execute("insert into b values (0)")
+        user.execute("pragma wal_checkpoint(truncate)")
+        shutil.copyfile(path, tmp_path / "backup")
+        user.execute("update a set v = 'new'")
+        user.execute("pragma wal_checkpoint(truncate)")
+        user.execute("insert into b values (1)")
+        wait_until(lambda: primary.export(NAME) == replica.export(NAME), "all is there", 5.0)
+        tool(path, tmp_path / "backup")
+
+        def of(node: Node) -> list[tuple[object, ...]]:
+            with contextlib.closing(sqlite3.connect(f"file:{node.mount / NAME}?mode=ro", uri=True)) as reader:
+                return reader.execute("select v from a union all select v from b").fetchall()
+
+        assert of(primary) == [("old",), (0,), (1,)]
+        wait_until(lambda: of(replica) == of(primary), "what SQLite reads on the primary", 5.0)
+        user.execute("insert into b values (2)")
+        wait_until(lambda: of(replica) == [("old",), (0,), (1,), (2,)], "and what follows", 5.0)
+        assert json.loads(primary.get("/status"))["databases"][0]["withheld"] is None
+
+        before = of(replica)
+        (tmp_path / "torn").write_bytes((tmp_path / "backup").read_bytes()[:4096] + b"\5" * 8192)
+        tool(path, tmp_path / "torn")
+
+        def withheld() -> bool:
+            return "not sound" in (json.loads(primary.get("/status"))["databases"][0]["withheld"] or "")
+
+        wait_until(withheld, "it is said that this is not replicated", 5.0)
+        assert of(replica) == before
+        tool(path, tmp_path / "backup")
+        wait_until(lambda: not withheld(), "it is sound again", 5.0)
+        wait_until(lambda: of(replica) == of(primary) == before, "it is replicated", 5.0)

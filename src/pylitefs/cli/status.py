@@ -144,6 +144,11 @@ def _databases(databases: list[Json], not_replicated: list[Json]) -> RenderableT
         for database in databases
         if database.get("withheld")
     ]
+    problems += [
+        Text(f"{shown(database['name'])} waits, its log cannot be written: {database['failing']}", style="red")
+        for database in databases
+        if database.get("failing")
+    ]
     old = sorted({d["sqliteVersion"] for d in databases if d["mayCorruptWAL"]})
     if old:
         problems.append(

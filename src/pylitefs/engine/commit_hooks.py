@@ -160,6 +160,12 @@ class CommitHooks(Shown):
 
     # -- writers that are not SQLite -----------------------------------------------------------------------------
 
+    def overwritten(self, ref: FileRef) -> None:
+        database = self._capturing(ref) if ref.kind is FileKind.DATABASE else None
+        if database is not None and wal_in_use(database):
+            database.rollback.suspect = True
+            self._store.worker.post(self._store.capture.settle, database, 0, True, database=database.name)
+
     @staticmethod
     def _has_unseen_content(database: Database) -> bool:
         """A handle whose writes pass us by is released: whether the file was written to by who is not SQLite. The last

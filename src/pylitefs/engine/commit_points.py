@@ -26,7 +26,7 @@ from pylitefs.engine.transaction import Change
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import page_checksum, page_checksums
-from pylitefs.formats.ltx.format import lock_pgno
+from pylitefs.formats.ltx.format import Position, lock_pgno
 from pylitefs.formats.sqlite.locks import PENDING
 from pylitefs.ports import FileKind, Then
 
@@ -177,6 +177,10 @@ class CommitPoints(InPlace):
             with database.lock:
                 if self._is_free(database, None):
                     self.commit_point(database)
+        elif database.rollback.suspect and wal_in_use(database) and not _is_idle_and_empty(database):
+            if ended or not self.quiet_left_s(database):
+                beside = Thread(target=finish, args=(then, partial(self._check_beside_wal, database)), daemon=True)
+                return lambda error: beside.start()
         elif not self.settle_rollback(database, mount_fd):
             foreign = database.rollback.pending and self._is_free(database, mount_fd) and self.is_foreign(database)
             if foreign and (ended or not self.quiet_left_s(database)):
@@ -191,6 +195,33 @@ class CommitPoints(InPlace):
             with database.lock:
                 if self.is_unchanged(database) and self._is_free(database, None):
                     self.commit_point(database)
+
+    def _check_beside_wal(self, database: Database) -> None:
+        """The database file was written over while its WAL is in use: record in what the newest commit differs from the
+        log, if it is sound. Not on the worker. Raises OSError."""
+        with self.one_looks:
+            if not database.rollback.suspect or not self.is_ready_beside_wal(database):
+                return
+            with database.lock:
+                if not self.is_unchanged(database):
+                    return
+                database.rollback.clear()
+            try:
+                self._worker.submit(self._compare, database, database=database.name).result()
+            except BaseException:
+                database.rollback.suspect = True
+                raise
+            if not database.rollback.suspect:
+                database.withhold(None)
+
+    def _compare(self, database: Database) -> None:
+        with database.wal.mutex:
+            database.wal.doubt()
+        self.flush(database)
+
+    def flush(self, database: Database) -> Position:
+        """See `Capture`."""
+        raise NotImplementedError
 
     def has_unseen_writes(self, database: Database) -> bool:
         """Whether a rollback-mode commit may have gone by that no hook saw. Any thread.

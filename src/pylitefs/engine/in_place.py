@@ -10,6 +10,10 @@ recorded when
     nothing was written for a time                     if it is sound, or empty
     … for the longest time                             as it is
 
+Beside a WAL that is in use SQLite reads the new file with the WAL's frames on top. That is recorded, as a difference
+from the log, when it is sound. As long as it is not, replicas keep the state before, and it is said (`withheld`).
+A file that is cut off to nothing, or was open for writing alone (O_WRONLY), was not written by SQLite.
+
 The time begins with half a second and doubles whenever the file was not sound. SQLite itself holds a lock from a
 transaction's first write to its end, so its transactions in the journal modes MEMORY and OFF are recorded when the lock
 has gone. Whether one is held at a write the kernel tells from a descriptor of the mount's file; it is opened at the
@@ -19,19 +23,21 @@ first write that has no journal, and until then nobody knows: then the rules abo
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 from pylitefs.engine import ofd_locks
 from pylitefs.engine.database import Database
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.page_checksums import FileStamp, stamp
-from pylitefs.engine.soundness import is_sound
+from pylitefs.engine.soundness import is_sound, is_sound_with_wal
 from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
 from pylitefs.ports import FileKind
 
 LOCK_BYTES = SHARED_SIZE + 2  # PENDING, RESERVED and the SHARED range
 _LONGEST_S = 16.0
 _TORN = "it is being written in place, and as it is now it is not sound"
+_TORN_WITH_WAL = "it was written over while its WAL is in use, and what SQLite reads now is not sound"
 
 
 class InPlace:
@@ -39,6 +45,7 @@ class InPlace:
 
     def __init__(self, opener: Opener) -> None:
         self._lock_opener = opener
+        self.one_looks = threading.Lock()  # at what SQLite reads beside a WAL: it needs the room of a copy
 
     # -- whose writes these are ------------------------------------------------------------------------------------
 
@@ -102,6 +109,18 @@ class InPlace:
         if quiet:
             rollback.quiet_s *= 2
             database.withhold(_TORN)
+        return False
+
+    def is_ready_beside_wal(self, database: Database) -> bool:
+        """As `is_ready`, where a WAL is in use: whether what SQLite reads now is sound."""
+        rollback, files = database.rollback, database.files
+        quiet = self.quiet_left_s(database) <= 0
+        rollback.looked = self._seen(database)
+        if is_sound_with_wal(files.database, files.wal, os.path.join(files.folder, "looked-at")):
+            return True
+        if quiet:
+            rollback.quiet_s *= 2
+        database.withhold(_TORN_WITH_WAL)
         return False
 
     def is_unchanged(self, database: Database) -> bool:

@@ -134,6 +134,7 @@ class FileRequests:
             if node.moved:
                 raise OSError(ESTALE, "the file has another name")
             opened = self.open_handle(node, writable, by_daemon)
+            self._open[opened[0]].write_only = flags & os.O_WRONLY != 0 and not by_daemon
             if not volume.answers.sink.reply(unique, replies.pack_open(*opened)):
                 self._handles.release(opened[0])
 
@@ -210,8 +211,10 @@ class FileRequests:
 
     def _release(self, rq: Request) -> bytes:
         fh = requests.parse_handle(rq.data)
-        self._handle(fh)
+        handle = self._handle(fh)
         self._handles.release(fh)
+        if handle.write_only:
+            self._hooks.overwritten(self._volume.ref(handle.node))
         return b""
 
     # -- data

@@ -42,13 +42,14 @@ class Handle:
     """An open file of one process. `content` is what a virtual file said when this handle first read it. `direct`: its
     reads and writes come to us, beside others that pass through."""
 
-    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "unseen", "writable")
+    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "unseen", "writable", "write_only")
 
     def __init__(self, node: Node, writable: bool, by_daemon: bool) -> None:
         self.node = node
         self.writable = writable
         self.by_daemon = by_daemon
         self.direct = False
+        self.write_only = False
         self.content: bytes | None = None
         self.lock: LockOpening | None = None  # of a lock file that is open for writing
         self.unseen = False  # its process is in a PID namespace that we cannot see into

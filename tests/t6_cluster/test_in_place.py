@@ -280,3 +280,25 @@ def test_an_image_beside_a_wal_in_use(cluster: Cluster, tool: Callable[[Path, Pa
         tool(path, tmp_path / "backup")
         wait_until(lambda: not withheld(), "it is sound again", 5.0)
         wait_until(lambda: of(replica) == of(primary) == before, "it is replicated", 5.0)
+
+
+def test_a_checkpoint_that_shortens_the_file_is_sqlites_own(cluster: Cluster) -> None:
+    """After VACUUM: nobody looks at a copy of the database, nor is it said to be withheld."""
+    primary, replica = cluster.pair()
+    with contextlib.closing(primary.connect(NAME)) as user:
+        user.execute("pragma journal_mode=wal")
+        user.execute("create table t(v)")
+        user.execute("insert into t values (zeroblob(2000000))")
+        user.execute("pragma wal_checkpoint(truncate)")
+        user.execute("delete from t")
+        user.execute("vacuum")
+        user.execute("insert into t values (1)")
+        user.execute("pragma wal_checkpoint(passive)")
+        user.execute("insert into t values (2)")
+        primary.connect(NAME).close()  # a handle that could write is released: what is suspected is looked at
+        folder = primary.data / "dbs" / NAME
+        until_s = time.monotonic() + 1.0
+        while time.monotonic() < until_s:
+            assert not list(folder.glob("looked-at*"))
+            assert json.loads(primary.get("/status"))["databases"][0]["withheld"] is None
+        wait_until(lambda: primary.export(NAME) == replica.export(NAME), "all is there", 5.0)

@@ -163,7 +163,7 @@ class CommitHooks(Shown):
     def overwritten(self, ref: FileRef) -> None:
         database = self._capturing(ref) if ref.kind is FileKind.DATABASE else None
         if database is not None and wal_in_use(database):
-            database.rollback.suspect = True
+            database.rollback.suspect = database.rollback.overwritten = True
             self._store.worker.post(self._store.capture.settle, database, 0, True, database=database.name)
 
     @staticmethod
@@ -180,6 +180,7 @@ class CommitHooks(Shown):
                 self._store.capture.note_write(database)
             if database.raw_writers or not size_bytes:
                 database.rollback.suspect = True
+                database.rollback.overwritten |= not size_bytes
             elif not wal_in_use(database):
                 database.rollback.note(size_bytes, 0)
 

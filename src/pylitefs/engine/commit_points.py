@@ -177,7 +177,7 @@ class CommitPoints(InPlace):
             with database.lock:
                 if self._is_free(database, None):
                     self.commit_point(database)
-        elif database.rollback.suspect and wal_in_use(database) and not _is_idle_and_empty(database):
+        elif database.rollback.overwritten and wal_in_use(database) and not _is_idle_and_empty(database):
             if ended or not self.quiet_left_s(database):
                 beside = Thread(target=finish, args=(then, partial(self._check_beside_wal, database)), daemon=True)
                 return lambda error: beside.start()
@@ -200,7 +200,7 @@ class CommitPoints(InPlace):
         """The database file was written over while its WAL is in use: record in what the newest commit differs from the
         log, if it is sound. Not on the worker. Raises OSError."""
         with self.one_looks:
-            if not database.rollback.suspect or not self.is_ready_beside_wal(database):
+            if not database.rollback.overwritten or not self.is_ready_beside_wal(database):
                 return
             with database.lock:
                 if not self.is_unchanged(database):
@@ -209,9 +209,9 @@ class CommitPoints(InPlace):
             try:
                 self._worker.submit(self._compare, database, database=database.name).result()
             except BaseException:
-                database.rollback.suspect = True
+                database.rollback.suspect = database.rollback.overwritten = True
                 raise
-            if not database.rollback.suspect:
+            if not database.rollback.overwritten:
                 database.withhold(None)
 
     def _compare(self, database: Database) -> None:

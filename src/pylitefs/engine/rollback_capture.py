@@ -67,6 +67,7 @@ class RollbackCapture:
         self._files = files
         self.dirty = DirtyRanges()
         self.suspect = False
+        self.overwritten = False  # by who is not SQLite, beside a WAL in use: SQLite itself cuts a file off there, too
         self.writes = 0  # how many were noted
         self.foreign = False  # some of them were perhaps not SQLite's, see `in_place`; and for that:
         self.quiet_s = _QUIET_S
@@ -83,7 +84,7 @@ class RollbackCapture:
 
     def clear(self) -> None:
         self.dirty.clear()
-        self.suspect = self.foreign = False
+        self.suspect = self.foreign = self.overwritten = False
         self.quiet_s = _QUIET_S
 
     def journal_in_use(self) -> bool:

@@ -146,8 +146,9 @@ class FileHooks(Protocol):
     def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
         """After a handle was opened or created. `hooked`: its writes come to `write` (False: passthrough)."""
 
-    def write(self, ref: FileRef, fd: int, data: memoryview, offset: int) -> int:
-        """A write that was not passed through; writes to `fd` (the backing file) and takes note. Raises OSError."""
+    def write(self, ref: FileRef, fd: int, data: memoryview, offset: int, handle: int) -> int:
+        """A write that was not passed through; writes to `fd` (the backing file) and takes note. `handle`: the number
+        of the open file it came through, never used twice. Raises OSError."""
 
     def is_commit(self, ref: FileRef, fd: int, offset: int, size: int) -> bool:
         """After an application's `write`: whether it was the last one of a commit that no fsync will follow. The
@@ -162,8 +163,9 @@ class FileHooks(Protocol):
     def before_fsync(self, ref: FileRef, then: Then) -> None:
         """Before the backing file is fsynced, which the filesystem does in `then`."""
 
-    def after_fsync(self, ref: FileRef, then: Then) -> None:
-        """After it was fsynced, before the caller is answered, in `then`."""
+    def after_fsync(self, ref: FileRef, then: Then, handle: int) -> None:
+        """After it was fsynced, before the caller is answered, in `then`. `handle`: as of `write`; 0 if it was opened
+        for reading only."""
 
     def fsync_failed(self, ref: FileRef) -> None:
         """Instead of `after_fsync`: the caller is told of the error."""
@@ -190,9 +192,9 @@ class FileHooks(Protocol):
     def overwritten(self, ref: FileRef) -> None:
         """After `released`, of an application's handle that was for writing alone (O_WRONLY): SQLite never has one."""
 
-    def flushed(self, ref: FileRef, then: Then) -> None:
+    def flushed(self, ref: FileRef, then: Then, handle: int) -> None:
         """Before close(2) returns, for hooked handles only (FLUSH); a plain file that turned out to be a database is
-        imported here, so that `cp app.db MOUNT/` has done its work when it returns."""
+        imported here, so that `cp app.db MOUNT/` has done its work when it returns. `handle`: as of `write`."""
 
 
 class CommitGate(Protocol):

@@ -61,7 +61,7 @@ class Fsync:
 
     def _fsync(self, error: BaseException | None) -> None:
         assert error is None
-        self._hooks.after_fsync(self._ref, self._answer)
+        self._hooks.after_fsync(self._ref, self._answer, 1)
 
     def _answer(self, error: BaseException | None) -> None:
         self.error = error
@@ -303,7 +303,7 @@ def test_a_disk_that_fails_takes_it_back(live: Live) -> None:
         live.hooks.before_fsync(live.ref(FileKind.WAL), lambda error: None)
         until(lambda: live.gate.waiting or not live.store.worker.submit(lambda: None, database="db").result(WAIT_S))
         if not live.gate.waiting:
-            live.hooks.after_fsync(live.ref(FileKind.WAL), lambda error: None)
+            live.hooks.after_fsync(live.ref(FileKind.WAL), lambda error: None, 1)
             event = live.sql.answer(True)
     live.hooks.fsync_failed(live.ref(FileKind.WAL))
     event = live.sql.answer(False)

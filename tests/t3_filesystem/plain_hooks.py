@@ -117,7 +117,7 @@ class PlainHooks:
     def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
         self.calls.append(("opened", ref.name, writable, hooked, by_daemon))
 
-    def write(self, ref: FileRef, fd: int, data: memoryview, offset: int) -> int:
+    def write(self, ref: FileRef, fd: int, data: memoryview, offset: int, handle: int) -> int:
         self.calls.append(("write", ref.name, offset, len(data)))
         return os.pwrite(fd, data, offset)
 
@@ -133,7 +133,7 @@ class PlainHooks:
     def before_fsync(self, ref: FileRef, then: Then) -> None:
         self._go_on("before_fsync", ref, then)
 
-    def after_fsync(self, ref: FileRef, then: Then) -> None:
+    def after_fsync(self, ref: FileRef, then: Then, handle: int) -> None:
         self._go_on("after_fsync", ref, then)
 
     def fsync_failed(self, ref: FileRef) -> None:
@@ -160,5 +160,5 @@ class PlainHooks:
     def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
         self.calls.append(("released", ref.name, writable, hooked, last, by_daemon))
 
-    def flushed(self, ref: FileRef, then: Then) -> None:
+    def flushed(self, ref: FileRef, then: Then, handle: int) -> None:
         self._go_on("flushed", ref, then)

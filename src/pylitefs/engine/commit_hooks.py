@@ -47,6 +47,7 @@ class CommitHooks(Shown):
         super().__init__(store)
         self._checkpoints = Checkpoints(store)
         self._gated = self._checkpoints.gated
+        self._plain_writers: dict[str, int] = {}  # the handle that a plain file was written through last
         self._early: set[str] = set()  # databases whose commit is in the log, and its journal still there
         # Super-journals that are about to go: whose, and the nonces of the journals.
         self._decided: dict[str, list[tuple[Database, bytes]]] = {}
@@ -100,7 +101,7 @@ class CommitHooks(Shown):
             return True
         return not self._store.capture.is_as_logged(database)
 
-    def after_fsync(self, ref: FileRef, then: Then) -> None:
+    def after_fsync(self, ref: FileRef, then: Then, handle: int) -> None:
         database = self._capturing(ref)
         if database is not None and ref.kind is FileKind.WAL:
 
@@ -121,15 +122,17 @@ class CommitHooks(Shown):
                 if is_database and database.raw_writers:
                     database.rollback.suspect = True
                 is_commit = not database.rollback.journal_in_use()
+                by_writer = self._is_by_writer(database, ref, handle)
                 if is_database and is_commit and database.rollback.pending and self._store.capture.is_foreign(database):
-                    self._foreign_synced(database, then)
+                    self._foreign_synced(database, then, by_writer=by_writer)
                     return
-                if database.rollback.pending and (is_commit or (is_database and self._commits_here(database))):
+                early = is_database and not is_commit and self._commits_here(database)
+                if database.rollback.pending and by_writer and (is_commit or early):
                     recorded = self._store.capture.commit_point(database)
                     if recorded and not is_commit:
                         self._early.add(database.name)
         if database is None:
-            self._plain_synced(ref, then)
+            self._plain_synced(ref, then, handle)
         else:
             self._gated.after_commit(database, recorded, if_held(database, then) if recorded else then, caller=then)
 
@@ -145,6 +148,15 @@ class CommitHooks(Shown):
         """Whether the super-journal that the journal names lies outside of the mount, so that its end is not seen."""
         named = super_journal_of(database.files.journal)
         return named is not None and not os.path.exists(self._plain(os.path.basename(named)))
+
+    @staticmethod
+    def _is_by_writer(database: Database, ref: FileRef, handle: int) -> bool:
+        """Whether an fsync may be that of who wrote what is noted: `rollback_capture` has the table. Under the
+        database's lock."""
+        rollback = database.rollback
+        if ref.kind is FileKind.JOURNAL:
+            return handle != 0 and (rollback.has_journal or database.raw_writers > 0)
+        return rollback.is_by(handle) or (handle != 0 and database.raw_writers > 0)
 
     # -- a WAL that stands in for a rollback mode ----------------------------------------------------------------
 
@@ -184,7 +196,7 @@ class CommitHooks(Shown):
             elif not wal_in_use(database):
                 database.rollback.note(size_bytes, 0)
 
-    def _foreign_synced(self, database: Database, then: Then) -> None:
+    def _foreign_synced(self, database: Database, then: Then, *, by_writer: bool) -> None:
         """An fsync that may be of a commit of SQLite, in the journal modes MEMORY and OFF, or of somebody who writes in
         place."""
 
@@ -194,7 +206,7 @@ class CommitHooks(Shown):
             else:
                 then(error)
 
-        self._store.capture.settle_later(database, settled, ended=True, synced=True)
+        self._store.capture.settle_later(database, settled, ended=True, synced=by_writer)
 
     # -- commit points -----------------------------------------------------------------------------------------
 
@@ -294,12 +306,18 @@ class CommitHooks(Shown):
 
     # -- files that become databases -----------------------------------------------------------------------------
 
-    def _plain_synced(self, ref: FileRef, then: Then) -> None:
+    def _is_writer(self, ref: FileRef, handle: int) -> bool:
+        """Whether a plain file was written through this handle last, as far as is known. Another one's fsync or close
+        says nothing of what SQLite is about to write."""
+        return self._plain_writers.get(ref.name, handle) == handle
+
+    def _plain_synced(self, ref: FileRef, then: Then, handle: int) -> None:
         """A file that is no database yet was fsynced. Where commits wait for replicas its first transaction does so
         here, with the journal still there, as those that follow (see `gated`)."""
         hot = ref.kind is FileKind.PLAIN and journal_in_use(self._plain(ref.name + "-journal"))
         gate = self._store.gate
-        if ref.kind is not FileKind.PLAIN or not self._store.is_primary or (hot and (gate is None or not gate.active)):
+        ungated = hot and (gate is None or not gate.active)
+        if ref.kind is not FileKind.PLAIN or not self._store.is_primary or ungated or not self._is_writer(ref, handle):
             then(None)
         else:
             self._take_over(ref.name, then)

@@ -143,7 +143,7 @@ class CommitPoints(InPlace):
         """Whether no transaction of SQLite is under way. Without `mount_fd` its locks are not asked for."""
         if wal_in_use(database) and not _is_idle_and_empty(database):
             return False
-        return database.rollback.journal_is_finished() or not (
+        return database.rollback.own_journal_is_finished() or not (
             database.rollback.journal_in_use()
             or (mount_fd is not None and ofd_locks.write_locked(mount_fd, PENDING, LOCK_BYTES) is not None)
         )
@@ -153,7 +153,7 @@ class CommitPoints(InPlace):
         synced: bool = False,
     ) -> None:  # fmt: skip
         """`settle_rollback`, from any thread; continues on the worker, or another thread. `ended`: somebody has closed
-        the file, or fsynced it. `synced`: he waits in his fsync, so if he is SQLite he has the locks."""
+        the file, or fsynced it. `synced`: who wrote it waits in his fsync, so if he is SQLite he has the locks."""
 
         def opened(fds: list[int] | None) -> None:
             self._worker.post(settle, fds, database=database.name)

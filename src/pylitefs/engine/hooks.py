@@ -164,6 +164,8 @@ class EngineHooks(CommitHooks):
 
     def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
         database = self._database(ref)
+        if last and ref.kind is FileKind.PLAIN:
+            self._plain_writers.pop(ref.name, None)
         if database is None or ref.kind is not FileKind.DATABASE or by_daemon:
             return
         with database.handles_lock:
@@ -183,7 +185,7 @@ class EngineHooks(CommitHooks):
         elif database.app_handles == 0:
             self._apply.idle(database)
 
-    def flushed(self, ref: FileRef, then: Then) -> None:
+    def flushed(self, ref: FileRef, then: Then, handle: int) -> None:
         database = self._database(ref)
         if database is not None:
             if database.captures and database.rollback.pending:
@@ -200,6 +202,7 @@ class EngineHooks(CommitHooks):
             ref.kind is FileKind.PLAIN
             and self._store.is_primary
             and not ref.name.startswith(".")
+            and self._is_writer(ref, handle)
             and not journal_in_use(self._plain(ref.name + "-journal"))
         ):
             self._take_over(ref.name, then)
@@ -208,21 +211,22 @@ class EngineHooks(CommitHooks):
 
     # -- writes ----------------------------------------------------------------------------------------------
 
-    def write(self, ref: FileRef, fd: int, data: memoryview, offset: int) -> int:
+    def write(self, ref: FileRef, fd: int, data: memoryview, offset: int, handle: int) -> int:
         database = self._database(ref)
         if database is None:
+            self._plain_writers[ref.name] = handle
             if not self._may_make and offset == 0 and is_sqlite(bytes(data[:HEADER_SIZE])):
                 raise read_only()
             if offset == 0 and ref.name.endswith("-journal") and bytes(data[:28]) == _ZERO_HEADER:
                 self._import_base(ref.name)
         elif database.captures:
             if ref.kind is FileKind.DATABASE:
-                return self._write_database(database, fd, data, offset)
+                return self._write_database(database, fd, data, offset, handle)
             if ref.kind is FileKind.JOURNAL and offset == 0 and bytes(data[:28]) == _ZERO_HEADER:
                 self._commit_now(database)
         return os.pwrite(fd, data, offset)
 
-    def _write_database(self, database: Database, fd: int, data: memoryview, offset: int) -> int:
+    def _write_database(self, database: Database, fd: int, data: memoryview, offset: int, handle: int) -> int:
         if wal_in_use(database):
             return os.pwrite(fd, data, offset)  # a checkpoint: the WAL has told us these pages
         if (self._store.roles.pause.on or not database.may_commit) and not (
@@ -236,7 +240,7 @@ class EngineHooks(CommitHooks):
             if not database.rollback.has_journal:
                 self._store.capture.note_write(database)
             written = os.pwrite(fd, data, offset)
-            database.rollback.note(offset, written)
+            database.rollback.note(offset, written, handle)
             return written
 
     def before_truncate(self, ref: FileRef, size_bytes: int, then: Then, by_daemon: bool) -> None:

@@ -3,7 +3,26 @@
 The journal is not the list of changed pages (a page from the freelist is changed without being journaled), the
 writes are. So the database file's writes come to us, and are noted as byte ranges until a commit point: the
 journal is unlinked, truncated or its header zeroed (of several databases: the super-journal is unlinked, see
-`super_journal`); where there is no journal file, the database is fsynced, or nobody holds a write lock any more.
+`super_journal`); where there is no journal file, the database is fsynced by who wrote it, or nobody holds a write lock
+any more.
+
+Anybody may fsync a database at any moment (`sync FILE`, a backup), also when a transaction has spilled its cache: half
+of it stands in the file then. So whose fsync is it? SQLite writes and fsyncs a database through one descriptor, from a
+transaction's first page to its end, and nobody else has that: the kernel tells which open file a request came through.
+This needs no process id (none is known across PID namespaces), and is right within one process too.
+
+    an fsync of                           is a commit point
+    the database, by a handle that wrote  where there is no journal; with one that is hot, where commits wait for
+    what is noted                         replicas (see `gated`)
+    the database, by another handle       never: what is noted waits for the writer's own fsync, the end of the journal,
+                                          or the end of the writer's locks
+    the database, where writes pass us    by any handle that can write; who opened it for reading wrote nothing
+    by (see below)
+    the journal                           by a handle that can write, if the journal is finished and was hot when the
+                                          pages were written: it is theirs, so they are committed, whoever asks. One
+                                          that PERSIST has left behind says nothing of the modes MEMORY and OFF
+
+A close, and the look some time after a write, ask for SQLite's locks, which whoever writes has.
 
 A handle that was opened with passthrough (in WAL mode) and now writes in rollback mode leaves no ranges. Then
 `suspect` makes the next commit compare the whole database with the checksum table.
@@ -69,6 +88,7 @@ class RollbackCapture:
         self.suspect = False
         self.overwritten = False  # by who is not SQLite, beside a WAL in use: SQLite itself cuts a file off there, too
         self.writes = 0  # how many were noted
+        self._writers: set[int] = set()  # the handles that those came through which are not recorded yet
         self.foreign = False  # some of them were perhaps not SQLite's, see `in_place`; and for that:
         self.quiet_s = _QUIET_S
         self.seen: tuple[int, FileStamp] = (0, (0, 0))  # what was there when it was last looked at, and since when
@@ -85,6 +105,7 @@ class RollbackCapture:
     def clear(self) -> None:
         self.dirty.clear()
         self.suspect = self.foreign = self.overwritten = False
+        self._writers.clear()
         self.quiet_s = _QUIET_S
 
     def journal_in_use(self) -> bool:
@@ -110,6 +131,14 @@ class RollbackCapture:
         head = journal_head(self._files.journal)
         return len(head) == _HEADER_BYTES and not any(head)
 
+    def own_journal_is_finished(self) -> bool:
+        """`journal_is_finished`, of the transaction that wrote the pages that are noted."""
+        return self.has_journal and self.journal_is_finished()
+
+    def is_by(self, handle: int) -> bool:
+        """Whether what is noted came through this handle, or part of it."""
+        return handle in self._writers
+
     def starts_transaction(self) -> bool:
         """Called before a write: whether the journal is another one than at the writes noted so far, which means that
         those were committed (PERSIST, or EXCLUSIVE locking, where the header's zeroing was not seen)."""
@@ -120,8 +149,11 @@ class RollbackCapture:
             self._nonce = nonce
         return new
 
-    def note(self, offset: int, size: int) -> None:
+    def note(self, offset: int, size: int, handle: int = 0) -> None:
+        """A write, or a truncation (`handle` 0: another write of the same transaction tells whose it is)."""
         self.writes += 1
+        if handle:
+            self._writers.add(handle)
         self.dirty.add(offset, size)
 
 

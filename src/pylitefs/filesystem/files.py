@@ -192,14 +192,15 @@ class FileRequests:
         return self._handles.open_node(node, open_fd, writable, by_daemon)
 
     def _flush(self, rq: Request) -> bytes | None:
-        handle = self._handle(requests.parse_handle(rq.data))
+        fh = requests.parse_handle(rq.data)
+        handle = self._handle(fh)
         node = handle.node
         if handle.lock is not None:
             handle.lock.flush(not self._is_open_elsewhere(node), self._volume.after(rq, lambda: b""))
             return None
         if not node.hooked:
             return b""
-        self._hooks.flushed(self._volume.ref(node), self._volume.patiently(rq, lambda: b""))
+        self._hooks.flushed(self._volume.ref(node), self._volume.patiently(rq, lambda: b""), fh)
         return None
 
     def _is_open_elsewhere(self, node: Node) -> bool:
@@ -254,9 +255,10 @@ class FileRequests:
         with data:
             if node.hooked or handle.direct:
                 ref = self._volume.ref(node)
-                written = self._hooks.write(ref, node.fd, data, offset)
+                written = self._hooks.write(ref, node.fd, data, offset, fh)
                 if not handle.by_daemon and self._hooks.is_commit(ref, node.fd, offset, written):
-                    self._sync(rq, node, os.fdatasync, self._volume.after(rq, lambda: replies.pack_write(written)))
+                    answered = self._volume.after(rq, lambda: replies.pack_write(written))
+                    self._sync(rq, node, fh, os.fdatasync, answered)
                     return None
                 return replies.pack_write(written)
             done = 0
@@ -267,10 +269,12 @@ class FileRequests:
     def _fsync(self, rq: Request) -> None:
         fh, data_only = requests.parse_fsync(rq.data)
         fsync = os.fdatasync if data_only else os.fsync
-        self._sync(rq, self._handle(fh).node, fsync, self._volume.after(rq, lambda: b""))
+        handle = self._handle(fh)
+        self._sync(rq, handle.node, fh if handle.writable else 0, fsync, self._volume.after(rq, lambda: b""))
 
-    def _sync(self, rq: Request, node: Node, fsync: Callable[[int], None], answered: Then) -> None:
-        """Have a file fsynced, and what it waits for beside that; then `answered`, on any thread."""
+    def _sync(self, rq: Request, node: Node, handle: int, fsync: Callable[[int], None], answered: Then) -> None:
+        """Have a file fsynced, and what it waits for beside that; then `answered`, on any thread. `handle`: see
+        `FileHooks.after_fsync`."""
         ref = self._volume.tree.refresh(node) if node.stale else node.ref
         hooks, pid, unique = self._hooks, rq.pid, rq.unique
 
@@ -282,7 +286,7 @@ class FileRequests:
                 raise
             then = Answerable(self._patience, pid, unique, answered)
             try:
-                hooks.after_fsync(ref, then)
+                hooks.after_fsync(ref, then, handle)
             except BaseException as error:
                 then(error)
             if ref.kind is FileKind.WAL and not then.answered:

@@ -114,7 +114,7 @@ class EngineHooks(CommitHooks):
     def _remove_stillborn(self, ref: FileRef) -> None:
         """SQLite has made an empty file for a new database, which cannot be begun on a replica: leave none behind."""
         base = ref.name.removesuffix("-journal").removesuffix("-wal")
-        if ref.kind is FileKind.PLAIN and os.path.exists(self._plain(base)) and not _has_bytes(self._plain(base)):
+        if ref.kind is FileKind.PLAIN and os.path.exists(self._plain(base)) and not stamp(self._plain(base))[0]:
             os.unlink(self._plain(base))
             if self._store.notifier is not None:
                 self._store.notifier.changed(base)
@@ -395,10 +395,3 @@ class NothingHeld:
 
 def _busy(database: Database) -> OSError:
     return OSError(errno.EBUSY, f"{database.name}: {database.set_aside_reason or 'busy'}")
-
-
-def _has_bytes(path: str) -> bool:
-    try:
-        return os.stat(path).st_size > 0
-    except FileNotFoundError:
-        return False

@@ -35,7 +35,7 @@ from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.errors import DatabaseError, LitefsError, MountError, ReadOnlyReplica, UsageError
 from pylitefs.events import Event, EventBus
 from pylitefs.filesystem.guard import MountGuard
-from pylitefs.filesystem.mount import put_away_side_files
+from pylitefs.filesystem.mount import put_away_side_files, take_away_dead
 from pylitefs.filesystem.session import Session
 from pylitefs.http.cluster_routes import ClusterRoutes
 from pylitefs.http.replication import PATH as REPLICATION_PATH
@@ -109,6 +109,8 @@ class Daemon:
         http_socket = listen(config.http.host, config.http.port)
         self._stack.callback(http_socket.close)
         await self._lock_data_dir()
+        # Before recovery: a dead mount holds the files that passed through it, so that they would count as in use.
+        await in_thread(take_away_dead, config.fuse.dir, logging.getLogger("litefs.fuse").info)
         await self._build_store(is_primary=static and config.lease.candidate, by_election=not static)
         self._node = Node(config, self._store, socket.gethostname(), http_socket.getsockname()[1])
         self._control = NodeControl(self._node)

@@ -37,6 +37,7 @@ class FakeDatabase:
     sqlite_version: int = 3_051_003
     set_aside_reason: str | None = None
     withheld: str | None = None
+    failing: str | None = None
 
     @property
     def size_bytes(self) -> int:

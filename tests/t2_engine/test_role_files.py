@@ -305,16 +305,21 @@ def scene(folder: Path) -> Iterator[Scene]:
         made.store.close(clean=False)
 
 
+def write_without_journal(scene: Scene) -> None:
+    """One row, by a connection that has left WAL mode."""
+    scene.sql("PRAGMA journal_mode = DELETE")
+    scene.store.flush(scene.database).result(10)
+    scene.sql("PRAGMA journal_mode = OFF")
+    scene.sql("INSERT INTO t (v) VALUES (x'01')")
+
+
 def test_sqlites_own_writes_of_which_nobody_knows_whose_they_are_do_not_keep_a_database_from_being_taken_over(
     scene: Scene,
 ) -> None:
     """With journal_mode=OFF nothing tells a first write from one of somebody who takes no locks; the grip is in the way
     of asking."""
     database = scene.database
-    scene.sql("PRAGMA journal_mode = DELETE")
-    scene.store.flush(database).result(10)
-    scene.sql("PRAGMA journal_mode = OFF")
-    scene.sql("INSERT INTO t (v) VALUES (x'01')")
+    write_without_journal(scene)
     with database.lock:
         database.rollback.foreign = True
         database.rollback.note(0, 4096)
@@ -329,10 +334,7 @@ def test_what_was_written_in_a_rollback_mode_right_before_the_wal_does_not_keep_
     scene: Scene,
 ) -> None:
     database = scene.database
-    scene.sql("PRAGMA journal_mode = DELETE")
-    scene.store.flush(database).result(10)
-    scene.sql("PRAGMA journal_mode = OFF")
-    scene.sql("INSERT INTO t (v) VALUES (x'01')")
+    write_without_journal(scene)
     with database.lock:
         database.rollback.note(4096, 4096)
     scene.sql("PRAGMA journal_mode = WAL")

@@ -23,7 +23,8 @@ while True:
     connection, path, sql, values = pickle.loads(source.read(struct.unpack("=I", head)[0]))
     try:
         if sql is None:
-            connections.pop(connection).close()
+            if connection in connections:  # else it could not be opened
+                connections.pop(connection).close()
             answer = []
         else:
             if connection not in connections:

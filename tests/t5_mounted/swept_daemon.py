@@ -176,7 +176,12 @@ def rename_over(app: App) -> Action:
             other(sql)
         other.close()
         other.stop()
-        app.command("mv", "new.tmp", app.name)
+        try:
+            app.command("mv", "new.tmp", app.name)
+        except subprocess.CalledProcessError:  # the other one has it open, or is about to, in WAL mode
+            assert app.mode == "WAL"
+            subprocess.run(["rm", "new.tmp"], check=True, timeout=30, cwd=app.mount)
+            app(INSERT)
 
     return work
 

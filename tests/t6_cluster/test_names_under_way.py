@@ -30,7 +30,7 @@ while not os.path.exists(end):
             if what == "stat":
                 os.stat(path)
             else:
-                os.close(os.open(path, os.O_RDWR))
+                os.close(os.open(path, os.O_RDWR | (os.O_CREAT if what == "make" else 0)))
             seen["ok"] += 1
         except OSError as error:
             seen[error.strerror] += 1
@@ -102,8 +102,20 @@ def test_who_opens_a_database_that_gets_another_file_has_one_or_the_other(cluste
     wait_until(lambda: not (replica.mount / "new.db").exists(), "the drop follows")
 
 
+def test_who_opens_a_database_that_is_removed_makes_it_anew(cluster: Cluster, tmp_path: Path) -> None:
+    """With O_CREAT, as SQLite does, a file that goes at this moment is made; there is no "no such file"."""
+    node = cluster.node("node").start()
+    path = node.mount / NAME
+    with looking(path, tmp_path / "end", "make") as seen, looking(path, tmp_path / "end", "make") as seen_too:
+        for _ in range(scaled(80)):
+            make(path, "x", rows=1)
+            path.unlink()
+    assert set(seen | seen_too) == {"ok"}, (seen, seen_too)
+
+
 def test_the_wal_of_the_old_file_never_gets_into_the_new_one(cluster: Cluster, tmp_path: Path) -> None:
-    """The old database is open, with rows in its WAL that were not checkpointed; its connection keeps them."""
+    """Nor the other way round: who has the old file open would make, or cut off, a WAL by the name that the new file
+    has then. Also with a connection that was opened and has not read yet, which looks for the WAL only when it does."""
     primary, replica = cluster.pair()
     path = primary.mount / NAME
     with contextlib.closing(primary.connect(NAME)) as old:
@@ -113,12 +125,19 @@ def test_the_wal_of_the_old_file_never_gets_into_the_new_one(cluster: Cluster, t
         old.execute("insert into t values('old')")
         make(tmp_path / "new", "new", rows=500)
         shutil.copyfile(tmp_path / "new", primary.mount / "new.db")
+        with pytest.raises(OSError, match="busy"):
+            (primary.mount / "new.db").rename(path)
+        old.execute("insert into t values('old')")
+    with contextlib.closing(primary.connect(NAME)), pytest.raises(OSError, match="busy"):
         (primary.mount / "new.db").rename(path)
-        assert values(primary) == {"new" * 50}
-        assert old.execute("select a from t").fetchall() == [("old",)]
+    assert "app.db is not renamed" not in primary.log_text()
+    assert "new.db is not renamed: an application has app.db open" in primary.log_text()
+    assert values(primary) == {"old"}
+    (primary.mount / "new.db").rename(path)
     assert values(primary) == {"new" * 50}
     wait_same_position(primary, replica, NAME)
     assert values(replica) == {"new" * 50}
+    assert primary.databases() == [NAME]
 
 
 def test_a_rename_that_fails_leaves_nothing_behind(cluster: Cluster) -> None:

@@ -514,9 +514,11 @@ def test_a_transaction_over_two_databases_is_one_of_each(cluster: Cluster, mode:
 
 GIB = 1 << 30
 LARGE = "large.db"
+SLOW_DISK_S = 150.0  # some 5 GB are written
 
 
 @needs_root
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("mode", "late"), [("delete", False), ("delete", True), ("wal", True)])
 def test_a_database_above_1_gib(cluster: Cluster, mode: str, late: bool) -> None:
     """The lock page at 1 GiB, which SQLite never uses, is neither in the log nor missed in a copy: in one large
@@ -541,7 +543,7 @@ def test_a_database_above_1_gib(cluster: Cluster, mode: str, late: bool) -> None
     assert connection.execute("pragma page_count").fetchone()[0] > GIB // 65536
     for _ in range(4):
         connection.execute("insert into t(data) values (randomblob(300000))")
-    wait_same_position(primary, replica, LARGE)
+    wait_same_position(primary, replica, LARGE, SLOW_DISK_S)
     connection.execute("update t set data = randomblob(400000) where id > 11")
     connection.close()
     nodes = [primary, replica]
@@ -549,7 +551,7 @@ def test_a_database_above_1_gib(cluster: Cluster, mode: str, late: bool) -> None
         wait_until(lambda: len(list((primary.data / "dbs" / LARGE / "ltx").glob("*.ltx"))) < 3, "the log is cut")
         nodes.append(cluster.node("late", primary=primary).start())
     for node in nodes[1:]:
-        wait_same_position(primary, node, LARGE)
+        wait_same_position(primary, node, LARGE, SLOW_DISK_S)
         reader = node.connect(LARGE)
         assert_sound(reader)
         found = reader.execute("select count(*), sum(length(data)) from t").fetchone()

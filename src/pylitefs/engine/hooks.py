@@ -19,7 +19,7 @@ from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_file, sync_folder
 from pylitefs.engine.page_checksums import stamp
-from pylitefs.engine.renaming import wait_until_closed
+from pylitefs.engine.renaming import when_unused
 from pylitefs.engine.rollback_capture import is_complete_database, journal_in_use
 from pylitefs.engine.store import Store
 from pylitefs.errors import FormatError
@@ -364,9 +364,11 @@ class EngineHooks(CommitHooks):
                 answer(error)
 
         def rename() -> None:
-            if (source := self._database(old)) is not None:
-                wait_until_closed(source, self._store.notifier)
-            self._store.worker.submit(self._store.naming.rename, old, new).result()
+            def on_worker() -> None:
+                self._store.worker.submit(self._store.naming.rename, old, new).result()
+
+            source, target = self._store.get(old.name), self._store.get(new.name)
+            when_unused(source, target, self._store.notifier, on_worker)
 
         self._in_thread(rename, renamed)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -258,17 +259,19 @@ class Naming:
             if self._registry.is_plain_database(old.name):
                 self._replace_content(target, old.name)
                 return
+            check_unused(None, target, self._registry.notifier)
             self.drop(target)
         self._move(old.name, new.name, lambda: os.rename(plain, renamed))
         self.import_plain(new.name)
 
     def _replace_content(self, database: Database, plain_name: str) -> None:
         """Another database file takes the place of this one; what was committed in its WAL is in the log already."""
+        check_unused(None, database, self._registry.notifier)
         replacement = Replacement(database.files, self._registry.plain_path(plain_name), None)
         try:
             with _still(database):
                 replacement.note()
-                self._move(plain_name, database.name, replacement.exchange)
+                self._move(plain_name, database.name, lambda: self._exchange(None, database, replacement))
                 replacement.finish()
                 database.wal_stands_in = False
                 self._registry.set_owner(database.files.database)
@@ -281,25 +284,17 @@ class Naming:
     def _rename_database(self, source: Database, name: str) -> None:
         """`source` is called `name` from now on. The new name's content is recorded before the drop of the old one:
         whoever follows the log has the rows under one of the names at least."""
-        check_unused(source, self._registry.notifier)
         capture, target = self._registry.capture, self._registry.get_or_create(name)
+        check_unused(source, target, self._registry.notifier)
         capture.flush_if_possible(source)
         if target.exists:
             capture.flush_if_possible(target)
         replacement = Replacement(target.files, source.files.database, source.files)
 
-        def exchange() -> None:
-            with source.handles_lock:  # nobody is let in meanwhile
-                try:
-                    check_unused(source, self._registry.notifier)
-                except OSError:
-                    replacement.finish()
-                    raise
-                replacement.exchange()
-
         try:
             with _still(source, target):
                 replacement.note()
+                exchange = functools.partial(self._exchange, source, target, replacement)
                 self._move(source.name, name, exchange, anew=needs_its_name(source))
                 stood_in, target.wal_stands_in = target.wal_stands_in, source.wal_stands_in
                 capture.replaced(target)
@@ -323,6 +318,17 @@ class Naming:
         finally:
             self._tell(source.name, name)
         source.emit("drop", txid=source.position.txid)
+
+    def _exchange(self, source: Database | None, target: Database, replacement: Replacement) -> None:
+        with contextlib.ExitStack() as nobody_is_let_in:
+            for database in filter(None, (source, target)):
+                nobody_is_let_in.enter_context(database.handles_lock)
+            try:
+                check_unused(source, target, self._registry.notifier)
+            except OSError:
+                replacement.finish()
+                raise
+            replacement.exchange()
 
     def _moved_away(self, source: Database, target: Database, replacement: Replacement) -> None:
         source.moved_to = Moved(target.name, target.position.txid, source.position.txid) if target.exists else None

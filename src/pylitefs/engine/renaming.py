@@ -1,11 +1,13 @@
-"""Whether a database may be renamed, and what its content is then.
+"""Whether a database may be renamed, or another one may take its name, and what the content is then.
 
 SQLite finds -wal, -shm and -journal by the name that it opened a database by. So a connection that goes on when the
-file has another name would commit where nobody looks: into a WAL of the old name, beside others who write the same
-file. Natively too rows are lost so. Therefore a rename is refused (EBUSY)
+file has another name, or none, would commit where nobody looks: into a WAL of the old name, beside others who write the
+same file, or into the WAL of the file that has this name now, which is torn by it. Natively too rows are lost so.
+Therefore a rename is refused (EBUSY)
 
-    in WAL mode                 while any application has the database, its -wal or its -shm open, or is about to
-    in the rollback modes       while a journal stands there that could still take pages back
+    in WAL mode                 while any application has the database (old or new name), its -wal or its -shm open, or
+                                is about to
+    in the rollback modes       while a journal stands there that could still take pages back (old name)
 
 In a rollback mode a connection may stay: it reads on, and SQLite itself refuses to write to a file that has lost its
 name (SQLITE_READONLY_DBMOVED). The answer holds until the file has its new name, because it is given anew where nobody
@@ -19,6 +21,7 @@ import errno
 import functools
 import logging
 import time
+from collections.abc import Callable
 
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.commit_points import wal_in_use
@@ -40,33 +43,55 @@ def needs_its_name(database: Database) -> bool:
     return database.journal_mode == "wal" or database.wal_stands_in or wal_in_use(database)
 
 
-def _problem(database: Database, notifier: Notifier | None) -> str | None:
-    if database.rollback.journal_in_use():
+def _problem(source: Database | None, target: Database | None, notifier: Notifier | None) -> str | None:
+    if source is not None and source.rollback.journal_in_use():
         return "a transaction in it has not ended, or has to be rolled back: open it once"
-    if database.opening or (
-        needs_its_name(database)
-        and (database.app_handles or (notifier is not None and _is_open(database.name, notifier)))
-    ):
-        return "an application has it open; SQLite would go on to write to files of its old name: close it first"
+    for database in (source, target):
+        if database is not None and (
+            (database is source and database.opening) or (needs_its_name(database) and _is_used(database, notifier))
+        ):
+            return (
+                f"an application has {shown(database.name)} open; SQLite would go on to write to files of this name: "
+                "close it first"
+            )
     return None
 
 
-def _is_open(name: str, notifier: Notifier) -> bool:
-    return any(notifier.is_open(name + suffix) for suffix in ("", *SUFFIXES))
+def _is_used(database: Database, notifier: Notifier | None) -> bool:
+    names = [database.name + suffix for suffix in ("", *SUFFIXES)]
+    return (
+        database.opening > 0
+        or database.app_handles > 0
+        or (notifier is not None and any(notifier.is_open(name) for name in names))
+    )
 
 
-def check_unused(database: Database, notifier: Notifier | None) -> None:
-    """It may get another name; else OSError (EBUSY), and a line in the log."""
-    if (problem := _problem(database, notifier)) is not None:
-        log.warning("%s is not renamed: %s", shown(database.name), problem)
-        raise OSError(errno.EBUSY, f"{database.name}: {problem}")
+def check_unused(source: Database | None, target: Database | None, notifier: Notifier | None) -> None:
+    """`source` may get the name of `target` (each None where it is no database); else OSError (EBUSY)."""
+    if (problem := _problem(source, target, notifier)) is not None:
+        raise OSError(errno.EBUSY, problem)
 
 
-def wait_until_closed(database: Database, notifier: Notifier | None) -> None:
-    """Those who have just closed it may still count as users: give them a moment. Blocking, not on the worker."""
+def when_unused(
+    source: Database | None, target: Database | None, notifier: Notifier | None, rename: Callable[[], object]
+) -> None:
+    """`rename`, which checks that by itself. Those who have just closed it may still count as users, and those who open
+    it in a rollback mode are about to be out of the way: give them a moment. Blocking, not on the worker. Raises what
+    `rename` raises; a refusal (EBUSY) is in the log, too."""
     until_s = time.monotonic() + _CLOSED_S
-    while _problem(database, notifier) is not None and time.monotonic() < until_s:
-        time.sleep(_LOOK_AGAIN_S)
+    while True:
+        while _problem(source, target, notifier) is not None and time.monotonic() < until_s:
+            time.sleep(_LOOK_AGAIN_S)
+        try:
+            rename()
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            if time.monotonic() >= until_s:
+                database = source or target
+                log.warning("%s is not renamed: %s", shown(database.name) if database else "?", error.strerror)
+                raise
 
 
 def record_content(database: Database, capture: Capture) -> None:

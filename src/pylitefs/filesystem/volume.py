@@ -91,16 +91,17 @@ class Volume:
         return path
 
     def on_path(self, node: Node, use: Callable[[str], T]) -> T:
-        """`use(path)`, once more if the file was being moved inside the data directory. ESTALE if it has gone."""
+        """`use(path)`, again as often as the file was moved inside the data directory meanwhile. ESTALE if it has gone,
+        never ENOENT: who opens with O_CREAT would get it, though the kernel can look the name up again, and make it."""
         path = self.path(node)
-        try:
-            return use(path)
-        except FileNotFoundError:
-            node.stale = True
-            again = self.path(node)
-            if again == path:
-                raise OSError(ESTALE, "the file has gone") from None
-            return use(again)
+        while True:
+            try:
+                return use(path)
+            except FileNotFoundError:
+                node.stale = True
+                before, path = path, self.path(node)
+                if path == before:
+                    raise OSError(ESTALE, "the file has gone") from None
 
     def open(self, node: Node, flags: int) -> int:
         """A descriptor of the node's own file. ESTALE if its name leads to another one by now. Not while names are

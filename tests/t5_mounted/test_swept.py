@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.timeout(round(150 * max(1.0, SCALE))),
 ]
 SEED = int(os.environ.get("PYLITEFS_TEST_SEED", time.time_ns() % 1_000_000))
-STRIDE = max(1, round(150 / SCALE))
+STRIDE = max(1, round(250 / SCALE))
 PAIRS = round(3 * SCALE)
 
 

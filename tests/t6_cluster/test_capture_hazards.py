@@ -61,30 +61,38 @@ def writer(path: Path, autocheckpoint: int) -> Iterator[subprocess.Popen[str]]:
         process.communicate(timeout=20)
 
 
-def make(path: Path, rows: int, value: str) -> None:
+def make(path: Path, rows: int, value: str, mode: str = "wal") -> None:
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("pragma journal_mode = wal")
+        db.execute(f"pragma journal_mode = {mode}")
         db.execute("create table t (id integer primary key, v)")
         db.executemany("insert into t (v) values (?)", [(value * 40,)] * rows)
         db.commit()
 
 
+@pytest.mark.parametrize("mode", ["wal", "delete"])
 @pytest.mark.parametrize("passthrough", PASSTHROUGH)
-def test_another_database_takes_the_name(cluster: Cluster, passthrough: str, tmp_path: Path) -> None:
-    """`mv new db` while a connection goes on writing to what was there: every copy is the new content and no more."""
+def test_another_database_takes_the_name(cluster: Cluster, passthrough: str, mode: str, tmp_path: Path) -> None:
+    """`mv new db` while a connection goes on writing to what was there: every copy is the new content and no more. In
+    WAL mode it is done only when that connection has gone."""
     primary, replica = cluster.pair()
-    make(tmp_path / "old", 400, "o")
+    make(tmp_path / "old", 400, "o", mode)
     make(tmp_path / "new", 300, "n")
     expected = (tmp_path / "new").read_bytes()
     chance = random.Random(1)
-    for number in range(scaled(6)):
+    for number in range(scaled(4)):
         name = f"d{number}"
         shutil.copy(tmp_path / "old", primary.mount / name)
         shutil.copy(tmp_path / "new", primary.mount / f"{name}-next")
         with writer(primary.mount / name, 1):
             time.sleep(chance.uniform(0.02, 0.06))
-            os.rename(primary.mount / f"{name}-next", primary.mount / name)
+            if mode == "wal":
+                with pytest.raises(OSError, match="busy"):
+                    os.rename(primary.mount / f"{name}-next", primary.mount / name)
+            else:
+                os.rename(primary.mount / f"{name}-next", primary.mount / name)
             time.sleep(0.05)
+        if mode == "wal":
+            os.rename(primary.mount / f"{name}-next", primary.mount / name)
         wait_same_position(primary, replica, name)
         exported = assert_same_bytes([primary, replica], name)
         (tmp_path / "exported").write_bytes(exported)

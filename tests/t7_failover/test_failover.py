@@ -34,6 +34,7 @@ def engines(*names: str, longer: tuple[str, ...] = ()) -> Any:
     return pytest.mark.parametrize("engine", [*names, *(pytest.param(name, marks=LONGER) for name in longer)])
 
 
+@pytest.mark.rotates(2)
 @engines("etcd", "consul", "kubernetes", longer=("directory", "s3"))
 def test_kill_9(new_cluster: New, engine: str) -> None:
     cluster = new_cluster(engine, databases=ALL_DBS)
@@ -108,6 +109,7 @@ def test_power_cut(new_cluster: New, sync: int, which: str) -> None:
     report(f"power cut of {which}, sync {sync}", *cluster.judge())
 
 
+@pytest.mark.rotates(2)
 @engines("etcd", "s3", "consul", longer=("directory", "kubernetes"))
 def test_sigterm_hands_over(new_cluster: New, engine: str) -> None:
     """Nothing is lost, also of what is not waited for, and nobody has to notice that the primary is gone."""

@@ -96,6 +96,7 @@ def strike(cluster: HaCluster, what: str, victim: Member) -> None:
             victim.post(f"/{what}")
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize(
     ("what", "whom", "sync"),
     [

@@ -370,6 +370,28 @@ def test_a_dead_mount_of_another_program_is_not_touched(tmp_path: Path) -> None:
         mount.detach(path)
 
 
+def test_what_is_made_just_before_the_mount_is_not_hidden_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application that did not wait for the daemon: its rows would be nowhere, and nobody would be told."""
+    path, mounting = tmp_path / "mnt", mount.mount
+
+    def made_before(*args: object, **kwargs: object) -> int:
+        (path / "app.db").touch()
+        return mounting(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mount, "mount", made_before)
+    hooks = PlainHooks(str(tmp_path / "data"))
+    with pytest.raises(MountError, match="is not empty"):
+        Session(str(path), str(tmp_path / "data"), hooks).start()
+    assert mount.mount_at(str(path)) is None and os.listdir(path) == ["app.db"]
+    monkeypatch.undo()
+    (path / "app.db").unlink()
+    session = Session(str(path), str(tmp_path / "data"), hooks)
+    session.start()
+    session.stop()
+
+
 def test_the_helper_mounts_too(tmp_path: Path) -> None:
     path = mount.prepare(str(tmp_path / "mnt"), lambda line: None)
     device = Device(mount.mount_by_helper(path, ["default_permissions", f"max_read={MAX_WRITE}"]))

@@ -122,8 +122,12 @@ def prepare(mount_dir: str, log: Callable[[str], None]) -> str:
     except OSError as error:
         raise MountError(f"mount point {mount_dir} cannot be read: {error.strerror}") from error
     if not empty:
-        raise MountError(f"mount point {mount_dir} is not empty: move its files away or choose another fuse.dir")
+        raise not_empty(mount_dir)
     return path
+
+
+def not_empty(mount_dir: str) -> MountError:
+    return MountError(f"mount point {mount_dir} is not empty: move its files away or choose another fuse.dir")
 
 
 def take_away_dead(mount_dir: str, log: Callable[[str], None]) -> str:

@@ -242,9 +242,11 @@ class Session:
 
     def _connect(self, *, io_uring: bool) -> None:
         """Mount, and agree with the kernel on how to go on. OSError, with nothing left behind, if rings are refused."""
-        device = Device(mount.mount(self._path, allow_other=self._allow_other, max_read=MAX_WRITE))
+        device, below = self._mount()
         dispatcher: Dispatcher | None = None
         try:
+            if os.listdir(below):  # made since it was `prepare`d: nobody would ever see it again
+                raise mount.not_empty(self._path)
             entry = mount.mount_at(self._path)
             self._mount_device = entry.device if entry else ""
             depth = 2 if mount.fs_type_of(self._data_dir) == "overlay" else 1
@@ -268,7 +270,18 @@ class Session:
             if dispatcher is not None:
                 dispatcher.notifier.stop(STOP_TIMEOUT_S)
             raise
+        finally:
+            os.close(below)
         self._device, self._dispatcher = device, dispatcher
+
+    def _mount(self) -> tuple[Device, int]:
+        """The device, and a descriptor of the directory below the mount."""
+        below = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return Device(mount.mount(self._path, allow_other=self._allow_other, max_read=MAX_WRITE)), below
+        except BaseException:
+            os.close(below)
+            raise
 
     def _passes_through(self, device: Device, agreed: Negotiated) -> bool:
         """Whether the kernel accepts files of the data directory as backing files. Known before anything is opened,

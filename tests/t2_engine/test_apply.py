@@ -6,16 +6,28 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine_nodes import Node, check_log, copy_of, file_checksum, log_files, make_sqlite, new_primary, rows_of
+from engine_nodes import (
+    Node,
+    check_log,
+    closing_node,
+    copy_of,
+    file_checksum,
+    log_files,
+    make_sqlite,
+    new_primary,
+    rows_of,
+)
 from limits import largest_file
 from sqlite_process import SqliteProcess
 
+from pylitefs.engine import replica_wal
 from pylitefs.engine.apply import Building
 from pylitefs.engine.database import Database
 from pylitefs.engine.lost import branches
@@ -203,6 +215,66 @@ def test_another_page_size(pair: Pair, page_size: int) -> None:
     pair.insert()
     pair.catch_up()
     pair.check()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_nothing_of_the_old_wal_counts_beside_another_page_size(pair: Pair, ends: bool) -> None:
+    """Whoever has the files without the wal-index: a copy of the directory, and the node itself after a crash."""
+    pair.catch_up()
+    pair.insert(20_000)
+    pair.catch_up()
+    pair.write("INSERT INTO t (v) VALUES (1)", "PRAGMA page_size = 512", "VACUUM")
+    pair.catch_up()
+    if ends:
+        pair.replica.close(clean=False)
+        os.unlink(pair.target.files.shm)
+    copy = pair.folder / "copy.db"
+    shutil.copyfile(pair.target.files.database, copy)
+    shutil.copyfile(pair.target.files.wal, f"{copy}-wal")
+    with open(copy, "r+b") as file:  # a replica has a WAL whatever the database's mode is
+        file.seek(18)
+        file.write(b"\2\2")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert db.execute("PRAGMA page_size").fetchone() == (512,)
+    assert rows_of(str(copy)) == rows_of(pair.source.files.database)
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_crash_within_a_change_of_the_page_size(pair: Pair, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The log has the transaction before the database has: it is there afterwards, or is applied again."""
+    pair.catch_up()
+    pair.insert(20_000)
+    pair.catch_up()
+    pair.write("PRAGMA page_size = 512", "VACUUM")
+    left = step
+
+    class Crash(BaseException):
+        pass
+
+    def until(name: str) -> Callable[..., object]:
+        real = getattr(replica_wal, name, None) or getattr(os, name)
+
+        def call(*args: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+            return real(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replica_wal, "write_at", until("write_at"))
+        patch.setattr(replica_wal.os, "ftruncate", until("ftruncate"))
+        with contextlib.suppress(Crash):
+            pair.catch_up()
+    pair.replica.close(clean=False)
+    with closing_node(Node(pair.folder / "replica", is_primary=False)) as again:
+        again.store.settle()
+        pair.replica, pair.target = again, again.database()
+        pair.catch_up()
+        pair.check()
 
 
 def test_another_page_size_beside_a_long_reader(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

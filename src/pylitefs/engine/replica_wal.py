@@ -346,11 +346,14 @@ class ReplicaWal:
 
     def replace(self, pages: Iterable[tuple[int, bytes]], page_size: int, commit: int) -> bool:
         """Rewrite the database with another page size, in place. Needs a moment without any reader; False if there is
-        none now. The caller has the pages safe elsewhere: after a crash in here they are applied again."""
-        if not ofd_locks.try_lock(self._shm, READ0, 5, exclusive=True):
+        none now. The caller has the pages safe elsewhere: after a crash in here they are applied again. It has just
+        done a whole checkpoint; the frames that lie in the WAL since then are no longer what the database holds, so a
+        new header ends them before the first page is written."""
+        if self.mx_frame or not ofd_locks.try_lock(self._shm, READ0, 5, exclusive=True):
             return False
         try:
             self._make_room(commit * page_size)
+            self._restart_if_used()
             for pgno, page in pages:
                 write_at(self._database, page, (pgno - 1) * page_size)
             os.ftruncate(self._database, commit * page_size)
@@ -358,6 +361,7 @@ class ReplicaWal:
             self.page_size, self.commit = page_size, commit
             self._change = (self._change + 1) & 0xFFFFFFFF
             self._begin_generation()
+            self._restart_if_used()
         finally:
             ofd_locks.unlock(self._shm, READ0, 5)
         return True

@@ -31,8 +31,17 @@ class Bench:
     """A primary whose row 1 is set to one value after another. `sql` is an application in a process of its own."""
 
     def __init__(self, folder: Path, mode: str = "WAL", synchronous: str = "FULL") -> None:
-        self.folder, self.synchronous = folder, synchronous
-        self.node = new_primary(folder / "node", mode=mode)
+        self._begin(folder, new_primary(folder / "node", mode=mode), synchronous)
+
+    @classmethod
+    def of(cls, node: Node) -> Bench:
+        """Of a node that is there already."""
+        bench = cls.__new__(cls)
+        bench._begin(Path(node.store.data_dir).parent, node, "FULL")
+        return bench
+
+    def _begin(self, folder: Path, node: Node, synchronous: str) -> None:
+        self.folder, self.node, self.synchronous = folder, node, synchronous
         self.images = 0
         self.sql: SqliteProcess | None = None
 
@@ -217,6 +226,36 @@ def test_a_give_back_does_not_take_a_durable_row_back(bench: Bench) -> None:
     assert sorted(os.listdir(bench.database.files.ltx)) == before
     bench.node.store.settle()
     bench.check("A")
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_what_another_node_wrote_is_no_later_generation(bench: Bench, tmp_path: Path, lost: int) -> None:
+    """Under a HALT lock, or as the primary in between: its transaction has the salts of a WAL of its own, and stands in
+    this WAL all the same. What follows it here is durable, and its entries are torn."""
+    entries = [bench.newest(), bench.set("A")]
+    given = written_elsewhere(bench.folder / "elsewhere", entries, "B")
+    store = bench.node.store
+    assert store.demote_database("db", 5.0)
+    store.worker.submit(store.apply_as_primary, "db", given).result()
+    store.promote_database("db")
+    assert bench.newest() == given
+    for value in ("C", "D")[-lost:]:
+        bench.set(value)
+    image = bench.power_cut(torn=lost)
+    assert native(image, tmp_path / "alone") == "D"
+    assert bench.start(image) == "differs"
+    bench.check("D")
+
+
+def written_elsewhere(folder: Path, entries: list[bytes], value: str) -> bytes:
+    """What another node commits on top of these log entries."""
+    replica = Node(folder / "node", is_primary=False)
+    for data in entries:
+        replica.database().apply(data)
+    assert replica.apply.rest(replica.database())
+    replica.close()
+    with contextlib.closing(Bench.of(Node(folder / "node"))) as other:
+        return other.set(value)
 
 
 def test_the_place_of_a_rollback_transaction_is_told_by_its_counter(tmp_path: Path) -> None:

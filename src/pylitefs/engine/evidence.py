@@ -5,14 +5,17 @@ Equal checksums prove nothing: a row that is changed and changed back gives the 
 The WAL on the disk. Before a checkpoint copies anything, SQLite fsyncs the WAL, its header and, at the first fsync of
 a WAL file, its name (wal.c; pager.c for the journal). So the database file holds no frame that is not in the WAL on
 the disk, or in an earlier generation of it, and nothing at all of a later generation. An entry of the log says which
-frames of which generation (salts) it holds; the entries are in the order of the commits. Hence
+frames of which generation (salts) it holds; the entries are in the order of the commits. But what other nodes have
+written, and this one has appended to its own WAL (as a replica in between, for the holder of a HALT lock, given back),
+has the salts of theirs: an entry with other salts need not be of another generation here. Hence, of the newest entry of
+the generation on the disk:
 
-    the WAL ends before an entry's end              the database has not all of that entry
-    the entry is of a later generation: an entry    the database has nothing of it
-    before it is of the generation on the disk, or
-    its first salt is 1 to 16 more (SQLite counts
-    it up at each restart of a WAL)
-    the WAL ends where the entry ends               the database stands right there
+    the WAL ends before its end     the database has not all of it
+    the WAL ends where it ends      the database stands right there, and has nothing of what comes after it
+    the WAL ends behind its end     nothing: what follows may be of another node, and what the log has lost
+
+and of an entry whose first salt is 1 to 16 more (SQLite counts it up at each restart of a WAL): it is of a later
+generation, and the database has nothing of it.
 
 The file's time. The checksum table notes what size and time the database file had when the node knew where it stood,
 durably and before the first change of a run. If both are the same and there is no WAL, no checkpoint went by: it stands
@@ -61,19 +64,17 @@ def standing(newest_first: Iterable[Header], end: WalEnd | None) -> Standing:
     """What the WAL on the disk proves about entries of a log, the newest of them first."""
     if end is None:
         return Standing.UNKNOWN
-    newest, later = True, False  # `later`: an entry of another generation came after the one that is looked at
+    newest = True
     for header in newest_first:
         if header.wal_size and (header.wal_salt1, header.wal_salt2) == end.salts:
             entry_end = header.wal_offset + header.wal_size
-            if later or end.offset < entry_end:
+            if end.offset < entry_end:
                 return Standing.BEHIND
             if end.offset > entry_end:
                 return Standing.UNKNOWN
             return Standing.AT if newest else Standing.BEHIND
-        if header.wal_size:
-            if 0 < (header.wal_salt1 - end.salts[0]) % _U32 <= _GENERATIONS:
-                return Standing.BEHIND
-            later = True
+        if header.wal_size and 0 < (header.wal_salt1 - end.salts[0]) % _U32 <= _GENERATIONS:
+            return Standing.BEHIND
         newest = False
     return Standing.UNKNOWN
 

@@ -140,6 +140,34 @@ def test_the_wal_of_the_old_file_never_gets_into_the_new_one(cluster: Cluster, t
     assert primary.databases() == [NAME]
 
 
+@pytest.mark.parametrize("source", ["database", "plain file"])
+def test_who_has_a_database_in_a_rollback_mode_never_finds_the_wal_of_another(
+    cluster: Cluster, tmp_path: Path, source: str
+) -> None:
+    """SQLite goes on in WAL mode when it finds a -wal at its next transaction, whatever file it has open."""
+    primary, replica = cluster.pair()
+    path, new = primary.mount / NAME, primary.mount / ("new.db" if source == "database" else ".new.db")
+    make(tmp_path / "new", "new", rows=500)
+    with contextlib.closing(sqlite3.connect(tmp_path / "new")) as db:
+        db.execute("pragma journal_mode=wal")
+    shutil.copyfile(tmp_path / "new", new)
+    with contextlib.closing(primary.connect(NAME)) as old:
+        old.execute("create table t(a)")
+        old.execute("insert into t values('old')")
+        with pytest.raises(OSError, match="busy"):
+            new.rename(path)
+        with contextlib.closing(primary.connect(NAME)) as other:
+            other.execute("insert into t values('old')")
+            old.execute("insert into t values('old')")
+    assert values(primary) == {"old"}
+    new.rename(path)
+    with contextlib.closing(primary.connect(NAME)) as db:
+        db.execute("insert into t values(?)", ("new" * 50,))
+    assert values(primary) == {"new" * 50}
+    wait_same_position(primary, replica, NAME)
+    assert values(replica) == {"new" * 50}
+
+
 def test_a_rename_that_fails_leaves_nothing_behind(cluster: Cluster) -> None:
     """The next one of the same names is done, and not only said to be done."""
     primary, replica = cluster.pair()

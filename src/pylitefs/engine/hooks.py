@@ -367,8 +367,8 @@ class EngineHooks(CommitHooks):
             def on_worker() -> None:
                 self._store.worker.submit(self._store.naming.rename, old, new).result()
 
-            source, target = self._store.get(old.name), self._store.get(new.name)
-            when_unused(source, target, self._store.notifier, on_worker)
+            source = self._database(old) or self._plain(old.name)
+            when_unused(source, self._store.get(new.name), self._store.notifier, on_worker)
 
         self._in_thread(rename, renamed)
 

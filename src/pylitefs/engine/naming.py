@@ -259,19 +259,20 @@ class Naming:
             if self._registry.is_plain_database(old.name):
                 self._replace_content(target, old.name)
                 return
-            check_unused(None, target, self._registry.notifier)
+            check_unused(plain, target, self._registry.notifier)
             self.drop(target)
         self._move(old.name, new.name, lambda: os.rename(plain, renamed))
         self.import_plain(new.name)
 
     def _replace_content(self, database: Database, plain_name: str) -> None:
         """Another database file takes the place of this one; what was committed in its WAL is in the log already."""
-        check_unused(None, database, self._registry.notifier)
-        replacement = Replacement(database.files, self._registry.plain_path(plain_name), None)
+        path = self._registry.plain_path(plain_name)
+        check_unused(path, database, self._registry.notifier)
+        replacement = Replacement(database.files, path, None)
         try:
             with _still(database):
                 replacement.note()
-                self._move(plain_name, database.name, lambda: self._exchange(None, database, replacement))
+                self._move(plain_name, database.name, lambda: self._exchange(path, database, replacement))
                 replacement.finish()
                 database.wal_stands_in = False
                 self._registry.set_owner(database.files.database)
@@ -319,10 +320,11 @@ class Naming:
             self._tell(source.name, name)
         source.emit("drop", txid=source.position.txid)
 
-    def _exchange(self, source: Database | None, target: Database, replacement: Replacement) -> None:
+    def _exchange(self, source: Database | str, target: Database, replacement: Replacement) -> None:
         with contextlib.ExitStack() as nobody_is_let_in:
-            for database in filter(None, (source, target)):
-                nobody_is_let_in.enter_context(database.handles_lock)
+            for database in (source, target):
+                if isinstance(database, Database):
+                    nobody_is_let_in.enter_context(database.handles_lock)
             try:
                 check_unused(source, target, self._registry.notifier)
             except OSError:

@@ -2,17 +2,19 @@
 
 SQLite finds -wal, -shm and -journal by the name that it opened a database by. So a connection that goes on when the
 file has another name, or none, would commit where nobody looks: into a WAL of the old name, beside others who write the
-same file, or into the WAL of the file that has this name now, which is torn by it. Natively too rows are lost so.
-Therefore a rename is refused (EBUSY)
+same file, or into the WAL of the file that has this name now, which is torn by it: also one in a rollback mode, because
+SQLite goes on in WAL mode as soon as it finds a -wal (pager.c, pagerOpenWalIfPresent; with an empty file it removes
+that). Natively too rows are lost so. Therefore a rename is refused (EBUSY)
 
-    in WAL mode                 while any application has the database (old or new name), its -wal or its -shm open, or
-                                is about to
-    in the rollback modes       while a journal stands there that could still take pages back (old name)
+    the database is in WAL mode            while any application has it, its -wal or its -shm open, or is about to
+    the one that has the new name is, or   the same of that one; it may be a plain file that is in the way
+    the one that gets it
+    the database is in a rollback mode     while a journal stands there that could still take pages back
 
-In a rollback mode a connection may stay: it reads on, and SQLite itself refuses to write to a file that has lost its
-name (SQLITE_READONLY_DBMOVED). The answer holds until the file has its new name, because it is given anew where nobody
-is let in (`Database.handles_lock`). Who finds the file by its old name even then, as the kernel does until the rename
-is answered, is told that it has gone (`anew` in `ports.Notifier.move`).
+With both in a rollback mode a connection may stay: it reads on, and SQLite itself refuses to write to a file that has
+lost its name (SQLITE_READONLY_DBMOVED). The answer holds until the file has its new name, because it is given anew
+where nobody is let in (`Database.handles_lock`). Who finds the file by its old name even then, as the kernel does until
+the rename is answered, is told that it has gone (`anew` in `ports.Notifier.move`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -28,7 +31,9 @@ from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.database import Database
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_capture import wait_stable
+from pylitefs.errors import FormatError
 from pylitefs.formats.names import shown
+from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
 from pylitefs.ports import SUFFIXES, Notifier
 
 log = logging.getLogger("litefs.store")
@@ -43,18 +48,31 @@ def needs_its_name(database: Database) -> bool:
     return database.journal_mode == "wal" or database.wal_stands_in or wal_in_use(database)
 
 
-def _problem(source: Database | None, target: Database | None, notifier: Notifier | None) -> str | None:
-    if source is not None and source.rollback.journal_in_use():
-        return "a transaction in it has not ended, or has to be rolled back: open it once"
-    for database in (source, target):
-        if database is not None and (
-            (database is source and database.opening) or (needs_its_name(database) and _is_used(database, notifier))
-        ):
-            return (
-                f"an application has {shown(database.name)} open; SQLite would go on to write to files of this name: "
-                "close it first"
-            )
-    return None
+def _comes_in_wal_mode(source: Database | str) -> bool:
+    if isinstance(source, Database):
+        return needs_its_name(source)
+    try:
+        with open(source, "rb") as file:
+            return DatabaseHeader.unpack(file.read(HEADER_SIZE)).is_wal
+    except (OSError, FormatError):
+        return False
+
+
+def _problem(source: Database | str, target: Database | None, notifier: Notifier | None) -> str | None:
+    wal, in_use = _comes_in_wal_mode(source), None
+    if isinstance(source, Database):
+        if source.rollback.journal_in_use():
+            return "a transaction in it has not ended, or has to be rolled back: open it once"
+        if source.opening or (wal and _is_used(source, notifier)):
+            in_use = source
+    if target is not None and (wal or needs_its_name(target)) and _is_used(target, notifier):
+        in_use = in_use or target
+    if in_use is None:
+        return None
+    return (
+        f"an application has {shown(in_use.name)} open; SQLite would go on to write to files of this name: "
+        "close it first"
+    )
 
 
 def _is_used(database: Database, notifier: Notifier | None) -> bool:
@@ -66,14 +84,14 @@ def _is_used(database: Database, notifier: Notifier | None) -> bool:
     )
 
 
-def check_unused(source: Database | None, target: Database | None, notifier: Notifier | None) -> None:
-    """`source` may get the name of `target` (each None where it is no database); else OSError (EBUSY)."""
+def check_unused(source: Database | str, target: Database | None, notifier: Notifier | None) -> None:
+    """`source` (a database, or the path of a plain file) may get the name of `target`; else OSError (EBUSY)."""
     if (problem := _problem(source, target, notifier)) is not None:
         raise OSError(errno.EBUSY, problem)
 
 
 def when_unused(
-    source: Database | None, target: Database | None, notifier: Notifier | None, rename: Callable[[], object]
+    source: Database | str, target: Database | None, notifier: Notifier | None, rename: Callable[[], object]
 ) -> None:
     """`rename`, which checks that by itself. Those who have just closed it may still count as users, and those who open
     it in a rollback mode are about to be out of the way: give them a moment. Blocking, not on the worker. Raises what
@@ -89,8 +107,8 @@ def when_unused(
             if error.errno != errno.EBUSY:
                 raise
             if time.monotonic() >= until_s:
-                database = source or target
-                log.warning("%s is not renamed: %s", shown(database.name) if database else "?", error.strerror)
+                name = source.name if isinstance(source, Database) else os.path.basename(source)
+                log.warning("%s is not renamed: %s", shown(name), error.strerror)
                 raise
 
 

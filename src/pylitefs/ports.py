@@ -186,8 +186,11 @@ class FileHooks(Protocol):
     def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
         """Whether `before_rename` did the rename itself (asked in `then`)."""
 
-    def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
-        """After a handle was released (asynchronously to the application's close). `last`: none is open any more."""
+    def released(
+        self, ref: FileRef, opened_as: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool
+    ) -> None:
+        """After a handle was released (asynchronously to the application's close). `opened_as`: what `opened` was told
+        that its file is. `last`: none is open any more."""
 
     def overwritten(self, ref: FileRef) -> None:
         """After `released`, of an application's handle that was for writing alone (O_WRONLY): SQLite never has one."""

@@ -11,7 +11,7 @@ import pytest
 from pylitefs.engine.ltx_log import EMPTY, LogEntry, LtxLog
 from pylitefs.formats.ltx.checksum import page_checksum
 from pylitefs.formats.ltx.encoder import encode
-from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, file_name
 
 PAGE = 512
 
@@ -143,7 +143,7 @@ def test_entries_of_two_branches_do_not_chain(chain: Chain, tmp_path: Path) -> N
 def test_a_file_whose_name_lies_is_dropped(chain: Chain) -> None:
     chain.add()
     entry = chain.add()
-    os.rename(entry.path, entry.path.replace("2-", "3-").replace("2.ltx", "3.ltx"))
+    os.rename(entry.path, os.path.join(os.path.dirname(entry.path), file_name(3, 3)))
     log, dropped = reopened(chain)
     assert len(dropped) == 1
     assert log.head == chain.positions[1]

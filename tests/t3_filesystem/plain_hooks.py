@@ -157,7 +157,9 @@ class PlainHooks:
 
     def overwritten(self, ref: FileRef) -> None: ...
 
-    def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
+    def released(
+        self, ref: FileRef, opened_as: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool
+    ) -> None:
         self.calls.append(("released", ref.name, writable, hooked, last, by_daemon))
 
     def flushed(self, ref: FileRef, then: Then, handle: int) -> None:

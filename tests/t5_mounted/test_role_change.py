@@ -291,6 +291,34 @@ def test_a_killed_daemon_leaves_what_was_acknowledged_to_the_next_start(scene: S
 
 
 @pytest.mark.parametrize("passthrough", MODES)
+@pytest.mark.parametrize("mode", ["WAL", "MEMORY"])
+@pytest.mark.parametrize("user", ["who made it", "another"])
+def test_who_made_the_database_has_it_open_too(scene: Scene, mode: str, user: str) -> None:
+    """It was a plain file when he opened it; who opens it later is not out when he closes it. Nothing but the file is
+    there, so no lock would keep anybody from writing to it when this node is not the primary any more."""
+    node = scene.node()
+    node.promote(2)
+    client, maker = scene.client(node), scene.client(node)
+    maker(f"PRAGMA journal_mode={mode}")
+    maker(CREATE)
+    maker("INSERT INTO t (v) VALUES ('before')")
+    if user == "another":
+        client(f"PRAGMA journal_mode={mode}")
+        client("SELECT v FROM t")
+        maker.close()
+    else:
+        client = maker
+    client("PRAGMA synchronous=NORMAL")
+    if mode == "WAL":
+        client("PRAGMA wal_checkpoint(TRUNCATE)")
+    demote_wholly(node)
+    with pytest.raises(RuntimeError):
+        client("INSERT INTO t (v) VALUES ('after')")
+    assert scene.values(node) == ["before"]
+    scene.check(node, ["before"])
+
+
+@pytest.mark.parametrize("passthrough", MODES)
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 def test_a_database_that_somebody_has_for_himself_is_taken_over_when_he_lets_go(scene: Scene, mode: str) -> None:
     node, other = scene.node(), scene.node()

@@ -199,7 +199,7 @@ class Apply:
     def is_unused(self, database: Database) -> bool:
         """Whether no application has it open, or is about to."""
         with self._lock:
-            return database.app_handles == 0 and not self._opening.get(database.name)
+            return not database.in_use and not self._opening.get(database.name)
 
     def rest(self, database: Database) -> bool:
         """Checkpoint to the end and drop WAL, wal-index and locks. False if a reader still needs them."""

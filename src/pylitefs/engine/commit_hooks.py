@@ -22,6 +22,7 @@ from pylitefs.engine.shown import Shown
 from pylitefs.engine.stand_in import completes_commit
 from pylitefs.engine.store import Store
 from pylitefs.engine.super_journal import members, super_journal_of
+from pylitefs.formats.names import shown
 from pylitefs.ports import FileKind, FileRef, Then
 
 _LARGE_BYTES = 8 << 20  # a commit of more than this leaves the FUSE thread
@@ -73,6 +74,27 @@ class CommitHooks(Shown):
     @staticmethod
     def _in_thread(work: Callable[[], object], then: Then) -> None:
         threading.Thread(target=finish, args=(then, work), name="commit", daemon=True).start()
+
+    # -- who has a database open -----------------------------------------------------------------------------------
+
+    def _check_still_plain(self, ref: FileRef) -> None:
+        """A plain file was opened for writing. If it has become a database since that was allowed, and is not written
+        here any more, nobody has seen that it is open: the kernel asks again. From now on it is seen to be open."""
+        database = self._store.get(ref.name)
+        if database is not None:
+            with database.handles_lock:
+                if database.exists and not database.captures:
+                    raise OSError(errno.ESTALE, f"{shown(ref.name)} is a database now")
+
+    def _uncount(self, ref: FileRef, writable: bool, raw: bool) -> None:
+        """The opposite of what `opened` has counted, for the same database: the file may have another name by now, or
+        have become a database since."""
+        database = self._database(ref)
+        if database is not None and ref.kind is FileKind.DATABASE:
+            with database.handles_lock:
+                database.app_handles = max(0, database.app_handles - 1)
+                database.writers = max(0, database.writers - writable)
+                database.raw_writers = max(0, database.raw_writers - raw)
 
     # -- fsync -------------------------------------------------------------------------------------------------
 

@@ -311,4 +311,4 @@ def wal_in_use(database: Database) -> bool:
 def _is_idle_and_empty(database: Database) -> bool:
     """An empty file that nobody has open: whatever stands in a WAL beside it, SQLite removes that when it opens it
     (pager.c, pagerOpenWalIfPresent)."""
-    return stamp(database.files.database)[0] == 0 and database.app_handles == database.opening == 0
+    return stamp(database.files.database)[0] == 0 and not database.in_use

@@ -82,9 +82,10 @@ class Database(LiveFiles, Damage):
         self.fence = Fence(math.inf)
         self.loan: Loan | None = None  # while this node writes it under a HALT lock
         self.handles_lock = threading.Lock()  # guards the next 3; `lock` may be held for long by a large transaction
-        self.app_handles = 0  # open handles of the database file, not counting the daemon's own
+        self.app_handles = 0  # handles that were opened as the database file, not counting the daemon's own
         self.opening = 0  # those that were let in, and are not open yet
         self.raw_writers = 0  # of these, writable ones whose writes pass us by
+        self.is_open: Callable[[], bool] = lambda: False  # whether an application has the file of this name open
         self.log = LtxLog(files.ltx)
         self._table: PageChecksums | None = None
         self._table_dirty = False
@@ -107,6 +108,12 @@ class Database(LiveFiles, Damage):
     def exists(self) -> bool:
         """Whether there is a database now (not dropped, not still empty)."""
         return self.commit > 0
+
+    @property
+    def in_use(self) -> bool:
+        """Whether an application has the database file open, or is about to: also who opened it when it was a plain
+        file, or had another name. With `handles_lock` where it must not change."""
+        return self.app_handles > 0 or self.opening > 0 or self.is_open()
 
     @property
     def may_commit(self) -> bool:

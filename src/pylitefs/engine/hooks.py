@@ -161,19 +161,20 @@ class EngineHooks(CommitHooks):
                 if database.settled_stamp == (0, 0) and not database.raw_writers and not database.rollback.pending:
                     database.settled_stamp = stamp(database.files.database)  # as the start found it
                 database.raw_writers += writable and not hooked
+        elif ref.kind is FileKind.PLAIN and writable and not by_daemon:
+            self._check_still_plain(ref)
 
-    def released(self, ref: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool) -> None:
+    def released(
+        self, ref: FileRef, opened_as: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool
+    ) -> None:
+        if not by_daemon:
+            self._uncount(opened_as, writable, writable and not hooked)
         database = self._database(ref)
         if last and ref.kind is FileKind.PLAIN:
             self._plain_writers.pop(ref.name, None)
         if database is None or ref.kind is not FileKind.DATABASE or by_daemon:
             return
-        with database.handles_lock:
-            database.app_handles = max(0, database.app_handles - 1)
-            database.writers = max(0, database.writers - writable)
-            raw = writable and not hooked
-            database.raw_writers = max(0, database.raw_writers - raw)
-        if raw and database.captures and self._has_unseen_content(database):
+        if writable and not hooked and database.captures and self._has_unseen_content(database):
             database.rollback.suspect = True
         if database.app_handles == 0:
             self._store.capture.forget_lock_fd(database)

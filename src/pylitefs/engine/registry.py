@@ -152,6 +152,7 @@ class Registry:
                 database = Database(name, self.files_of(name), self.events)
                 database.serve_by(self._services)
                 database.captures, database.fence = self.is_primary, self.fence
+                database.is_open = lambda: self.notifier is not None and self.notifier.is_open(name)
                 database.compress = self.options.compress
                 database.begin_empty()
                 self.databases[name] = database

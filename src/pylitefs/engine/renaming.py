@@ -76,12 +76,8 @@ def _problem(source: Database | str, target: Database | None, notifier: Notifier
 
 
 def _is_used(database: Database, notifier: Notifier | None) -> bool:
-    names = [database.name + suffix for suffix in ("", *SUFFIXES)]
-    return (
-        database.opening > 0
-        or database.app_handles > 0
-        or (notifier is not None and any(notifier.is_open(name) for name in names))
-    )
+    names = [database.name + suffix for suffix in SUFFIXES]
+    return database.in_use or (notifier is not None and any(notifier.is_open(name) for name in names))
 
 
 def check_unused(source: Database | str, target: Database | None, notifier: Notifier | None) -> None:

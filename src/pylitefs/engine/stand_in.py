@@ -92,7 +92,7 @@ class StandIns:
 
     def _is_wanted(self, database: Database) -> bool:
         with database.handles_lock:
-            unused = database.app_handles == 0 and database.opening == 0
+            unused = not database.in_use
         return unused and database.wal_stands_in and database.may_commit and database.exists
 
     def _begin(self, database: Database) -> None:

@@ -36,7 +36,7 @@ WITHHELD = "SQLite cannot read what an application left in its file"
 def in_use(database: Database) -> bool:
     """Whether an application has it open, or is about to. Any thread."""
     with database.handles_lock:
-        return database.app_handles > 0 or database.opening > 0
+        return database.in_use
 
 
 def sync_applied(registry: Registry, *databases: Database) -> None:
@@ -123,7 +123,7 @@ def yield_at_rest(registry: Registry, database: Database) -> bool:
             return False
     with database.wal.mutex:
         with database.handles_lock:
-            if whole and (database.app_handles or database.opening):
+            if whole and database.in_use:
                 return False
             database.captures = database.yields = False
         _forget_capture(registry, database)

@@ -52,11 +52,11 @@ class Watchdog:
         behind = []
         for name, database in list(self._registry.databases.items()):
             seen = self._seen.get(name)
-            if not (database.app_handles or seen) or not database.captures:
+            if not (database.in_use or seen) or not database.captures:
                 continue
             try:
                 if seen is not None and self._is_as_before(database, seen):
-                    if not database.app_handles:
+                    if not database.in_use:
                         del self._seen[name]  # it was closed, and this was the last look
                 elif not self._is_captured(database):
                     behind.append((database, database.wal.cursor))
@@ -86,7 +86,7 @@ class Watchdog:
                 return False
         if found is None:
             self._look_at_rollback(database)
-        elif database.app_handles:
+        elif database.in_use:
             self._seen[database.name] = Seen(*found, cursor)
         return True
 

@@ -42,10 +42,11 @@ class Handle:
     """An open file of one process. `content` is what a virtual file said when this handle first read it. `direct`: its
     reads and writes come to us, beside others that pass through."""
 
-    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "unseen", "writable", "write_only")
+    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "opened_as", "unseen", "writable", "write_only")
 
     def __init__(self, node: Node, writable: bool, by_daemon: bool) -> None:
         self.node = node
+        self.opened_as = node.ref  # what its file was then
         self.writable = writable
         self.by_daemon = by_daemon
         self.direct = False
@@ -106,7 +107,7 @@ class Handles:
                     flags |= abi.FOPEN_NOFLUSH  # ours: a killed daemon would wait for itself while its files are closed
                 node.drop_cache = False
             try:
-                self._hooks.opened(node.ref, writable, node.hooked, by_daemon)
+                self._hooks.opened(handle.opened_as, writable, node.hooked, by_daemon)
             except BaseException:
                 self._drop(node, by_daemon)
                 raise
@@ -166,7 +167,7 @@ class Handles:
         with node.gate:
             hooked = node.hooked
             last = self._drop(node, handle.by_daemon)
-            self._hooks.released(node.ref, handle.writable, hooked, last, handle.by_daemon)
+            self._hooks.released(node.ref, handle.opened_as, handle.writable, hooked, last, handle.by_daemon)
 
     def _drop(self, node: Node, by_daemon: bool) -> bool:
         """One handle less; True if it was the last."""

@@ -312,6 +312,32 @@ def test_cp_of_a_broken_database_stays_a_plain_file(cluster: Cluster, passthroug
     wait_until(lambda: set(told()) == {"moved.db"}, "over a restart too")
 
 
+def test_cp_of_a_database_and_its_wal_in_the_middle_of_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    """The file alone is not whole. SQLite reads it with its WAL, and it is replicated when SQLite has done so."""
+    primary, replica = cluster.pair()
+    source = tmp_path / "source.db"
+    with contextlib.closing(sqlite3.connect(source, isolation_level=None)) as db:
+        for sql in ("pragma journal_mode=wal", "create table t(v)", "pragma wal_checkpoint"):
+            db.execute(sql)
+        db.executemany("insert into t values (?)", [("x" * 900,)] * 20)
+        wal, size = Path(f"{source}-wal").read_bytes(), source.stat().st_size
+        db.execute("pragma wal_checkpoint")
+        (primary.mount / NAME).write_bytes(source.read_bytes()[:size])
+        (primary.mount / f"{NAME}-wal").write_bytes(wal)
+
+    def told() -> str:
+        entries = json.loads(primary.get("/status"))["notReplicated"]
+        return " ".join(entry["reason"] for entry in entries)
+
+    wait_until(lambda: "its -wal may hold the rest: open it with SQLite once" in told(), "it is said")
+    with contextlib.closing(primary.connect(NAME)) as db:
+        assert db.execute("select count(*) from t").fetchone() == (20,)
+    wait_until(lambda: NAME in replica.databases(), "it is replicated")
+    wait_same_position(primary, replica, NAME)
+    assert count(replica) == 20
+    wait_until(lambda: not told(), "that is not said any more")
+
+
 # -- peers ----------------------------------------------------------------------------------------------------------
 
 

@@ -36,4 +36,7 @@ class Unreadable:
         if stamp(path) != seen or journal_in_use(path + "-journal"):
             self.look(name)
         elif self._registry.is_primary and (reason := why_unreadable(path)) is not None:
-            self._registry.tell_not_replicated(name, f"SQLite cannot read it: {reason}")
+            said = f"SQLite cannot read it: {reason}"
+            if stamp(path + "-wal")[0]:  # a copy of a database whose checkpoint was cut off
+                said = f"{reason}; its -wal may hold the rest: open it with SQLite once, and close it"
+            self._registry.tell_not_replicated(name, said)

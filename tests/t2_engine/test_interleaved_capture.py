@@ -6,14 +6,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
-from silent_commits import Silent, until
+from engine_nodes import replay
+from silent_commits import LOADED_S, Silent, until
 
 from harness.interleaver import Steps, sweep
-from pylitefs.engine import batches, capture, pending, wal_capture, wal_view, watchdog
+from pylitefs.engine import batches, capture, commit_points, in_place, pending, wal_capture, wal_view, watchdog
 from pylitefs.engine import gated as gated_module
 from pylitefs.engine.gated import GatedCommits
 from pylitefs.engine.watchdog import Watchdog
@@ -245,4 +248,40 @@ def test_a_role_that_changes_at_any_step_of_a_look(live: Silent) -> None:
         live.has(before + 2)
 
     assert sweep(scenario, MODULES, stride=7) > 100
+    live.check()
+
+
+def test_a_file_that_is_compared_while_its_wal_is_empty(live: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a TRUNCATE checkpoint the file is compared with the log. An application commits to two pages, and copies
+    them into the file, between any two steps of that: the log never holds one of them without the other."""
+    monkeypatch.setattr(commit_points, "_READ_PAGES", 2)
+    live.sql("CREATE TABLE u (id INTEGER PRIMARY KEY, gen INTEGER, pad BLOB)")
+    live.sql.many("INSERT INTO u VALUES (?, 0, randomblob(3000))", [(number,) for number in range(1, 6)])
+    database = live.database
+    database.app_handles = database.writers = database.raw_writers = 1
+
+    def captured() -> None:
+        live.worker.submit(live.capture.flush, database, database=database.name).result()
+
+    def scenario(steps: Steps) -> None:
+        captured()
+        live.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        database.rollback.suspect, settled = True, Event()
+
+        def commit() -> None:
+            live.sql("UPDATE u SET gen = gen + 1 WHERE id IN (1, 5)")
+            live.sql("PRAGMA wal_checkpoint(FULL)")
+
+        steps.actions(commit)
+        with steps.in_new_threads():
+            live.capture.settle_later(database, lambda error: settled.set(), ended=True)
+            assert settled.wait(LOADED_S)
+        (live.folder / "replayed").write_bytes(replay(database))
+        with contextlib.closing(sqlite3.connect(live.folder / "replayed")) as replica:
+            found = replica.execute("SELECT gen FROM u WHERE id IN (1, 5)").fetchall()
+        assert found[0] == found[1], "half of a transaction is in the log"
+        steps.finish()
+        captured()
+
+    assert sweep(scenario, [commit_points, in_place]) > 30
     live.check()

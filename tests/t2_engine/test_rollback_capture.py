@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -115,6 +116,29 @@ def test_a_full_disk_keeps_the_notes(live: Live) -> None:
     assert live.database.rollback.pending and live.database.position.txid == 1
     assert live.node.store.capture.commit_point(live.database)
     live.check()
+
+
+def test_a_commit_that_nobody_could_look_at_is_not_answered_as_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the modes MEMORY and OFF an fsync waits until SQLite's locks were looked at. If the daemon has no descriptor
+    left for that, the fsync fails; the write is recorded later."""
+    live = Live(tmp_path, "MEMORY")
+    try:
+        live.sql("INSERT INTO t (v) VALUES (randomblob(3000))")
+        live.note()
+        capture, answers = live.node.store.capture, SimpleQueue[BaseException | None]()
+        with monkeypatch.context() as patched:
+            patched.setattr(live.node.store.opener, "open", lambda paths, flags, opened: opened(None))
+            capture.settle_later(live.database, answers.put, ended=True, synced=True)
+            assert isinstance(answers.get(timeout=10), OSError)
+        assert live.database.rollback.pending and live.database.position.txid == 1
+        capture.settle_later(live.database, answers.put, ended=True, synced=True)
+        assert answers.get(timeout=10) is None
+        live.check()
+        assert live.database.position.txid == 2
+    finally:
+        live.close()
 
 
 def test_an_open_transaction_is_not_settled(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pylitefs.engine.in_place import LOCK_BYTES, InPlace
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.page_checksums import stamp
 from pylitefs.engine.rollback_capture import database_size, whole_size
-from pylitefs.engine.transaction import Change
+from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import page_checksum, page_checksums
@@ -61,19 +61,35 @@ class CommitPoints(InPlace):
         if time.monotonic() > self._end_by_s:
             raise OSError(errno.ECANCELED, "litefs stops: the next start does the rest")
 
-    def commit_point(self, database: Database, source: str = "capture") -> bool:
-        """The database file holds a committed state now and nobody can change it before this returns: record it.
-        Any thread (FUSE threads call it in their hooks). Raises OSError."""
+    def commit_point(
+        self, database: Database, source: str = "capture", *, is_still: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """The database file holds a committed state now and nobody can change it before this returns: record it. Where
+        somebody could, `is_still` tells afterwards that nobody has. Any thread (FUSE threads call it in their hooks).
+        Raises OSError, UnstableSource: everything is as before."""
         with database.lock:
             if not database.rollback.pending:
                 return False
             fd = os.open(database.files.database, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                return self._record_file(database, fd, source)
+                return self._record_file(database, fd, source, is_still)
             finally:
                 os.close(fd)
 
-    def _record_file(self, database: Database, fd: int, source: str) -> bool:
+    def _commit_point_if_still(self, database: Database) -> bool:
+        """`commit_point` where nothing keeps writers out: an application in WAL mode whose WAL is empty may commit, and
+        copy that into the file, while it is read; and so may who writes in place. What was read then is no state that
+        there was: it is looked at again. Under the database's lock. Raises OSError."""
+        before = self._seen(database)
+        try:
+            return self.commit_point(
+                database, is_still=lambda: self._seen(database) == before and self._is_free(database, None)
+            )
+        except UnstableSource:
+            return False
+
+    def _record_file(self, database: Database, fd: int, source: str, is_still: Callable[[], bool]) -> bool:
+        seen = stamp(database.files.database)  # before it is read: what is written after that was not seen
         size = os.fstat(fd).st_size
         if size == 0 and database.exists and database.loan is None:  # to SQLite a new database
             self.emptied(database)
@@ -96,12 +112,12 @@ class CommitPoints(InPlace):
             pages = ((pgno, read_at(fd, page_size, (pgno - 1) * page_size)) for pgno in wanted if pgno != skip)
         entry = database.record(
             Change(page_size, commit), pages, lambda pgno: read_at(fd, page_size, (pgno - 1) * page_size),
-            lambda: True, source,
+            is_still, source,
         )  # fmt: skip
         if database.rollback.suspect and entry is not None and source == "capture":
             database.emit("repair", pages=commit)
         database.rollback.clear()
-        database.settled_stamp = stamp(database.files.database)
+        database.settled_stamp = seen
         database.withhold(None)
         self._opener.do(database.log.make_spare)
         return entry is not None
@@ -136,7 +152,8 @@ class CommitPoints(InPlace):
         nobody holds a write lock and no journal could take them back. Those of who takes no locks are left alone (see
         `in_place`). `mount_fd`: the mount's database file."""
         with database.lock:
-            return self._is_free(database, mount_fd) and not self.is_foreign(database) and self.commit_point(database)
+            free = self._is_free(database, mount_fd) and not self.is_foreign(database)
+            return free and self._commit_point_if_still(database)
 
     @staticmethod
     def _is_free(database: Database, mount_fd: int | None) -> bool:
@@ -152,8 +169,9 @@ class CommitPoints(InPlace):
         self, database: Database, then: Callable[[BaseException | None], None], *, ended: bool = False,
         synced: bool = False,
     ) -> None:  # fmt: skip
-        """`settle_rollback`, from any thread; continues on the worker, or another thread. `ended`: somebody has closed
-        the file, or fsynced it. `synced`: who wrote it waits in his fsync, so if he is SQLite he has the locks."""
+        """`settle_rollback`, from any thread; continues on the worker, or another thread, with an error where nobody
+        could look. `ended`: somebody has closed the file, or fsynced it. `synced`: who wrote it waits in his fsync, so
+        if he is SQLite he has the locks."""
 
         def opened(fds: list[int] | None) -> None:
             self._worker.post(settle, fds, database=database.name)
@@ -163,6 +181,8 @@ class CommitPoints(InPlace):
             try:
                 if fds is not None:
                     go_on = self._settle(database, fds[0], then, ended=ended, synced=synced)
+                elif database.exists and database.rollback.pending:  # a commit may be waiting for this
+                    raise OSError(errno.EIO, f"{database.name}: its file in the mount cannot be opened")
                 error: BaseException | None = None
             except BaseException as caught:
                 error = caught
@@ -194,7 +214,7 @@ class CommitPoints(InPlace):
         if database.rollback.pending and self.is_ready(database):
             with database.lock:
                 if self.is_unchanged(database) and self._is_free(database, None):
-                    self.commit_point(database)
+                    self._commit_point_if_still(database)
 
     def _check_beside_wal(self, database: Database) -> None:
         """The database file was written over while its WAL is in use: record in what the newest commit differs from the

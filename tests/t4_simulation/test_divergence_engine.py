@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.engine.lost import BASE, PAGES, TIP, Branch, branches
 from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.engine.verifier import verify
-from pylitefs.errors import DatabaseError
+from pylitefs.errors import DatabaseError, PositionMismatch
 from pylitefs.events import EventBus
 from pylitefs.formats.ltx.decoder import decode
 
@@ -224,6 +225,27 @@ def flip(path: str, offset: int, bit: int = 4) -> None:
         byte = file.read(1)
         file.seek(offset)
         file.write(bytes([byte[0] ^ 1 << bit]))
+
+
+async def test_a_replica_that_is_set_aside_is_mended_in_silence(tmp_path: Path) -> None:
+    """A WAL of something else stands beside the file when somebody opens it. No transaction comes that would tell."""
+    with two(tmp_path) as nodes:
+        app = Application(nodes.primary, "a.db")
+        app.insert(300)
+        async with nodes.running():
+            await nodes.until_equal()
+            copy = nodes.replica.find("a.db")
+            assert nodes.replica.worker.submit(nodes.replica.apply.rest, copy).result()
+            with contextlib.closing(sqlite3.connect(tmp_path / "other")) as other:
+                other.execute("PRAGMA journal_mode = WAL")
+                other.execute("CREATE TABLE other (a)")
+                shutil.copyfile(tmp_path / "other-wal", copy.files.wal)
+            with pytest.raises(PositionMismatch):
+                nodes.replica.worker.submit(nodes.replica.apply.activate, copy).result()
+            assert copy.set_aside_reason is not None
+            await nodes.until(lambda: copy.set_aside_reason is None and copy.position == app.database.position)
+            await nodes.until_equal()
+            await asyncio.to_thread(verify, copy)
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -146,9 +146,13 @@ class Replica:
         clock = asyncio.create_task(supervised("showing the lag", self._show_lag))
 
         def heard(event: Event) -> None:
-            if event.type == "damaged" and event.database is not None:
-                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            if event.database is None:
+                return
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                if event.type == "damaged":
                     loop.call_soon_threadsafe(self._heal, event.database)
+                elif event.type == "setAside":  # it is at no position any more, and the primary was told another one
+                    loop.call_soon_threadsafe(self.reconnect)
 
         unsubscribe = self.store.events.subscribe(heard)
         try:

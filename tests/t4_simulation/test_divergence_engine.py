@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import shutil
 import sqlite3
@@ -14,6 +15,7 @@ from real_nodes import Application, open_store
 from test_replication_engine import Nodes
 
 from pylitefs.cluster.recovery_wait import RecoveryWait
+from pylitefs.engine.fence import Fence
 from pylitefs.engine.lost import BASE, PAGES, TIP, Branch, branches
 from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.engine.verifier import verify
@@ -246,6 +248,22 @@ async def test_a_replica_that_is_set_aside_is_mended_in_silence(tmp_path: Path) 
             await nodes.until(lambda: copy.set_aside_reason is None and copy.position == app.database.position)
             await nodes.until_equal()
             await asyncio.to_thread(verify, copy)
+
+
+async def test_what_is_recorded_late_is_told_in_silence(tmp_path: Path) -> None:
+    """A node has ceased to be the primary and follows the next one, and what an application held back is recorded only
+    now: rows that nobody else has."""
+    with two(tmp_path) as nodes:
+        app = Application(nodes.primary, "a.db")
+        app.insert(300)
+        async with nodes.running():
+            await nodes.until_equal()
+            await asyncio.to_thread(nodes.replica.promote_database, "a.db", Fence(math.inf))
+            late, before = application(nodes.replica), app.database.position.txid
+            await asyncio.to_thread(late.insert, 200)
+            assert await asyncio.to_thread(nodes.replica.demote_database, "a.db", 5.0)
+            await nodes.until(lambda: app.database.position == late.database.position)  # it is taken
+        assert app.database.position.txid == before + 1
 
 
 @pytest.mark.parametrize("restart", [False, True])

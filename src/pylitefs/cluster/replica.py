@@ -151,8 +151,8 @@ class Replica:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 if event.type == "damaged":
                     loop.call_soon_threadsafe(self._heal, event.database)
-                elif event.type == "setAside":  # it is at no position any more, and the primary was told another one
-                    loop.call_soon_threadsafe(self.reconnect)
+                elif event.type == "setAside" or self._is_of_our_own(event):
+                    loop.call_soon_threadsafe(self.reconnect)  # the primary was told that it is at another position
 
         unsubscribe = self.store.events.subscribe(heard)
         try:
@@ -162,6 +162,13 @@ class Replica:
             unsubscribe()
             clock.cancel()
             await asyncio.gather(clock, return_exceptions=True)
+
+    def _is_of_our_own(self, event: Event) -> bool:
+        """Whether a transaction was recorded here that is not sent under a HALT lock: what an application had held back
+        when this node ceased to be the primary."""
+        database = self.store.get(event.database or "")
+        recorded = event.type == "tx" and event.data.get("source", "apply") != "apply"
+        return recorded and database is not None and database.loan is None
 
     def reconnect(self) -> None:
         """Shake hands again: a database here is at another position than the primary was told. On the loop."""

@@ -56,6 +56,34 @@ def test_a_single_commit_arrives_by_itself(tmp_path: Path, passthrough: str) -> 
               f"median {took[len(took) // 2] * 1000:.1f} ms, worst {took[-1] * 1000:.1f} ms")  # fmt: skip
 
 
+@pytest.mark.parametrize("opened_in", ["delete", "wal"])
+@pytest.mark.parametrize("mode", ["memory", "off"])
+def test_a_wal_begins_right_after_a_commit_that_nothing_tells_the_end_of(
+    cluster: Cluster, mode: str, opened_in: str
+) -> None:
+    """With synchronous=OFF and no journal file a commit is found by looking for it, a moment later; by then the
+    database may be in WAL mode, and what is committed there stands on top of it. What a connection that was opened in
+    WAL mode writes passes us by."""
+    primary, replica = cluster.pair()
+    with contextlib.closing(primary.connect(mode)) as db:
+        db.execute(f"PRAGMA journal_mode = {opened_in}")
+        db.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, v)")
+    with contextlib.closing(primary.connect(mode)) as db:
+        db.execute("PRAGMA synchronous = OFF")
+        wait_until(lambda: _has_table(replica, mode), "the replica has it")
+        with contextlib.closing(replica.connect(mode)) as reader:
+            for round_number in range(scaled(4)):
+                db.execute(f"PRAGMA journal_mode = {mode}")
+                db.execute("INSERT INTO t (v) VALUES (randomblob(20000))")
+                assert db.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+                db.execute("INSERT INTO t (v) VALUES (randomblob(50))")
+                _arrival_s(reader, 2 * round_number + 2, mode)
+                assert reader.execute("SELECT count(*) FROM t").fetchone() == (2 * round_number + 2,)
+                assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                rows = db.execute("SELECT * FROM t ORDER BY id").fetchall()
+                assert reader.execute("SELECT * FROM t ORDER BY id").fetchall() == rows
+
+
 def _arrival_s(reader: sqlite3.Connection, count: int, what: str) -> float:
     written_s = time.monotonic()
     while not _has(reader, count):

@@ -103,7 +103,7 @@ class EngineHooks(CommitHooks):
         elif database is not None and database.set_aside_reason is not None:
             then(read_only())
         else:
-            then(None)
+            self._before_wal(ref, then)
 
     def _may_begin(self, ref: FileRef, database: Database | None) -> bool:
         """Whether this file may be made; readers of a database in WAL mode make its -wal and -shm too."""

@@ -82,6 +82,7 @@ def hand_over(registry: Registry, database: Database, fence: Fence) -> bool:
         database.rollback.clear()
     database.replica, database.wal = None, wal
     _take_content_back(database)
+    database.settled_stamp = stamp(database.files.database)  # what an application writes from now on counts
     with database.handles_lock:
         database.fence, database.captures, database.yields, database.term = fence, True, False, registry.epoch
     if fds:  # now, and not before: who waits for WRITE goes on. The locks of -shm before SHARED

@@ -20,6 +20,10 @@ signals it when the daemon's main thread dies (PR_SET_PDEATHSIG). Then, in this 
    gone. (The descriptor lies in the socket that is its standard input until then.) A request that the daemon had read
    is known to nobody, but requests have numbers: those before the newest are all answered.
 
+4. It has the kernel let go of the files that passed through: a connection keeps them, also when nobody has them open
+   any more, until its last mount has gone, and another mount namespace (a container, a service of systemd) may have
+   one of its own that nobody takes away. To the next daemon they would be in use for as long.
+
 The mount stays, dead, until the next start or `litefs clean-up` takes it away. In the bare directory below it an
 application would make a new database, which nobody replicates and which keeps the next litefs from mounting.
 
@@ -59,6 +63,8 @@ _RETIRE_S, _STAYS_S, _PAUSE_S = 2.0, 0.1, 0.001
 _OLDER_MAX = 1_000_000  # requests; about a second
 _INVAL_INODE = 2  # FUSE_NOTIFY_INVAL_INODE
 _THREADS_S, _FORGET_S = 0.1, 1.0
+_BACKING_OPEN, _BACKING_CLOSE = 0x4010E501, 0x4004E502  # ioctls of /dev/fuse, FUSE_DEV_IOC_BACKING_...
+_BACKING_MAX = 10_000_000
 
 
 def main(daemon_pid: int, mount_dir: str, data_dir: str = "", what: str = "") -> None:
@@ -76,7 +82,7 @@ def main(daemon_pid: int, mount_dir: str, data_dir: str = "", what: str = "") ->
         return
     indexes = open_indexes(databases) if databases >= 0 else []
     retire_once(indexes)
-    end(libc, mount_dir, daemon_pid, indexes)
+    end(libc, mount_dir, daemon_pid, indexes, lock)
 
 
 def open_databases(data_dir: str) -> int:
@@ -160,8 +166,9 @@ def retired_header(header: bytes) -> bytes:
     return body + struct.pack("=II", s0, s1)
 
 
-def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int, indexes: list[int]) -> None:
-    """Abort the connection of the mount; the mount stays, dead. `indexes`: those that were retired."""
+def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int, indexes: list[int], lock: int) -> None:
+    """Abort the connection of the mount; the mount stays, dead. `indexes`: those that were retired. `lock`: any file of
+    the data directory, or -1."""
     device = device_of(mount_dir)
     told, fds = told_by_daemon()
     if device is None or told not in ("", device):
@@ -169,6 +176,7 @@ def end(libc: ctypes.CDLL, mount_dir: str, daemon_pid: int, indexes: list[int]) 
         return
     forget_pages(fds, daemon_pid, indexes)
     aborted = cut(libc, mount_dir, device)
+    release_files(fds, lock)
     retire(indexes)
     if not aborted:
         answer_for(daemon_pid, mount_dir, fds)
@@ -201,6 +209,22 @@ def forget_pages(fds: list[int], daemon_pid: int, indexes: list[int]) -> None:
     while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < until:
         retire_once(indexes)
         time.sleep(_PAUSE_S)
+
+
+def release_files(fds: list[int], file: int) -> None:
+    """Those that the kernel keeps to pass them through. They have numbers in a row, so the next one tells how many
+    there may be; `file` is registered to get that. Nothing where this process may not pass files through."""
+    if not fds or file < 0:
+        return
+    try:
+        last = fcntl.ioctl(fds[0], _BACKING_OPEN, bytearray(struct.pack("=iIQ", file, 0, 0)), True)
+    except OSError:
+        return
+    for number in range(last, max(0, last - _BACKING_MAX), -1):
+        try:
+            fcntl.ioctl(fds[0], _BACKING_CLOSE, struct.pack("=I", number))
+        except OSError:
+            pass  # it was closed long ago
 
 
 def device_of(mount_dir: str) -> str | None:

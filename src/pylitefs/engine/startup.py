@@ -346,13 +346,16 @@ def _missing(database: Database) -> str:
 
 def holders(path: str) -> str:
     """Processes that have a database of the mount open, for a person: "PID (COMMAND), …"."""
-    found = []
+    names, found = {path}, []
+    alone = "/" + os.path.basename(path)  # so the kernel calls it when its mount was taken away
+    if not os.path.exists(alone):
+        names.add(alone)
     for pid in filter(str.isdigit, os.listdir("/proc")):
         if int(pid) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            links = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
-            if any(link.removesuffix("-wal").removesuffix("-shm") == path for link in links):
+            links = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+            if any(name + suffix in links for name in names for suffix in ("", "-wal", "-shm")):
                 with open(f"/proc/{pid}/comm") as file:
                     found.append(f"{pid} ({file.read().strip()})")
     return ", ".join(found) or "the programs that use it"

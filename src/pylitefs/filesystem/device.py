@@ -6,6 +6,7 @@ request the kernel has given up (ENOENT) or whose mount is gone (ENODEV) is lost
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -59,6 +60,7 @@ class Device:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.awaited: dict[int, Answer] = {}  # requests that came through a ring, by `unique`
+        self._backing_ids: set[int] = set()  # that the kernel keeps
 
     def negotiate(self, *, passthrough: bool, max_stack_depth: int, io_uring: bool = False) -> Negotiated:
         """Answer the kernel's INIT, which must be the first request. MountError if the kernel is too old."""
@@ -136,13 +138,19 @@ class Device:
     def backing_open(self, fd: int) -> int:
         """Register an open file as a backing file. Its id; OSError if the kernel or our privileges do not allow it."""
         backing_id: int = fcntl.ioctl(self.fd, abi.IOC_BACKING_OPEN, bytearray(abi.BACKING_MAP.pack(fd, 0, 0)), True)
+        self._backing_ids.add(backing_id)
         return backing_id
 
     def backing_close(self, backing_id: int) -> None:
+        self._backing_ids.discard(backing_id)
         fcntl.ioctl(self.fd, abi.IOC_BACKING_CLOSE, backing_id.to_bytes(4, sys.byteorder))
 
     def close(self) -> None:
-        """Let the kernel's end go: /dev/null takes its number, where late replies vanish."""
+        """Let the kernel's end go: /dev/null takes its number, where late replies vanish. The kernel would keep backing
+        files of a mount with open files as long as any mount namespace has that mount."""
+        for backing_id in list(self._backing_ids):
+            with contextlib.suppress(OSError):
+                self.backing_close(backing_id)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             os.dup2(null, self.fd, inheritable=False)

@@ -112,7 +112,7 @@ class Daemon:
         # Before recovery: a dead mount holds the files that passed through it, so that they would count as in use.
         await in_thread(take_away_dead, config.fuse.dir, logging.getLogger("litefs.fuse").info)
         await self._build_store(is_primary=static and config.lease.candidate, by_election=not static)
-        self._node = Node(config, self._store, socket.gethostname(), http_socket.getsockname()[1])
+        self._node = Node(config, self._store, http_socket.getsockname()[1])
         self._control = NodeControl(self._node)
         await self._serve_http(http_socket)
         self._stack.push_async_callback(self._node.close)
@@ -452,16 +452,17 @@ def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
 
 
 _QUIET = frozenset({"tx", "synced", "init", "primaryChange"})
+_SAID = frozenset({"notReplicated", "notTakenOver", "overlooked"})  # who emits one of these has logged a sentence
 _LOUD = frozenset(
     {
-        "setAside", "notTakenOver", "withheld", "lost", "corruptLog", "damaged", "healed", "diskFull", "logFailing",
+        "setAside", "withheld", "lost", "corruptLog", "damaged", "healed", "diskFull", "logFailing",
         "busyAfterCrash", "haltLost", "syncDegraded", "forced",
     }
 )  # fmt: skip
 
 
 def _log_event(event: Event) -> None:
-    if event.type not in _QUIET:
+    if event.type not in _QUIET | _SAID:
         level = logging.WARNING if event.type in _LOUD else logging.INFO
         extra = {"database": event.database, **event.data} if event.database else dict(event.data)
         log.log(level, event.type, extra={key: value for key, value in extra.items() if key not in _RESERVED})

@@ -59,10 +59,10 @@ ENTER_S = 5.0  # who connects while this node takes office waits so long for it,
 class Node:
     """One node. `mounted` must be true before it takes part in elections."""
 
-    def __init__(self, config: Config, store: Store, hostname: str, port: int) -> None:
+    def __init__(self, config: Config, store: Store, port: int) -> None:
         lease = config.lease
         self.node_id = read_node_id(config.data.dir)
-        self.hostname = hostname if lease.is_static else lease.own_hostname
+        self.hostname = lease.own_hostname
         self.url = "" if lease.is_static else lease.own_url(port)
         self.identity = NodeIdentity(self.node_id, self.hostname)
         self.instance = secrets.token_hex(8)

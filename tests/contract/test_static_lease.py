@@ -25,7 +25,9 @@ pytestmark = [needs_root, pytest.mark.timeout(120)]
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node, Node]]:
     """The one candidate, and two replicas; each test leaves them as they were."""
     with Cluster(tmp_path_factory.mktemp("static")) as cluster:
-        primary = cluster.node("primary").start()
+        primary = cluster.node("primary")
+        primary.config["lease"]["hostname"] = PRIMARY_NAME
+        primary.start()
         replicas = [cluster.node(name, primary=primary).start(wait=False) for name in ("replica", "second")]
         for replica in replicas:
             wait_until(replica.healthy, f"{replica.name} is ready")
@@ -51,6 +53,14 @@ def leads(node: Node) -> bool:
 def view(node: Node) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(node.get("/cluster"))
     return document
+
+
+def test_all_call_the_primary_by_one_name(nodes: tuple[Node, Node, Node]) -> None:
+    replicas = nodes[1:]
+    statuses = [json.loads(node.get("/status")) for node in nodes]
+    assert statuses[0]["node"]["hostname"] == PRIMARY_NAME
+    assert [status["primary"]["hostname"] for status in statuses[1:]] == [PRIMARY_NAME] * len(replicas)
+    assert [view(node)["primary"]["hostname"] for node in nodes] == [PRIMARY_NAME] * len(nodes)
 
 
 def test_the_configured_candidate_leads_and_nobody_else(nodes: tuple[Node, Node, Node]) -> None:

@@ -16,6 +16,7 @@ from engine_nodes import make_sqlite
 from silent_commits import Silent, until
 from sqlite_process import SqliteProcess
 
+from harness.liveness import LIVE_S
 from pylitefs.engine import commit_points
 from pylitefs.engine import gated as gated_module
 from pylitefs.engine.continuation import finish
@@ -24,6 +25,8 @@ from pylitefs.engine.hooks import EngineHooks
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.pause import Pause
 from pylitefs.engine.pending import Wait
+from pylitefs.engine.store import Store, StoreOptions
+from pylitefs.events import EventBus
 from pylitefs.ports import FileKind, FileRef, Then
 
 WAIT_S = 20.0
@@ -328,3 +331,17 @@ def test_who_gives_up_waiting_for_a_position_is_no_error(live: Silent, caplog: p
     assert other.result(10).txid == live.database.position.txid
     assert one.result(10) == other.result() and all_of_them.result(10)["db"] == other.result()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["app.db", ".hidden"])
+def test_a_plain_file_that_holds_a_database_is_looked_at_in_time(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it was in use when it was looked at; a hidden one, which may be about to be renamed, too."""
+    store = Store(str(tmp_path), EventBus(), StoreOptions(is_primary=True))
+    planned: list[float] = []
+    monkeypatch.setattr(store.worker, "call_later", lambda delay_s, *_, **__: planned.append(delay_s))
+    for tries in range(20):
+        store._settling.clear()
+        store._wake_plain(name, tries)
+    assert len(planned) == 20 and max(planned) <= LIVE_S / 2

@@ -39,8 +39,8 @@ _IMPORT_RETRY_S = 10.0
 _WATCH_PAUSE_S = 0.001
 _ANY = "/"  # no database's name: what is done for it need not wait for the end of another's long job
 _PLAIN_SETTLE_S = 0.2
-_PLAIN_TRIES = 5  # the longest wait is so many times the first
-_HIDDEN_SETTLE_S = 5.0  # rsync and others write `.NAME.XXXXXX` first, and rename it
+_HIDDEN_SETTLE_S = 0.4  # rsync and others write `.NAME.XXXXXX` first, and rename it when it is whole
+_LONGEST_SETTLE_S = 0.5  # between two looks at a file in use
 
 
 class Store(Registry):
@@ -240,7 +240,7 @@ class Store(Registry):
         if name not in self._settling:
             self._settling.add(name)
             delay_s = _HIDDEN_SETTLE_S if name.startswith(".") else _PLAIN_SETTLE_S
-            self.worker.call_later(delay_s * min(tries + 1, _PLAIN_TRIES), self._open_plain, name, tries)
+            self.worker.call_later(min(delay_s * (tries + 1), _LONGEST_SETTLE_S), self._open_plain, name, tries)
 
     def _open_plain(self, name: str, tries: int) -> None:
         self._settling.discard(name)

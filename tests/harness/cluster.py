@@ -34,6 +34,7 @@ from engines import services
 from engines.services import BUCKET, HERE, Service
 from harness import history
 from harness.branches import lost_values
+from harness.forks import Forks
 from harness.history import History, Outcome
 from harness.network import Network
 from harness.nodes import Member, wait_for
@@ -63,7 +64,7 @@ SILENT_S = 20.0 * PATIENCE  # by when all nodes must have the last commit, with 
 
 class HaCluster(Cluster):
     """A context. `network`: every node, and the engine, is a host of its own. `forgetful`: databases of which a fault
-    may have lost commits for good."""
+    may have lost commits for good. `forked`: nodes start without the time that Python takes to load."""
 
     def __init__(
         self,
@@ -76,19 +77,22 @@ class HaCluster(Cluster):
         lease: dict[str, Any] | None = None,
         databases: dict[str, tuple[str, str]] | None = None,
         limit_s: float = LIMIT_S,
+        ttl_s: float | None = None,
+        forked: bool = False,
     ) -> None:
         super().__init__(base)
         self._watchdog = threading.Timer(limit_s, self._hung)
         self._watchdog.daemon = True
         self.engine = engine
-        self.ttl_s = TTL_S[engine]
+        self.ttl_s = TTL_S[engine] if ttl_s is None else ttl_s
         self.sync = sync
         self.mode = mode
         self.databases = FULL_DB if databases is None else databases
         self.members: list[Member] = []
         self.service: Service | None = None
         self.network: Network | None = None
-        self._wants_network = network
+        self._wants_network, self._wants_forks = network, forked
+        self._forks: Forks | None = None
         self._more_lease = lease or {}
         self._stack = ExitStack()
         self.clients = Clients(base / "history")
@@ -103,6 +107,8 @@ class HaCluster(Cluster):
         try:
             if self._wants_network:
                 self.network = self._stack.enter_context(Network())
+            if self._wants_forks:
+                self._forks = self._stack.enter_context(Forks())
             self._start_engine()
         except BaseException:
             self.__exit__(None, None, None)
@@ -156,7 +162,7 @@ class HaCluster(Cluster):
         replication = {"sync": self.sync, "mode": self.mode, "timeout": "10s"} if self.sync else None
         member = Member(
             self.base, name, {**self._lease(), **self._more_lease, **(lease or {})}, place=place,
-            replication=replication, **options,
+            replication=replication, forks=self._forks, **options,
         )  # fmt: skip
         self.members.append(member)
         self.nodes.append(member)

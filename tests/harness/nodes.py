@@ -22,12 +22,13 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cluster_nodes import START_S, Node, wait_until
 from engines.services import HERE, Place, port_at
 from harness import disks
 from harness.disks import RamDisk, RealDisk
+from harness.forks import Forks
 from harness.history import Copy
 from pylitefs.filesystem import mount
 from pylitefs.supervise import dying_with_us
@@ -38,7 +39,8 @@ SKEWED = Path(__file__).with_name("skewed")
 
 
 class Member(Node):
-    """One node. `lease`, `replication` and `data` are sections of litefs.yml; hostname, URL, folder are filled in."""
+    """One node. `lease`, `replication` and `data` are sections of litefs.yml; hostname, URL, folder are filled in.
+    `forks`: whom to start it by; then it has no clock of its own."""
 
     def __init__(
         self,
@@ -53,8 +55,10 @@ class Member(Node):
         offset_s: int = 0,
         passthrough: str = "auto",
         data: dict[str, Any] | None = None,
+        forks: Forks | None = None,
     ) -> None:
         self.name = name
+        self.forks = forks
         self.base = base / name
         self.mount = self.base / "mnt"
         self.log = self.base / "log"
@@ -89,6 +93,17 @@ class Member(Node):
         assert self.process is None or self.process.poll() is not None
         path = self.base / "litefs.yml"
         path.write_text(json.dumps(self.config))  # JSON is YAML
+        if self.forks is not None:
+            process = self.forks.start(["mount", "-config", str(path)], self.base, self.log)
+            self.process = cast("subprocess.Popen[bytes]", process)
+        else:
+            self._execute(path)
+        self.stopped = self.ended = False
+        if wait:
+            wait_until(self.serves, f"{self.name} is mounted and answers\n{self.log_tail()}")
+        return self
+
+    def _execute(self, path: Path) -> None:
         words = [sys.executable, "-m", "pylitefs", "mount", "-config", str(path)]
         if self.offset_s:
             words = ["unshare", "--time", f"--boottime={self.offset_s}", f"--monotonic={self.offset_s}", "--", *words]
@@ -99,10 +114,6 @@ class Member(Node):
             self.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.base, env=self._environment()
             )
-        self.stopped = self.ended = False
-        if wait:
-            wait_until(self.serves, f"{self.name} is mounted and answers\n{self.log_tail()}")
-        return self
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(SKEWED), os.environ.get("PYTHONPATH")]))

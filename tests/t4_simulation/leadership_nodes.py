@@ -145,6 +145,7 @@ class SimNode:
     def kill(self) -> None:
         """kill -9. A commit of FULL that had no answer may be found by recovery, or not."""
         assert self.process is not None
+        self.cluster.kills += 1
         self.process.kill()
         if self.captures and self.cluster.world.rng.random() < 0.5:
             self._cut_off(FULL, max(self.visible, self._sent()))
@@ -168,6 +169,7 @@ class SimNode:
 
     def _count_disk(self) -> None:
         self.disks += 1
+        self.cluster.cuts += 1
         self.cluster.history.cuts.setdefault(self.hostname, []).append(self.cluster.world.now_s)
 
     def lose_machine(self) -> None:

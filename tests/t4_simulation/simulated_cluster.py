@@ -13,6 +13,7 @@ The observer knows what no client can, and says so at once:
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass
 
 from leadership_nodes import FULL, MACHINES, NORMAL, TTL_S, Entry, SimNode
@@ -70,6 +71,7 @@ class SimCluster:
         self._known = ("", Document())
         self._terms = 0
         self._count = 0
+        self.kills = self.cuts = 0  # of nodes; of these with the power, or the disk
 
     def start(self) -> None:
         for node in self.nodes.values():
@@ -289,6 +291,11 @@ class SimCluster:
         counted = {state.last_leader, state.handoff_to, *(state.in_sync or ())}
         gates = [other.gate for other in self.nodes.values() if other.runs and other.gate is not None]
         return node.node_id not in counted and not any(node.node_id in gate._replicas for gate in gates)
+
+    def changes(self) -> int:
+        """How often another node than before has acquired the lease."""
+        nodes = [leader.node_id for _, leader in self.service.terms]
+        return sum(one != other for one, other in itertools.pairwise(nodes))
 
     def settled(self) -> bool:
         leader = self.leader()

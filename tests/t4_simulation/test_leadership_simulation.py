@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 from leadership_nodes import SimNode
@@ -278,8 +279,15 @@ def run(world: World, cluster: SimCluster, nemesis: Nemesis) -> list[str]:
     return problems
 
 
-def simulate(seed: int, name: str) -> str:
-    """One run; what was wrong, "" if nothing was."""
+@dataclass(frozen=True)
+class Played:
+    """One run: what was wrong, "" if nothing was; and how much there was of what."""
+
+    text: str
+    counts: dict[str, int]
+
+
+def played(seed: int, name: str) -> Played:
     world = World(seed)
     try:
         cluster = SimCluster(world, SETUPS[name])
@@ -292,7 +300,12 @@ def simulate(seed: int, name: str) -> str:
             if os.environ.get("PYLITEFS_TEST_RAISE"):
                 raise
         again = AGAIN.format(seed=seed, name=name)
-        return "\n".join([f"{name}, seed {seed}:", *problems[:20], *nemesis.told, again]) if problems else ""
+        text = "\n".join([f"{name}, seed {seed}:", *problems[:20], *nemesis.told, again]) if problems else ""
+        history = cluster.history
+        counts = {"kills": cluster.kills, "cuts": cluster.cuts, "changes": cluster.changes(),
+                  "acknowledged": sum(write.outcome == "ok" for write in history.writes),
+                  "reads": len(history.reads), "virtual_ms": round(world.now_s * 1000)}  # fmt: skip
+        return Played(text, counts)
     finally:
         world.close()
 
@@ -319,7 +332,7 @@ SETUPS = {
 def test_nothing_acknowledged_is_lost(setup: str) -> None:
     bad = []
     for seed in range(FIRST, FIRST + scaled(SEEDS)):
-        problem = simulate(seed, setup)
+        problem = played(seed, setup).text
         if problem:
             bad.append(problem)
         if len(bad) == 3:

@@ -230,28 +230,13 @@ class CommitHooks(Shown):
 
         self._store.capture.settle_later(database, settled, ended=True, synced=by_writer)
 
-    # -- a WAL that begins ---------------------------------------------------------------------------------------
-
     def _before_wal(self, ref: FileRef, then: Then) -> None:
-        """SQLite makes a WAL with SHARED in its hands: by then each transaction in a rollback mode has ended, also one
-        that nothing tells the end of (MEMORY and OFF with synchronous=OFF). It is recorded before the WAL is there,
-        because what is committed in that stands on top of it. If it cannot be, it is looked for later."""
+        """SQLite makes a WAL, see `record_before_wal`. What cannot be recorded then is looked for later."""
         database = self._capturing(ref) if ref.kind is FileKind.WAL else None
         if database is None or not self._store.capture.has_unseen_writes(database):
             then(None)
         else:
-            self._in_thread(lambda: self._record_before_wal(database), lambda error: then(None))
-
-    def _record_before_wal(self, database: Database) -> None:
-        """Raises OSError. Not what somebody else than SQLite is writing at this moment, if it is not sound."""
-        capture = self._store.capture
-        foreign = capture.is_foreign(database)
-        if foreign and not capture.is_ready(database):
-            return
-        with database.lock:
-            unfinished = database.rollback.journal_in_use() or wal_in_use(database) or not database.may_commit
-            if not unfinished and (not foreign or capture.is_unchanged(database)):
-                capture.commit_point(database)
+            self._in_thread(lambda: self._store.capture.record_before_wal(database), lambda error: then(None))
 
     # -- commit points -----------------------------------------------------------------------------------------
 

@@ -88,6 +88,19 @@ class CommitPoints(InPlace):
         except UnstableSource:
             return False
 
+    def record_before_wal(self, database: Database) -> None:
+        """SQLite makes a WAL with SHARED in its hands: by then each transaction in a rollback mode has ended, also one
+        that nothing tells the end of (MEMORY and OFF with synchronous=OFF). It is recorded before the WAL is there,
+        because what is committed in that stands on top of it. Not what somebody else than SQLite is writing at this
+        moment, if it is not sound. Raises OSError; not on the worker, nor on a FUSE thread."""
+        foreign = self.is_foreign(database)
+        if foreign and not self.is_ready(database):
+            return
+        with database.lock:
+            unfinished = database.rollback.journal_in_use() or wal_in_use(database) or not database.may_commit
+            if not unfinished and (not foreign or self.is_unchanged(database)):
+                self.commit_point(database)
+
     def _record_file(self, database: Database, fd: int, source: str, is_still: Callable[[], bool]) -> bool:
         seen = stamp(database.files.database)  # before it is read: what is written after that was not seen
         size = os.fstat(fd).st_size

@@ -230,7 +230,8 @@ class Daemon:
         wait_s = self._config.lease.recovery_wait_s
         if not (self._store.is_primary and self._store.started_unclean and wait_s > 0):
             return None
-        return RecoveryWait(self._store.all_names(), wait_s, expected=self._store.replica_count())
+        names = {*self._store.all_names(), *self._store.tombstones()}
+        return RecoveryWait(names, wait_s, expected=self._store.replica_count())
 
     async def _serve_http(self, http_socket: socket.socket) -> None:
         node = self._node

@@ -234,8 +234,11 @@ class Node:
 
     def _known_positions(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Of the databases whose content is known to be what their log says."""
-        for name in self.store.all_names():
-            database = self.store.get(name)
+        databases = {name: self.store.get(name) for name in self.store.all_names()}
+        for name, tombstone in self.store.tombstones().items():  # asked for last: a name may become one meanwhile
+            if databases.get(name) is None:
+                yield name, (tombstone.position.epoch, tombstone.position.txid)
+        for name, database in databases.items():
             if database is not None and database.set_aside_reason is None:
                 position, head = database.position, database.log.head
                 if self.is_primary:

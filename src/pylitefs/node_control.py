@@ -363,6 +363,8 @@ class NodeControl:
             if info.node_id == node_id:
                 nothing = ReplicaProgress(0, 0, 0)
                 for name, head in heads.items():
+                    if self._store.get(name) is None:  # it was dropped, and who is connected has that
+                        continue
                     progress = info.databases.get(name, nothing)
                     if min(progress.applied, progress.durable if durably else head.txid) < head.txid:
                         return True

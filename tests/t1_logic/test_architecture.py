@@ -267,9 +267,10 @@ LIVE_WRITERS: dict[str, set[str]] = {
 
 # Modules that change files, and none of those: the log, tables, notes, copies, devices.
 OTHER_WRITERS = {
-    "cluster/tail.py", "daemon.py", "engine/database.py", "engine/files.py", "engine/incoming.py", "engine/loan.py",
-    "engine/lost.py", "engine/ltx_log.py", "engine/marker.py", "engine/page_checksums.py", "engine/registry.py",
-    "engine/reserve.py", "engine/snapshot.py", "engine/soundness.py", "engine/spares.py", "engine/transaction.py",
+    "cluster/tail.py", "daemon.py", "engine/database.py", "engine/files.py", "engine/forgetting.py",
+    "engine/incoming.py", "engine/loan.py", "engine/lost.py", "engine/ltx_log.py", "engine/marker.py",
+    "engine/page_checksums.py", "engine/registry.py", "engine/reserve.py", "engine/snapshot.py", "engine/soundness.py",
+    "engine/spares.py", "engine/tombstones.py", "engine/transaction.py",
     "filesystem/cached_databases.py", "filesystem/device.py", "filesystem/mount.py", "filesystem/rings.py",
     "http/transfers.py", "lease/directory.py",
 }  # fmt: skip

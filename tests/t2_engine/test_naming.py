@@ -294,8 +294,9 @@ def test_a_drop_of_what_was_never_here_costs_no_fsync(tmp_path: Path, monkeypatc
         with closing_node(Node(tmp_path / "replica", is_primary=False)) as replica:
             with monkeypatch.context() as patch:
                 patch.setattr(os, "fsync", lambda fd: (synced.append(fd), real(fd)))
-                assert replica.database().resync(4096, None).finish(0, gone, database.log.epochs()) == gone
-            assert synced == [] and replica.database().position == gone and not replica.database().exists
+                assert replica.store.note_dropped("db", gone, database.log.epochs())
+            assert synced == [] and os.listdir(replica.store.databases_dir) == []
+            assert replica.database().position == gone and not replica.database().exists
             assert replica.database().log.epochs() == database.log.epochs() == ((5, 1),)
             make_sqlite(node.store.plain_path("db"))
             assert node.store.import_plain("db")

@@ -17,13 +17,15 @@ import numpy.typing as npt
 from pylitefs.engine.epochs import Lines
 from pylitefs.engine.loan import Loan
 from pylitefs.engine.ltx_log import EMPTY, LtxLog, Pin
+from pylitefs.engine.tombstones import Tombstone, Tombstones
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import ClusterMismatch, FormatError, PositionMismatch
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.checksum import database_checksum, page_checksum
 from pylitefs.formats.ltx.decoder import Ltx, decode
 from pylitefs.formats.ltx.encoder import encode
-from pylitefs.formats.ltx.format import Header, Position
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position
+from pylitefs.ports import Moved
 
 T = TypeVar("T")
 PAGE = 512
@@ -33,7 +35,7 @@ Faults = Callable[[str], None]
 
 
 class FakeDatabase:
-    moved_to = None
+    moved_to: Moved | None = None
 
     def __init__(self, store: FakeStore, name: str) -> None:
         self.store, self.name = store, name
@@ -252,6 +254,9 @@ class FakeStore:
         self.seen: list[Event] = []
         self.events.subscribe(self.seen.append)
         self.databases: dict[str, FakeDatabase] = {}
+        self._tombstones = Tombstones(self.data_dir)
+        self._tombstones.load()
+        self.needs_drop: Callable[[str], bool] = lambda name: False
         for folder in sorted(data_dir.iterdir()):
             if folder.is_dir():
                 self.get_or_create(folder.name)
@@ -291,7 +296,7 @@ class FakeStore:
 
     @property
     def has_databases(self) -> bool:
-        return bool(self.databases)
+        return bool(self.databases) or len(self._tombstones) > 0
 
     def adopt_cluster_id(self, cluster_id: str) -> None:
         if self.cluster_id not in (None, cluster_id) and self.has_databases:
@@ -312,8 +317,51 @@ class FakeStore:
 
     def get_or_create(self, name: str) -> FakeDatabase:
         if name not in self.databases:
-            self.databases[name] = FakeDatabase(self, name)
+            database = self.databases[name] = FakeDatabase(self, name)
+            tombstone = self._tombstones.get(name)
+            if tombstone is not None and database.log.head.txid < tombstone.position.txid:
+                database.log.restart_at(tombstone.position, tombstone.epochs, durably=False)
+                database.position, database.moved_to = tombstone.position, tombstone.moved_to
         return self.databases[name]
+
+    # --- names that were dropped long ago ---------------------------------------------------------------------------
+
+    @property
+    def forgetting(self) -> FakeStore:
+        return self
+
+    def forget(self, name: str) -> bool:
+        """Where the drop is old enough. False if it is needed."""
+        return self.worker.submit(self._forget, name).result()
+
+    def _forget(self, name: str) -> bool:
+        database = self.databases[name]
+        assert not database.commit and database.position == database.log.head
+        if self.needs_drop(name):
+            return False
+        self._tombstones.put({name: Tombstone(database.log.head, database.log.epochs(), database.moved_to)})
+        self._tombstones.save()
+        del self.databases[name]
+        shutil.rmtree(database.folder)
+        return True
+
+    def tombstones(self) -> dict[str, Tombstone]:
+        return self._tombstones.copy()
+
+    def tombstone(self, name: str) -> Tombstone | None:
+        return self._tombstones.get(name)
+
+    def recall(self, name: str) -> FakeDatabase | None:
+        return self.get_or_create(name) if name in self._tombstones else self.get(name)
+
+    def note_dropped(self, name: str, position: Position, epochs: Lines) -> bool:
+        if name in self.databases or position.checksum != CHECKSUM_FLAG:
+            return False
+        self._tombstones.put({name: Tombstone(position, epochs)})
+        return True
+
+    def keep_tombstones(self) -> None:
+        self._tombstones.save()
 
     def give_back(self, name: str, data: bytes | str) -> Position:
         return self.get_or_create(name).apply(data if isinstance(data, bytes) else Path(data).read_bytes())
@@ -328,6 +376,7 @@ class FakeStore:
 
     def set_aside(self, name: str, reason: str) -> None:
         database = self.databases.pop(name, None)
+        self._tombstones.put({name: None})
         if database is not None:
             shutil.rmtree(database.folder)
             self.events.emit(Event("lost", name, {"reason": reason}))

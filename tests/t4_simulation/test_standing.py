@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from fake_engine import PAGE
+from fake_engine import PAGE, FakeReader
 from memory_link import Wire
 from pair import Pair
 
+from pylitefs.cluster.feed import Feed
 from pylitefs.cluster.sync_gate import SyncGate, SyncRules, log_heads
 from pylitefs.events import Event
+from pylitefs.formats.stream import Progress
+from pylitefs.status import ReplicaProgress
 
 REPLICA = 2
+NONE = ReplicaProgress(0, 0, 0)
 
 
 @pytest.fixture
@@ -89,6 +94,27 @@ async def test_a_branch_does_not_count_however_long_it_is(pair: Pair, more: int)
             assert as_told() == 0 or theirs.position == ours.position, "a branch, as what we have"
             await asyncio.sleep(0)
         await pair.until(lambda: as_told() == ours.position.txid)
+
+
+async def test_what_is_acknowledged_while_a_snapshot_is_closed_counts(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once; the primary is still busy with the end of what it has sent."""
+    head = pair.write("a.db", 30, size=40).position.txid
+    pair.primary.databases["a.db"].forget_log()
+    acknowledged = threading.Event()
+    real = Feed.acknowledged
+
+    def hear(feed: Feed, progress: Progress) -> None:
+        real(feed, progress)
+        if progress.durable == head:
+            acknowledged.set()
+
+    monkeypatch.setattr(Feed, "acknowledged", hear)
+    monkeypatch.setattr(FakeReader, "close", lambda reader: (acknowledged.wait(10), reader.pin.close()))
+    async with pair.running():
+        await pair.until(lambda: pair.replicas.progress("a.db").get(REPLICA, NONE).durable == head)
+        await pair.until(lambda: pair.replicas.infos()[0].lag_ms == 0)
 
 
 async def test_a_replica_on_a_branch_says_that_it_is_behind(pair: Pair) -> None:

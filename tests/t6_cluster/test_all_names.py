@@ -143,3 +143,36 @@ def test_a_placeholder_on_a_replica_makes_room(cluster: Cluster) -> None:
     for name in ("app.db", "app.db-wal", "app.db-shm"):  # of this node's owner and mode
         status = os.stat(os.path.join(replica.data, "dbs", "app.db", name[6:].lstrip("-") or "database"))
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (1234, 2345, 0o640), name
+
+
+def test_only_a_line_stays_of_what_was_dropped_long_ago(cluster: Cluster) -> None:
+    """On both nodes, of every name; unless somebody has it open. It goes on where it ended when it comes back."""
+    names = [b"app.db", b"caf\xe9.db", b"shop", b"line\nfeed", b"x" * 247]
+    primary = cluster.node("primary")
+    replica = cluster.node("replica", primary=primary)
+    for node in (primary, replica):
+        node.config["data"] |= {"retention": "100ms", "retention-monitor-interval": "100ms"}
+        node.start()
+
+    def folders(node: Node) -> set[bytes]:
+        return set(os.listdir(os.fsencode(node.data / "dbs")))
+
+    for name in names:
+        insert(os.path.join(os.fsencode(primary.mount), name), "old", "wal" if len(name) % 2 else "delete")
+    wait_until(lambda: all(position(replica, name) == position(primary, name) != "None" for name in names), "all there")
+    with contextlib.closing(sqlite3.connect(primary.mount / "shop")) as held:
+        assert held.execute("select a from t").fetchall() == [("old",)]
+        for name in names:
+            os.unlink(os.path.join(os.fsencode(primary.mount), name))
+        wait_until(lambda: folders(primary) == {b"shop"}, "what nobody has open is forgotten")
+    for node in (primary, replica):
+        wait_until(lambda node=node: not folders(node) and not node.info()["databases"], "nothing is left")
+        assert len((node.data / "tombstones").read_bytes().splitlines()) == len(names)
+    replica.stop()
+    replica.start()
+    for name in names:
+        insert(os.path.join(os.fsencode(primary.mount), name), "new", "delete" if len(name) % 2 else "wal")
+    wait_until(lambda: all(position(replica, name) == position(primary, name) != "None" for name in names), "all again")
+    for name in names:
+        assert values(primary, name) == values(replica, name) == ["new"]
+        assert int(primary.info()["databases"][os.fsdecode(name)]["txid"], 16) > 3

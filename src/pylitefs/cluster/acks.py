@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Container
 
 from pylitefs.cluster.channel import Channel, Timings
 from pylitefs.cluster.ports import Store
@@ -40,13 +41,19 @@ class Acks:
         self._urgent: set[str] = set()
         self._urgent_came = asyncio.Event()
 
-    def begin(self, positions: dict[str, Position], *, at_once: bool = False) -> None:
-        """What the replica has from before the connection: applied, and to be made durable soon."""
+    def begin(self, positions: dict[str, Position], gone: Container[str] = (), *, at_once: bool = False) -> None:
+        """What the replica has from before the connection: applied, and to be made durable soon. `gone`: those of which
+        only a tombstone is left. Whether a restart knows of that or not, it has nothing of them: they are durable."""
         self._at_once = at_once
         for name, position in positions.items():
             self._received[name] = self._applied[name] = position.txid
-        self._undurable.update(positions)
-        self._hurry(*positions)
+            if name in gone:
+                self._durable[name] = position.txid
+                self._changed.add(name)
+            else:
+                self._undurable.add(name)
+        self._hurry(*self._undurable)
+        self.hurry()
 
     def _hurry(self, *names: str) -> None:
         if self._at_once:
@@ -133,7 +140,10 @@ class Acks:
 
     async def _all_of(self, name: str) -> None:
         database, round_ = self._store.get(name), self._rounds[name]
-        if database is not None:
+        if database is None:  # it was dropped long ago
+            await asyncio.wrap_future(self._store.worker.submit(self._store.keep_tombstones))
+            self._is_durable(name, self._applied.get(name, 0), round_)
+        else:
             txid = await asyncio.wrap_future(self._store.worker.submit(database.durable, database=name))
             self._is_durable(name, txid, round_)
 
@@ -172,9 +182,7 @@ class Acks:
 
     async def _log_of(self, name: str) -> None:
         database, round_ = self._store.get(name), self._rounds[name]
-        if database is None:
-            return
-        txid = await asyncio.to_thread(database.log_durable)
+        txid = await asyncio.to_thread(database.log_durable) if database is not None else None
         self._no_pause = True
         if txid is None:
             await self._all_of(name)

@@ -144,6 +144,7 @@ class Sink:
         self._incoming: IncomingFile | None = None
         self._left = 0  # bytes that the file in `_incoming` or `_decoder` still has to get
         self._resync: Resync | None = None
+        self._begun: SnapshotBegin | None = None  # of a database of which nothing is here: perhaps it was dropped
         self._page_size = 0
         self._decoder: Decoder | None = None  # a large log entry within a snapshot
 
@@ -173,7 +174,7 @@ class Sink:
         """Forget what is incomplete."""
         incoming, self._incoming = self._incoming, None
         resync, self._resync = self._resync, None
-        self._decoder = None
+        self._decoder = self._begun = None
         for part in (incoming, resync):
             if part is not None:
                 with contextlib.suppress(OSError, LitefsError):
@@ -196,8 +197,14 @@ class Sink:
                 return self._set_aside()
             case SnapshotBegin():
                 self._begin_snapshot(item)
+            case SnapshotEnd(_, position, 0) if self._begun and not self._void and self._is_gone(item):
+                return Applied(self.name, position.txid)
             case _ if self._void:
                 pass
+            case _ if self._begun is not None:
+                self._make_ready(self._begun)
+                self._begun = None
+                return self._take(item)
             case Ltx(_, data):
                 return self._whole_file(data)
             case LtxBegin():
@@ -293,6 +300,21 @@ class Sink:
         if self._void and item.request != self._request:
             return
         self.abort()
+        self._void = False
+        if self._store.get(self.name) is None:
+            self._begun = item
+        else:
+            self._make_ready(item)
+
+    def _is_gone(self, item: SnapshotEnd) -> bool:
+        """The snapshot is that of a database that was dropped, and there is nothing of it here."""
+        if not self._store.note_dropped(self.name, item.position, item.epochs):
+            return False
+        self._begun = None
+        return True
+
+    def _make_ready(self, item: SnapshotBegin) -> None:
+        """For what the snapshot brings."""
         database = self._store.get_or_create(self.name)
         keep = item.keep_branch_after if item.has_branch else None
         shared = database.log.shared()
@@ -302,7 +324,7 @@ class Sink:
         if recorded is not None:
             keep = recorded if keep is None else min(keep, recorded)
         self._resync = database.resync(item.page_size, keep)
-        self._page_size, self._void = item.page_size, False
+        self._page_size = item.page_size
 
     def _take_pages(self, item: SnapshotPages) -> None:
         if self._resync is None or self._in_file:

@@ -159,9 +159,10 @@ def branch_point(position: Position, history: Iterable[Position], epochs: Epochs
     """
     if position.txid == 0 or ours.holds(position):
         return None
+    first_txid = ours.first_txid or ours.head.txid + 1  # of a log that is empty the position is all there is
     differs = position.txid + 1  # from here on, or earlier
     for known in sorted({position, *history}, key=lambda known: known.txid, reverse=True):
-        if known.txid + 1 >= ours.first_txid:
+        if known.txid + 1 >= first_txid:
             if ours.holds(known):
                 return known.txid
             differs = known.txid

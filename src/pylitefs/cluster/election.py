@@ -62,6 +62,7 @@ MAX_POSITIONS_BYTES = 16 << 10
 """As JSON, of one member: some 500 databases. The engines keep hundreds of KiB in one entry, but all members' are read
 at each look, and each is written three times in a lease's life."""
 
+_LEAST_BYTES = 12  # of a database: "a": [1, 1],
 _MAX_EPOCHS = 200  # of a total: each failover adds one, as long as there are databases that were not written since
 
 
@@ -322,7 +323,7 @@ def known_from(value: object) -> Known:
 
 def told(known: Known, max_bytes: int = 0) -> dict[str, list[int]] | list[Any]:
     """As JSON: {name: [epoch, txid]}; of a total, and where that is too long: [[[epoch, count]], sum]."""
-    if not isinstance(known, Total):
+    if not isinstance(known, Total) and (not max_bytes or len(known) * _LEAST_BYTES <= max_bytes):
         document = {name: list(position) for name, position in sorted(known.items())}
         if not max_bytes or len(json.dumps(document)) <= max_bytes:
             return document

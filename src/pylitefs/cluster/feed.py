@@ -13,9 +13,6 @@ import contextlib
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from pylitefs.cluster.decisions import (
     NOTHING,
@@ -33,8 +30,9 @@ from pylitefs.cluster.decisions import (
     decide,
 )
 from pylitefs.cluster.moves import is_held
-from pylitefs.cluster.outlet import Outlet, Turn, send
-from pylitefs.cluster.ports import Database, Log, LogEntry, PageSums, SnapshotReader
+from pylitefs.cluster.outlet import NO_PAGES_SIZE, Outlet, Turn, send
+from pylitefs.cluster.ports import Database, Epochs, Log, LogEntry, PageSums, SnapshotReader
+from pylitefs.cluster.resync_request import ResyncRequest
 from pylitefs.cluster.roles import Refused, StaleEpoch
 from pylitefs.cluster.tail import LIMIT_BYTES, NextTransactions, TailReceiver
 from pylitefs.cluster.transfer import COMPACT_MIN, BadLogEntry, Ends, merge, send_entry, small_run
@@ -83,36 +81,6 @@ class _NotFollowing(Exception):
     """The log entry does not follow what was sent, or has left the log: decide anew."""
 
 
-@dataclass
-class _Incoming:
-    """A RESYNC and the checksums that came with it. No more are kept than this node's database has pages."""
-
-    resync: Resync
-    limit: int
-    received: int = 0
-    kept: list[PageSums] = field(default_factory=list)
-
-    def add(self, message: Checksums) -> None:
-        """Refused unless it continues the ones before."""
-        sums = message.array
-        expected = (self.resync.request, self.received + 1)
-        if (message.request, message.first_pgno) != expected or self.received + len(sums) > self.resync.commit:
-            raise Refused(ErrorCode.PROTOCOL, "page checksums out of order")
-        if self.received < self.limit:
-            self.kept.append(sums[: self.limit - self.received])
-        self.received += len(sums)
-
-    @property
-    def complete(self) -> bool:
-        return self.received == self.resync.commit
-
-    def known(self, page_size: int) -> PageSums | None:
-        """The receiver's page checksums; None if its pages are of another size."""
-        if self.resync.page_size != page_size or not self.kept:
-            return None
-        return np.concatenate(self.kept)
-
-
 class Feed:
     """`sent` is where the replica is once it has applied everything sent so far. What it says of itself, in HELLO and
     in its acknowledgements, counts as `standing` only once its copy was found to be a state our log went through."""
@@ -121,7 +89,7 @@ class Feed:
         self.name = name
         self.sent = position
         self.state = "connecting"
-        self._progress = Progress(name, position.txid, position.txid, 0)
+        self.progress = Progress(name, position.txid, position.txid, 0)
         self._outlet = outlet
         self._turn = Turn(outlet)
         self._live = False  # what was sent last came from the log, and the log goes on from there
@@ -131,7 +99,7 @@ class Feed:
         self._changed = asyncio.Event()
         self._durable = 0  # as acknowledged since its copy is what it is
         self._in_line = False  # its copy is one that our log led to
-        self._incoming: _Incoming | None = None
+        self._incoming: ResyncRequest | None = None
         self._tail: asyncio.Queue[Message] | None = None
         self._tail_refused = False
         self._tail_tries = 0
@@ -147,7 +115,7 @@ class Feed:
             self._running = self._outlet.start(self._run())
 
     def acknowledged(self, progress: Progress) -> None:
-        self._progress = progress
+        self.progress = progress
         while self._in_flight and self._in_flight[0][0] <= progress.applied:
             self._in_flight.popleft()
         self._changed.set()
@@ -160,7 +128,7 @@ class Feed:
         `decisions`). Everybody who asks how far a replica is asks this."""
         if not self._in_line:
             return ReplicaProgress(0, 0, 0, in_line=False)
-        told, limit = self._progress, self.sent.txid
+        told, limit = self.progress, self.sent.txid
         return ReplicaProgress(min(told.received, limit), min(told.applied, limit), min(told.durable, limit))
 
     def _tell_durable(self) -> None:
@@ -179,7 +147,7 @@ class Feed:
     def resync(self, message: Resync) -> None:
         self._strayed()
         database = self._outlet.store.get(self.name)
-        self._incoming = _Incoming(message, database.commit if database is not None else 0)
+        self._incoming = ResyncRequest(message, database.commit if database is not None else 0)
         self.poke()
 
     def checksums(self, message: Checksums) -> None:
@@ -224,7 +192,7 @@ class Feed:
         try:
             if self._incoming is not None:
                 return await self._answer_resync()
-            database = self._outlet.store.get(self.name)
+            database = await self._outlet.database(self.name)
             if self._live and database is not None:
                 if await self._stream(database.log):
                     self._attempts = 0
@@ -243,6 +211,12 @@ class Feed:
             self._emit("corruptLog", path=str(error).split(":")[0])
             await self._ask_checksums(ResyncReason.BAD_LOG)
         return True
+
+    @property
+    def rests(self) -> bool:
+        """Whether the replica has everything there is, and nothing is to be done about it."""
+        idle = not (self._running or self._in_flight) and self._incoming is None and self._tail is None
+        return idle and self._live and self._in_line
 
     async def _decide(self, database: Database | None) -> bool:
         if self._incoming is not None:
@@ -301,14 +275,9 @@ class Feed:
             return View(NOTHING, 0, False, epoch=self._outlet.epoch)
         entries = database.log
         return View(
-            entries.head,
-            entries.first_txid,
-            entries.reaches(self.sent),
-            database.position.checksum,
-            entries.size_bytes,
-            database.size_bytes,
-            self._outlet.epoch,
-        )
+            entries.head, entries.first_txid, entries.reaches(self.sent), database.position.checksum,
+            entries.size_bytes, database.size_bytes, self._outlet.epoch,
+        )  # fmt: skip
 
     def _settled(self) -> None:
         self._live, self.state, self._attempts = True, "live", 0
@@ -322,7 +291,7 @@ class Feed:
     def _moved_to(self, position: Position) -> None:
         """The replica is somewhere else, not by a log entry."""
         self.sent = position
-        self._progress = Progress(self.name, 0, 0, 0)  # until it says otherwise
+        self.progress = Progress(self.name, 0, 0, 0)  # until it says otherwise
         self._durable = 0
         self._in_flight.clear()
 
@@ -385,7 +354,7 @@ class Feed:
 
     def _was_sent(self, ends: Ends) -> None:
         self.sent = ends.after
-        if self._progress.applied < ends.after.txid:
+        if self.progress.applied < ends.after.txid:
             self._in_flight.append((ends.after.txid, ends.header.timestamp_ms))
 
     # --- snapshots --------------------------------------------------------------------------------------------------
@@ -420,9 +389,9 @@ class Feed:
             raise
         return True
 
-    async def _snapshot(self, request: int, incoming: _Incoming | None, resync: Resync | None) -> None:
+    async def _snapshot(self, request: int, incoming: ResyncRequest | None, resync: Resync | None) -> None:
         """Send the database as it is now, or what of it differs from the replica's copy."""
-        database = self._outlet.store.get(self.name)
+        database = await self._outlet.database(self.name)
         if database is None or database.log.head.txid == 0:
             await send(self._outlet, stream.SetAside(self.name))
             self._moved_to(NOTHING)
@@ -450,6 +419,8 @@ class Feed:
     ) -> bool:
         """False if it has to be begun anew, because the page size has changed or the log was cut."""
         outlet = self._outlet
+        if not database.commit:
+            return await self._send_drop(database, request, branch)
         reader = await outlet.blocking(database.snapshot, known)
         try:
             begin = stream.SnapshotBegin(
@@ -464,22 +435,47 @@ class Feed:
                     await send(outlet, message)
                     size_bytes += len(message.packed)
             await asyncio.wrap_future(database.flush())
-            position, commit, epochs = await asyncio.wrap_future(
-                outlet.store.worker.submit(lambda: (database.position, database.commit, database.log.epochs()))
-            )
+            position, commit, epochs = await self._state_of(database)
             if not await self._send_between(database.log, reader.page_size, reader.start, position):
                 return False
             epochs = tuple(line for line in epochs if line[1] <= position.txid)
+            self._ends_at(position)
             await send(outlet, stream.SnapshotEnd(self.name, position, commit, epochs))
         except _NotFollowing:
             return False
         finally:
             await asyncio.shield(asyncio.ensure_future(outlet.blocking(reader.close)))
+        self._has_snapshot(size_bytes)
+        return True
+
+    async def _send_drop(self, database: Database, request: int, branch: int | None) -> bool:
+        """A snapshot without a page, for which nothing need be read. False if the name is used again."""
+        self._check()
+        position, commit, epochs = await self._state_of(database)
+        if commit:
+            return False
+        begin = stream.SnapshotBegin(self.name, request, NO_PAGES_SIZE, position, branch is not None, branch or 0)
+        await send(self._outlet, begin)
+        self._ends_at(position)
+        await send(self._outlet, stream.SnapshotEnd(self.name, position, 0, epochs))
+        self._has_snapshot(0)
+        return True
+
+    async def _state_of(self, database: Database) -> tuple[Position, int, Epochs]:
+        """Its position, size in pages and history at one moment."""
+        return await asyncio.wrap_future(
+            self._outlet.store.worker.submit(lambda: (database.position, database.commit, database.log.epochs()))
+        )
+
+    def _ends_at(self, position: Position) -> None:
+        """A snapshot, whose end is sent next: what is acknowledged from now on is its result, however soon it comes."""
         self._moved_to(position)
         self._in_flight.append((position.txid, self._behind_since_ms))
-        self._live = self._in_line = True
-        self._emit("snapshotSent", node_id=f"{outlet.replica_id:016X}", bytes=size_bytes)
-        return True
+
+    def _has_snapshot(self, size_bytes: int) -> None:
+        self._live = True
+        self._is_in_line()
+        self._emit("snapshotSent", node_id=f"{self._outlet.replica_id:016X}", bytes=size_bytes)
 
     async def _next_pages(self, database: Database, reader: SnapshotReader) -> list[SnapshotPages] | None:
         until_s = time.monotonic() + BUSY_S

@@ -36,10 +36,9 @@ def needed_first(store: Store, name: str, sent: int, until: int) -> tuple[str, i
     passed = {name}
     while moved is not None and moved.name not in passed:
         target = store.get(moved.name)
-        if target is None:
-            return None
-        if target.commit:
+        if target is not None and target.commit:
             return moved.name, moved.txid
         passed.add(moved.name)
-        moved = target.moved_to
+        gone = target or store.tombstone(moved.name)
+        moved = gone.moved_to if gone is not None else None
     return None

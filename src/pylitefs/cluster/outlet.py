@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-from pylitefs.cluster.ports import Store
+from pylitefs.cluster.ports import Database, Store
 from pylitefs.cluster.recovery_wait import RecoveryWait
 from pylitefs.cluster.roles import Refused
 from pylitefs.cluster.transfer import Blocking
@@ -27,6 +27,9 @@ READ_AHEAD = 4
 
 STALL_S = 60.0
 """How long one message may wait to be taken."""
+
+NO_PAGES_SIZE = 4096
+"""Any page size is right for a snapshot without pages; 0 is not, to earlier versions."""
 
 T = TypeVar("T")
 
@@ -43,6 +46,9 @@ class Outlet(Protocol):
     @property
     def blocking(self) -> Blocking: ...
     async def send(self, message: Message) -> None: ...
+    async def database(self, name: str) -> Database | None:
+        """Also one that was dropped so long ago that only a tombstone is left: it is made again from that."""
+
     def start(self, coroutine: Coroutine[Any, Any, None]) -> bool: ...
     def examined(self, name: str) -> None:
         """The first decision about this database is made, and it is not to ask for transactions."""

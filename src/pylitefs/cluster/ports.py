@@ -202,6 +202,17 @@ class Database(Protocol):
         """The same by an fsync of the log alone, which is quicker. None if that would not suffice now. Blocking."""
 
 
+class Tombstone(Protocol):
+    """What is left of a database that was dropped long ago: the position of the drop, and its history's epochs."""
+
+    @property
+    def position(self) -> Position: ...
+    @property
+    def epochs(self) -> Epochs: ...
+    @property
+    def moved_to(self) -> Moved | None: ...
+
+
 class Store(Protocol):
     @property
     def data_dir(self) -> str: ...
@@ -258,6 +269,24 @@ class Store(Protocol):
 
     def get(self, name: str, /) -> Database | None: ...
     def get_or_create(self, name: str, /) -> Database: ...
+    def tombstones(self) -> Mapping[str, Tombstone]:
+        """Of all names that have one; it says nothing where there is a database. Ask for the databases first."""
+
+    def tombstone(self, name: str, /) -> Tombstone | None: ...
+    def recall(self, name: str, /) -> Database | None:
+        """As `get`; one of which only a tombstone is left is made again from that. Blocking."""
+
+    def note_dropped(self, name: str, position: Position, epochs: Epochs, /) -> bool:
+        """[W] On a replica that has nothing of a database which the primary dropped: note where it ended. False if
+        there is something of it, or that is not the position of a drop."""
+
+    def keep_tombstones(self) -> None:
+        """What was noted is durable. Blocking. OSError."""
+
+    @property
+    def forgetting(self) -> Forgetting:
+        """Of databases that were dropped, and are old enough."""
+
     def give_back(self, name: str, data: bytes | str, /) -> Position:
         """[W] On a primary that takes no writes yet: append a transaction (an LTX file, or the path of one) that it had
         lost. FormatError and PositionMismatch change nothing."""
@@ -268,6 +297,14 @@ class Store(Protocol):
 
     def set_aside(self, name: str, reason: str, /) -> None:
         """[W] On a replica: keep a database that the primary never had in lost/."""
+
+
+class Forgetting(Protocol):
+    """What the engine keeps of databases that were dropped, and for how long."""
+
+    needs_drop: Callable[[str], bool]
+    """Set by the primary's end: whether a connected replica lacks the newest transaction of a database. Called on the
+    worker."""
 
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import deque
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
 from pylitefs.cluster.feed import Feed
 from pylitefs.cluster.healing import ANSWER_S, Healing
-from pylitefs.cluster.ports import Link, LinkClosed, Store
+from pylitefs.cluster.outlet import NO_PAGES_SIZE, send
+from pylitefs.cluster.ports import Database, Link, LinkClosed, Store, Tombstone
 from pylitefs.cluster.recovery_wait import RecoveryOutcome, RecoveryWait
 from pylitefs.cluster.roles import NodeIdentity, Refused, StaleEpoch, admit
 from pylitefs.cluster.sync_gate import SyncGate
@@ -35,9 +37,12 @@ from pylitefs.formats.stream import (
     LtxData,
     LtxEnd,
     Message,
+    Progress,
     Ready,
     Resync,
     Sender,
+    SnapshotBegin,
+    SnapshotEnd,
     TailEnd,
     Welcome,
     batches,
@@ -52,7 +57,8 @@ log = logging.getLogger("litefs.replication")
 
 MAX_REPLICAS = 64
 MAX_CONNECTIONS = 2 * MAX_REPLICAS  # those included that have not said who they are
-MAX_DATABASES = 100_000  # that a replica may say it has
+MAX_DATABASES = 1_000_000  # that a replica may say it has, those included that were dropped
+FORGET_BEATS = 60  # heartbeats from one look for feeds that are not needed any more to the next
 SNAPSHOTS_AT_ONCE = 2  # for one replica; others of its databases wait for a slot
 THREADS = 4
 
@@ -111,12 +117,14 @@ class Replicas:
     async def __aenter__(self) -> Replicas:
         self._loop = asyncio.get_running_loop()
         self._unsubscribe = self.store.events.subscribe(self._on_event)
+        self.store.forgetting.needs_drop = self._needs_newest
         self._healing.begin()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self._closing = True
         self._unsubscribe()
+        self.store.forgetting.needs_drop = lambda name: False
         serving = list(self._serving)
         for task in serving:
             task.cancel()
@@ -164,6 +172,19 @@ class Replicas:
             for node_id, session in list(self.sessions.items())
             if (feed := session.feeds.get(name)) is not None
         }
+
+    async def recall(self, name: str) -> Database | None:
+        """A database that was dropped long ago is needed again: for all, since each is asked how far it is with it."""
+        database = await self.blocking(self.store.recall, name)
+        for session in list(self.sessions.values()):
+            session.poke(name)
+        return database
+
+    def _needs_newest(self, name: str) -> bool:
+        """Whether a connected replica does not hold the newest transaction of a database durably. Any thread."""
+        database = self.store.get(name)
+        txid = database.log.head.txid if database is not None else 0
+        return any(progress.durable < txid for progress in self.progress(name).values())
 
     # --- sessions ---------------------------------------------------------------------------------------------------
 
@@ -257,6 +278,9 @@ class ReplicaSession:
         self._moved: set[str] = set()
         self._asked: dict[int, asyncio.Future[list[tuple[int, bytes]]]] = {}  # requests for pages
         self._requests = 0
+        self._dropped: dict[str, Position] = {}  # where the replica is with names that need no feed,
+        self._acks: dict[str, Progress] = {}  # and what it has acknowledged of them
+        self._telling = ""  # a name of which the replica is being told that it was dropped
         self._held_back: dict[str, set[Feed]] = {}  # feeds that wait for what the replica holds of another database
 
     @property
@@ -273,6 +297,7 @@ class ReplicaSession:
         known = False
         try:
             positions = await self._handshake()
+            await self._recall(positions)
             self._replicas.add(self)
             known = True
             self._begin(positions)
@@ -325,6 +350,11 @@ class ReplicaSession:
     async def blocking(self, call: Callable[..., T], /, *args: Any) -> T:
         return await self._replicas.blocking(call, *args)
 
+    async def database(self, name: str) -> Database | None:
+        if (database := self.store.get(name)) is not None or self.store.tombstone(name) is None:
+            return database
+        return await self._replicas.recall(name)
+
     def start(self, coroutine: Coroutine[Any, Any, None]) -> bool:
         return self._tasks.start(coroutine)
 
@@ -332,11 +362,15 @@ class ReplicaSession:
         """This database has changed."""
         if self._wanted and name not in self._wanted:
             return
+        if name == self._telling:  # it is looked at when that is done
+            return
         feed = self.feeds.get(name)
         if feed is None:
             if not is_database_name(name):
                 return
-            feed = self.feeds[name] = Feed(self, name, Position(0, 0))
+            feed = self.feeds[name] = Feed(self, name, self._dropped.pop(name, Position(0, 0)))
+            if (progress := self._acks.pop(name, None)) is not None:
+                feed.acknowledged(progress)
         self._moved.add(name)
         feed.poke()
 
@@ -437,10 +471,18 @@ class ReplicaSession:
             raise StaleEpoch(self.epoch, latest)
 
     def _begin(self, positions: dict[str, Position]) -> None:
-        """Start to serve: a feed for every database that either side has."""
-        for name in {*self.store.all_names(), *positions}:
-            if is_database_name(name) and (not self._wanted or name in self._wanted):
-                self.feeds[name] = Feed(self, name, positions.get(name, Position(0, 0)))
+        """Start to serve: a feed for every database that either side has. Of those that were dropped so long ago that
+        only a tombstone is left most need none: the replica has the drop, or has nothing and is told in short."""
+        here = set(self.store.all_names())
+        gone = {name: tombstone for name, tombstone in self.store.tombstones().items() if name not in here}
+        for name in {*here, *positions}:
+            theirs = positions.get(name, Position(0, 0))
+            if name in gone and theirs.is_at(gone[name].position):
+                self._dropped[name] = theirs
+            elif is_database_name(name) and (not self._wanted or name in self._wanted):
+                self.feeds[name] = Feed(self, name, theirs)
+        untold = {name: tombstone for name, tombstone in gone.items() if name not in positions}
+        self._tasks.start(self._tell_dropped(untold))
         self._unexamined = set(self.feeds)
         self._behind = set(self.feeds)
         self._moved = set(self.feeds)
@@ -452,8 +494,38 @@ class ReplicaSession:
         for feed in list(self.feeds.values()):
             feed.poke()
 
+    async def _recall(self, positions: dict[str, Position]) -> None:
+        """Where the replica has something else than a database that was dropped long ago, that one is needed again: to
+        be sent, and to be counted among what the replica lacks."""
+        for name, tombstone in self.store.tombstones().items():
+            if name in positions and not positions[name].is_at(tombstone.position):
+                await self.database(name)
+
+    async def _tell_dropped(self, gone: dict[str, Tombstone]) -> None:
+        """The replica has nothing of these: an empty snapshot each, which it only takes note of."""
+        for name, tombstone in gone.items():
+            if name in self.feeds or not is_database_name(name) or (self._wanted and name not in self._wanted):
+                continue
+            self._telling = name
+            await send(self, SnapshotBegin(name, 0, NO_PAGES_SIZE, tombstone.position))
+            await send(self, SnapshotEnd(name, tombstone.position, 0, tombstone.epochs))
+            self._telling = ""
+            self._dropped[name] = tombstone.position
+            if self.store.get(name) is not None:
+                self.poke(name)
+
+    def _forget_feeds(self) -> None:
+        """Those of databases that were dropped long ago, where the replica has that."""
+        for name, feed in list(self.feeds.items()):
+            if self.store.get(name) is None and feed.rests:
+                self._dropped[name], self._acks[name] = feed.sent, feed.progress
+                del self.feeds[name]
+                self._announced.pop(name, None)
+
     async def _heartbeat(self) -> None:
-        while True:
+        for beat in itertools.count(1):
+            if beat % FORGET_BEATS == 0:
+                self._forget_feeds()
             moved, self._moved = self._moved, set()
             heads = {name: self._head(name) for name in moved}
             changed = [(name, head) for name, head in heads.items() if self._announced.get(name) != (head, head.epoch)]
@@ -479,6 +551,8 @@ class ReplicaSession:
                 for progress in entries:
                     if (feed := self.feeds.get(progress.name)) is not None:
                         feed.acknowledged(progress)
+                    elif progress.name in self._dropped or progress.name == self._telling:
+                        self._acks[progress.name] = progress
             case Heartbeat():
                 pass  # that it came is what counts
             case Pages():
@@ -498,6 +572,8 @@ class ReplicaSession:
                 raise unexpected(message)
 
     def _feed(self, name: str) -> Feed:
+        if name in self._dropped:
+            self.poke(name)
         feed = self.feeds.get(name)
         if feed is None:
             raise Refused(ErrorCode.PROTOCOL, f'the database "{name[:80]}" is not part of this session')

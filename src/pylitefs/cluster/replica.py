@@ -304,6 +304,12 @@ class ReplicaLink:
             for name in names
             if (database := store.get(name)) is not None
         }
+        gone = {
+            name: tombstone.position
+            for name, tombstone in store.tombstones().items()
+            if name not in positions and is_database_name(name)
+        }
+        positions |= gone
         has_data = any(position.txid for position in positions.values())
         cluster_id = store.cluster_id if store.has_databases else None
         wanted = replica.databases
@@ -330,7 +336,7 @@ class ReplicaLink:
             await asyncio.to_thread(store.adopt_cluster_id, welcome.cluster_id)
         await asyncio.to_thread(store.note_epoch, welcome.epoch)  # before anything of that epoch is applied
         self.epoch = welcome.epoch
-        self._acks.begin(dict(told), at_once=welcome.sync)
+        self._acks.begin(dict(told), gone, at_once=welcome.sync)
         self._applier.at_once = welcome.sync
         self.welcomed = True
         replica.welcomed(welcome)

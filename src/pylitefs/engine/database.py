@@ -8,6 +8,7 @@ in `apply`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import threading
@@ -30,6 +31,7 @@ from pylitefs.engine.page_checksums import CleanState, PageChecksums, stamp
 from pylitefs.engine.proof import Damage, SoundPages
 from pylitefs.engine.rollback_capture import RollbackCapture
 from pylitefs.engine.shared_wal import SharedWal
+from pylitefs.engine.tombstones import Tombstone
 from pylitefs.engine.transaction import Change, Pages, ReadPage, TransactionWriter
 from pylitefs.engine.wal_capture import WalCapture
 from pylitefs.events import Event, EventBus
@@ -101,6 +103,8 @@ class Database(LiveFiles, Damage):
         self.fsync_follows = False  # primary: what is written to the WAL was followed by an fsync that waits, last time
         self._services: Services | None = None
         self.failing: str | None = None  # why the log cannot be written (disk full)
+        self.tombstone: Tombstone | None = None  # what was dropped of this name before: positions go on from there
+        self.is_forgotten = False  # only a tombstone is left: another object has the name, or will have it
 
     # -- queries ---------------------------------------------------------------------------------------------
 
@@ -296,30 +300,18 @@ class Database(LiveFiles, Damage):
     def announce(self, header: Header, entry: LogEntry, pages: int, source: str, seconds: float) -> None:
         """Tell the listeners that the position has moved over an entry."""
         latency = {"latency_s": max(0.0, time.time() - header.timestamp_ms / 1000)} if source == "apply" else {}
-        self.events.emit(
-            Event(
-                "tx",
-                self.name,
-                {
-                    **latency,
-                    "txid": header.max_txid,
-                    "min_txid": header.min_txid,
-                    "post_apply_checksum": self.position.checksum,
-                    "page_size": header.page_size,
-                    "commit": header.commit,
-                    "timestamp_ms": header.timestamp_ms,
-                    "pages": pages,
-                    "size_bytes": entry.size_bytes,
-                    "source": source,
-                    "seconds": seconds,
-                },
-            )
-        )
+        self.emit(
+            "tx", **latency, txid=header.max_txid, min_txid=header.min_txid,
+            post_apply_checksum=self.position.checksum, page_size=header.page_size, commit=header.commit,
+            timestamp_ms=header.timestamp_ms, pages=pages, size_bytes=entry.size_bytes, source=source, seconds=seconds,
+        )  # fmt: skip
 
     # -- stop and start --------------------------------------------------------------------------------------
 
     def unclean(self) -> None:
         """From now on the table does not describe the files by itself; noted on disk before the first change."""
+        if self.is_forgotten:
+            raise OSError(errno.ESTALE, f"{self.name}: it was dropped long ago")
         if not self._table_dirty:
             self._table_dirty = True
             self._write_unclean()
@@ -368,6 +360,11 @@ class Database(LiveFiles, Damage):
         self.page_size, self.commit, self.position = state.page_size, state.commit, state.position
         self._noted = state.database
         self.table.reserve(state.commit)  # it was opened when the size was not known yet
+
+    def begin_after(self, tombstone: Tombstone) -> None:
+        """Nothing is here but that."""
+        self.log.restart_at(tombstone.position, tombstone.epochs, durably=False)
+        self.position, self.moved_to = tombstone.position, tombstone.moved_to
 
     def set_files(self, files: DatabaseFiles) -> None:
         """The live files are elsewhere now (mounted, unmounted)."""

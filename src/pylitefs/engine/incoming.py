@@ -34,6 +34,7 @@ class IncomingFile:
         self._span = (min_txid, max_txid)
         self._path = database.log.temporary(follows=False)
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._pin = database.log.pin(database.log.head.txid)  # also of one that was dropped: it is in use
         self._decoder = Decoder()
         self._pgnos = array("I")
         self._sums = array("Q")
@@ -98,6 +99,7 @@ class IncomingFile:
             with contextlib.suppress(OSError):
                 self._live.roll_back()
             self._live = None
+        self._pin.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

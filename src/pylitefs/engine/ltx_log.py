@@ -290,6 +290,10 @@ class LtxLog:
         self._pins.add(pin)
         return pin
 
+    @property
+    def is_pinned(self) -> bool:
+        return bool(self._pins)
+
     def temporary(self, *, follows: bool = True) -> str:
         """A name for a file that is being written; leftovers are removed at the next start. `follows`: what is written
         is known to follow the head, so a start after a power cut may take it for the next entry."""

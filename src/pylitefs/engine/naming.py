@@ -75,9 +75,12 @@ class Naming:
             database = self._registry.get_or_create(name)
             if database.exists:
                 return False
-        try:
-            with self._registry.lock:
+            try:  # with the lock still held: a database that was dropped and has a file again is not forgotten
                 kinds = self._link_to_database(name, leave_journal=leave_journal)
+            except OSError:
+                self._stays_plain(database)
+                raise
+        try:
             with _still(database):
                 if not database.captures:
                     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -379,6 +382,7 @@ class Naming:
         """Keep a database that the primary does not know out of the way: its files go to lost/. On the worker."""
         with self._registry.lock:
             database = self._registry.databases.get(name)
+            self._registry.forget_tombstone(name)
             if database is None:
                 return
             folder, head = new_folder(database.files.lost), database.log.head

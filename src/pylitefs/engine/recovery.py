@@ -117,13 +117,13 @@ def recover(database: Database, start: Circumstances) -> Recovered:
     """Bring one database to a known state; see the table above. Raises FormatError, OSError if it cannot be read."""
     files = database.files
     if is_in_use(files):
-        database.log.open(verify=False, tidy=False)
+        _open_log(database, verify=False, tidy=False)
         database.position = database.log.head
         return Recovered(Outcome.BUSY, [])
     state = database.table.read_state()
     if state is not None and _is_untouched(files, state):
-        dropped = database.log.open(verify=False)
-        if not dropped and database.log.head in (state.position, Position(0, 0)):
+        dropped = _open_log(database, verify=False)
+        if not dropped and (database.log.head == state.position or _is_beyond_log(database, state.position)):
             database.adopt(state)
             if database.log.head != state.position:
                 database.log.restart_at(state.position)
@@ -141,6 +141,26 @@ def recover(database: Database, start: Circumstances) -> Recovered:
     return found
 
 
+def _open_log(database: Database, *, verify: bool, tidy: bool = True) -> list[str]:
+    """Where it does not come to the tombstone of its name, it is what is left of a database that was being forgotten,
+    or the log of one that was made again is lost: it begins there."""
+    dropped = database.log.open(verify=verify, tidy=tidy)
+    if database.tombstone is not None and _is_before(database.log.head, database.tombstone.position):
+        database.begin_after(database.tombstone)
+    return dropped
+
+
+def _is_before(position: Position, other: Position) -> bool:
+    return (max(position.epoch, 1), position.txid) < (max(other.epoch, 1), other.txid)
+
+
+def _is_beyond_log(database: Database, position: Position) -> bool:
+    """Whether a position came from elsewhere (a snapshot), and the log has no entries since."""
+    if database.log.count:
+        return False
+    return database.tombstone is None or not _is_before(position, database.tombstone.position)
+
+
 def _is_untouched(files: DatabaseFiles, state: CleanState) -> bool:
     return (
         state.clean
@@ -152,8 +172,11 @@ def _is_untouched(files: DatabaseFiles, state: CleanState) -> bool:
 
 def _recover_unclean(database: Database, state: CleanState | None, start: Circumstances) -> Recovered:
     files = database.files
-    dropped = database.log.open(verify=True)
-    if state is not None and database.log.head.txid < state.position.txid:
+    dropped = _open_log(database, verify=True)
+    if state is not None and (
+        database.log.head.txid < state.position.txid
+        or (not database.log.count and _is_before(database.log.head, state.position))
+    ):
         database.log.restart_at(state.position)  # a position without log entries: from a snapshot
     head_header = _head_header(database)
     previous = _previous_sums(database, head_header)
@@ -268,7 +291,8 @@ def _recover_missing(database: Database, head: Position, header: Header | None) 
     """There is no database file. Right after a drop; otherwise it is lost, unless the log has all of it."""
     database.table.reset()
     database.page_size, database.commit = (header.page_size if header else 0), 0
-    if head.txid == 0 or (header is not None and header.commit == 0):
+    begins = database.tombstone is not None and header is None and head == database.tombstone.position
+    if head.txid == 0 or begins or (header is not None and header.commit == 0):
         return Outcome.EMPTY
     if header is not None:
         database.page_size = header.page_size

@@ -3,6 +3,7 @@
 DATA/clusterid           which cluster this node belongs to
 DATA/dbs/NAME/           one database, see `files` and `database`
 DATA/files/NAME          plain files: local, not replicated
+DATA/tombstones          names of databases that were dropped, see `tombstones`
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from dataclasses import dataclass
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.database import Database
-from pylitefs.engine.epochs import FIRST, SeenEpoch
+from pylitefs.engine.epochs import FIRST, Lines, SeenEpoch
 from pylitefs.engine.fence import Fence
 from pylitefs.engine.files import DatabaseFiles, Permissions, publish_file
 from pylitefs.engine.marker import Marker
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.rollback_capture import is_complete_database, why_unreadable
 from pylitefs.engine.services import StoreServices
+from pylitefs.engine.tombstones import Tombstone, Tombstones
 from pylitefs.engine.worker import Worker
 from pylitefs.errors import ClusterMismatch, DatabaseNotFound, FormatError
 from pylitefs.events import Event, EventBus
+from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 from pylitefs.formats.names import problem_of, shown
 from pylitefs.ports import CommitGate, LockFiles, Notifier
 
@@ -79,6 +82,7 @@ class Registry:
         self.apply.names_wait = lambda: self.captures_any
         self.lock = threading.RLock()
         self.databases: dict[str, Database] = {}
+        self._tombstones = Tombstones(self.data_dir)
         self.cluster_id: str | None = None
         self._has_databases = False
         self._not_replicated: dict[str, str] = {}
@@ -155,8 +159,45 @@ class Registry:
                 database.is_open = lambda: self.notifier is not None and self.notifier.is_open(name)
                 database.compress = self.options.compress
                 database.begin_empty()
+                database.tombstone = self._tombstones.get(name)
+                if database.tombstone is not None:
+                    database.begin_after(database.tombstone)
                 self.databases[name] = database
             return database
+
+    def recall(self, name: str) -> Database | None:
+        """As `get`; one of which only a tombstone is left is made again from that. Blocking."""
+        with self.lock:
+            return self.get_or_create(name) if name in self._tombstones else self.databases.get(name)
+
+    def tombstone(self, name: str) -> Tombstone | None:
+        return self._tombstones.get(name)
+
+    def put_tombstones(self, tombstones: dict[str, Tombstone]) -> None:
+        """Durable after `keep_tombstones`."""
+        self._tombstones.put(tombstones)
+
+    def tombstones(self) -> dict[str, Tombstone]:
+        """Of all names that have one; it says nothing where there is a database, also a dropped one. So who asks for
+        both asks for the databases first: none is missing then, whatever happens in between."""
+        return self._tombstones.copy()
+
+    def note_dropped(self, name: str, position: Position, epochs: Lines) -> bool:
+        """There is nothing here of a database that the primary says was dropped: note where it ended; durable after
+        `keep_tombstones`. False if there is something, or that is not the position of a drop."""
+        with self.lock:
+            if name in self.databases or position.checksum != CHECKSUM_FLAG:
+                return False
+            self._tombstones.put({name: Tombstone(position, epochs)})
+            return True
+
+    def keep_tombstones(self) -> None:
+        """What is known of dropped names is durable. Blocking. Raises OSError."""
+        self._tombstones.save()
+
+    def forget_tombstone(self, name: str) -> None:
+        """The primary knows nothing of this name."""
+        self._tombstones.put({name: None})
 
     def forget(self, database: Database) -> None:
         """One that was made by `get_or_create` and came to nothing."""
@@ -210,6 +251,8 @@ class Registry:
     @property
     def has_databases(self) -> bool:
         """Whether there is any, or was: also one that cannot be opened. Without, the cluster's id binds to nothing."""
+        if not self._has_databases and len(self._tombstones):
+            self._has_databases = True
         if not self._has_databases:
             with contextlib.suppress(FileNotFoundError), os.scandir(self.databases_dir) as entries:
                 self._has_databases = any(True for _ in entries)
@@ -240,7 +283,8 @@ class Registry:
     @property
     def seen_epoch(self) -> int:
         """The highest epoch that this node has followed or written in: an older primary is not followed."""
-        return max([self._seen_epoch.value, *(database.epoch for database in list(self.databases.values()))])
+        epochs = (database.epoch for database in list(self.databases.values()))
+        return max([self._seen_epoch.value, self._tombstones.epoch, *epochs])
 
     def note_epoch(self, epoch: int) -> None:
         """An epoch has begun, and something of it will be done here: durable on return. Blocking. Raises OSError."""
@@ -259,6 +303,10 @@ class Registry:
         """Raises FormatError if the file is damaged."""
         self._seen_epoch.load()
         self.epoch = max(FIRST, self._seen_epoch.value)
+
+    def read_tombstones(self) -> None:
+        """Raises OSError."""
+        self._tombstones.load()
 
     def replica_count(self) -> int:
         """How many replicas this primary had at once when it last ran."""

@@ -37,6 +37,7 @@ class Resync:
         self.page_size = page_size
         self._keep_branch_after = keep_branch_after
         self._building = Building(database)
+        self._pin = database.log.pin(database.log.head.txid)  # also of one that was dropped: it is in use
         self._sums: NDArray[np.uint64] = np.zeros(1024, dtype=np.uint64)
         self._count = 0
 
@@ -79,12 +80,9 @@ class Resync:
         mask = sent != 0
         sums[: len(sent)][mask] = sent[mask]
         missing = np.flatnonzero(sums == 0) + 1
-        lock = lock_pgno(self.page_size)
+        lock = lock_pgno(self.page_size) if self.page_size else 0
         if any(int(pgno) != lock for pgno in missing) or database_checksum(sums) != position.checksum:
             raise FormatError(f"{database.name}: the snapshot does not add up to {position}")
-        if not commit and not database.position.txid and not os.path.exists(database.files.database):
-            _note_gone(database, position, epochs)
-            return position
         if self._keep_branch_after is not None:  # the primary never had it: kept, never deleted by us
             keep_branch(database, self._keep_branch_after, State(position, self.page_size, sums))
         database.unclean()
@@ -112,13 +110,6 @@ class Resync:
             yield pgno, read_at(self._building.fd, self.page_size, (pgno - 1) * self.page_size)
 
     def abort(self) -> None:
+        self._pin.close()
         with contextlib.suppress(OSError):
             self._building.__exit__()
-
-
-def _note_gone(database: Database, position: Position, epochs: Lines) -> None:
-    """The primary dropped it before there was anything of it here: nothing that a restart must remember. Without a
-    single fsync, for there may be many such names."""
-    with database.lock:
-        database.log.restart_at(position, epochs, durably=False)
-        database.position, database.timestamp_ms = position, int(time.time() * 1000)

@@ -50,6 +50,10 @@ class Startup:
         self._boot = ""
         self._noted_boot = False
 
+    def is_open(self, name: str) -> bool:
+        """Whether it is not settled yet what the start has found of this database."""
+        return name in self._unsettled or name in self._unknown or name in self._put_off
+
     def _prepare(self) -> list[str]:
         """Make the folders, read what the last run left; returns the names of the databases that are there."""
         registry = self._registry
@@ -57,6 +61,7 @@ class Startup:
             os.makedirs(folder, exist_ok=True)
         registry.read_cluster_id()
         registry.read_epoch()
+        registry.read_tombstones()
         registry.marker.load()
         for leftover in os.scandir(registry.data_dir):
             if leftover.name.endswith(".tmp"):
@@ -233,7 +238,7 @@ class Startup:
         else:
             shutil.copyfile(data, path)
         found = self._unsettled.get(database.name) or Recovered(
-            Outcome.EMPTY, [], not_ahead=database.log.head.txid == 0 and not database.exists
+            Outcome.EMPTY, [], not_ahead=not database.exists
         )
         try:
             position = give_back(database, path, found)

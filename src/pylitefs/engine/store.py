@@ -13,6 +13,7 @@ from functools import partial
 from pylitefs.engine import damage, ofd_locks, takeover
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_filesystem
+from pylitefs.engine.forgetting import Forgetting
 from pylitefs.engine.inotify import DirectoryWatch
 from pylitefs.engine.naming import Naming
 from pylitefs.engine.registry import Registry, StoreOptions
@@ -52,6 +53,7 @@ class Store(Registry):
         self.capture.emptied = self.naming.emptied
         self.apply.clear_name = self.naming.clear_name
         self._startup = Startup(self, self.naming)
+        self.forgetting = Forgetting(self, self._startup.is_open)
         self.is_closing = False  # see `close_doors`
         self.primary_hostname: str | None = None
         self.lag_ms: int | None = None
@@ -293,7 +295,7 @@ class Store(Registry):
 
     def flush_all(self) -> Future[dict[str, Position]]:
         """The positions of all databases, each a barrier. One whose log cannot be written keeps the position it has."""
-        names = self.all_names()
+        databases = [database for name in self.all_names() if (database := self.get(name)) is not None]
         result: Future[dict[str, Position]] = Future()
         result.set_running_or_notify_cancel()  # who waited for it may give up: it is answered all the same
         found: dict[str, Position] = {}
@@ -304,13 +306,13 @@ class Store(Registry):
             with lock:
                 failed = position.cancelled() or position.exception() is not None
                 found[name] = (database.position if database else Position(0, 0)) if failed else position.result()
-                if len(found) == len(names):
+                if len(found) == len(databases):
                     result.set_result(dict(found))
 
-        if not names:
+        if not databases:
             result.set_result({})
-        for name in names:
-            self.flush(self.databases[name]).add_done_callback(partial(done, name))
+        for database in databases:
+            self.flush(database).add_done_callback(partial(done, database.name))
         return result
 
     def set_primary_info(self, hostname: str | None) -> None:
@@ -341,11 +343,16 @@ class Store(Registry):
         for database in list(self.databases.values()):
             with contextlib.suppress(OSError):
                 database.log.retain(max(0.0, self.options.retention_s), self.options.max_log_size_bytes)
+        try:
+            self.forgetting.forget_old()
+        except OSError as error:
+            log.warning("dropped databases cannot be forgotten now: %s", error)
 
     def start(self) -> None:
         """Start the worker and its helper."""
         self.worker.start()
         self.opener.start()
+        self.forgetting.start()
 
     def close_doors(self) -> None:
         """Before unmounting: no application is let into a database any more (EBUSY). Any thread."""
@@ -363,11 +370,14 @@ class Store(Registry):
             self._scrubber.stop()
         self.roles.stop()
         self.worker.stop()
+        self.forgetting.stop()
         self.opener.stop()
         orderly = {}
         for database in self.databases.values():
             with contextlib.suppress(OSError, LitefsError):
                 orderly[database.name] = clean and self._startup.leave_in_order(database)
+        with contextlib.suppress(OSError):
+            self.keep_tombstones()
         sync_filesystem(self.data_dir)  # a table that says "clean" must not outlive what it describes
         for database in self.databases.values():
             with contextlib.suppress(OSError):

@@ -76,7 +76,7 @@ class Member(Node):
         self.cut_s: list[float] = []  # its power, or its disk
         self.config = {
             "data": {"dir": str(self.data), **(data or {})},
-            "fuse": {"dir": str(self.mount), "passthrough": passthrough, "io-uring": passthrough},
+            "fuse": {"dir": str(self.mount), "passthrough": passthrough},
             "http": {"addr": f"{place.address}:{self.port}"},
             "lease": {"hostname": name, "advertise-url": self.url, "reconnect-delay": "100ms", **lease},
             "log": {"timestamp": True, "debug": bool(os.environ.get("PYLITEFS_TEST_DEBUG"))},

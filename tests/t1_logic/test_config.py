@@ -38,7 +38,7 @@ fuse:
   allow-other: no
   debug: true
   passthrough: off
-  io-uring: off
+  io-uring: auto
   uid: 1000
   gid: 100
   mode: 0640
@@ -93,7 +93,7 @@ def test_every_key_is_read() -> None:
         strict_verify=True,
         exec=(ExecCommand("/app migrate --all", if_candidate=True), ExecCommand("/app serve")),
         data=config.DataConfig("/data", False, 5400.0, 0.5, 3 << 29, 604800.0, 8 << 20),
-        fuse=config.FuseConfig("/mnt/db", False, True, "off", "off", 1000, 100, 0o640),
+        fuse=config.FuseConfig("/mnt/db", False, True, "off", "auto", 1000, 100, 0o640),
         http=config.HttpConfig("127.0.0.1:8000", 120.0, 10 << 30),
         lease=LeaseConfig(
             type="static",
@@ -400,7 +400,7 @@ def test_new_keys_and_their_defaults() -> None:
         "data.scrub-interval": "24h",
         "data.scrub-rate": "16MB",
         "fuse.passthrough": "auto",
-        "fuse.io-uring": "auto",
+        "fuse.io-uring": "off",
         "fuse.uid": "none",
         "fuse.gid": "none",
         "fuse.mode": "0666",

@@ -38,7 +38,7 @@ async def test_a_lease_that_is_lost_while_the_worker_promotes(tmp_path: Path) ->
     store.events.subscribe(lambda event: told.append(event.type) if event.type.endswith("moted") else None)
     service = MemoryService(clock=now_s)
     engine = MemoryEngine(service, timeout_s=0.1, clock=now_s)
-    node = Node(parse(json.dumps(document)), store, "n1", 1)
+    node = Node(parse(json.dumps(document)), store, 1)
     busy, begun = threading.Event(), threading.Event()
     try:
         store.worker.submit(lambda: (begun.set(), busy.wait(60)), database="/")

@@ -44,7 +44,7 @@ async def member(folder: Path) -> AsyncIterator[tuple[Node, MemoryEngine]]:
     store = Store(str(folder / "data"), EventBus(), StoreOptions(is_primary=False, role_from_marker=True))
     store.load()
     store.start()
-    node = Node(parse(json.dumps(document)), store, "n1", 1)
+    node = Node(parse(json.dumps(document)), store, 1)
     try:
         yield node, MemoryEngine(MemoryService(clock=now_s), timeout_s=1.0, clock=now_s)
     finally:

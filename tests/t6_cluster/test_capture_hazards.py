@@ -76,7 +76,7 @@ def test_another_database_takes_the_name(cluster: Cluster, passthrough: str, mod
     WAL mode it is done only when that connection has gone."""
     primary, replica = cluster.pair()
     make(tmp_path / "old", 400, "o", mode)
-    make(tmp_path / "new", 300, "n")
+    make(tmp_path / "new", 300, "n", mode)
     expected = (tmp_path / "new").read_bytes()
     chance = random.Random(1)
     for number in range(scaled(4)):

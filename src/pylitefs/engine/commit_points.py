@@ -35,6 +35,7 @@ log = logging.getLogger("litefs.capture")
 _SETTLE_S = 0.05
 _STOP_S = 2.0
 _LONGEST_SETTLE_S = 1.0
+_LOST_S = 30.0
 _TELL_TRIES = 60
 _READ_PAGES = 64
 _SUM_BYTES = 4 << 20
@@ -48,6 +49,7 @@ class CommitPoints(InPlace):
         self._worker = worker
         self._opener = opener
         self._settling: set[str] = set()
+        self._begun_s: dict[str, float] = {}  # looks that are under way, since when
         self._end_by_s = math.inf
         self.emptied: Callable[[Database], object] = lambda database: None
         """What becomes of a database whose file is empty (`Naming.emptied`)."""
@@ -284,16 +286,21 @@ class CommitPoints(InPlace):
             self._worker.call_later(_SETTLE_S, self.settle, database, database=database.name)
 
     def is_settling(self, database: Database) -> bool:
-        return database.name in self._settling
+        """Whether somebody looks after what was written: at a time that is set, or just now (the file may be slow, or
+        its lock with somebody else). Who does so for very long counts as lost."""
+        under_way_s = time.monotonic() - self._begun_s.get(database.name, -math.inf)
+        return database.name in self._settling or under_way_s < _LOST_S
 
     def settle(self, database: Database, tries: int = 0, ended: bool = False) -> None:
         """Record them now if that is possible, else as soon as it is. On the worker. `ended`: see `settle_later`."""
         self._settling.discard(database.name)
         if not database.rollback.pending:
             return
+        self._begun_s[database.name] = time.monotonic()
 
         def again(error: BaseException | None) -> None:
             """For as long as it takes: a lock that is given up tells nobody."""
+            self._begun_s.pop(database.name, None)
             if error is not None and tries % _TELL_TRIES == 0:
                 log.warning("%s: what was written is not recorded yet: %s", database.name, error)
             if database.captures and database.rollback.pending and database.name not in self._settling:

@@ -209,6 +209,37 @@ def test_a_rename_that_cannot_be_recorded_leaves_the_database_where_it_was(
         assert contents(node) == {"other": there["db"]}
 
 
+@pytest.mark.parametrize("now", ["taken over", "being taken over", "gone"])
+def test_a_plain_file_that_is_no_longer_there_costs_no_database(tmp_path: Path, now: str) -> None:
+    """It was a plain file when the kernel looked it up; a moment later it is a database of its own, or nothing."""
+    with closing_node(new_primary(tmp_path, rows=7, mode="DELETE")) as node:
+        naming = node.store.naming
+        make_sqlite(node.store.plain_path("new.db"), rows=1, mode="DELETE")
+        old = FileRef("new.db", FileKind.PLAIN, None, node.store.plain_path("new.db"))
+        new = FileRef("db", FileKind.DATABASE, "db", node.database("db").files.database)
+
+        def renamed() -> None:
+            node.store.worker.submit(naming.rename, old, new).result(WAIT_S)
+
+        if now == "taken over":
+            assert node.store.import_plain("new.db")
+            renamed()
+            assert contents(node) == {"db": {bytes(100)}} and len(rows_of(node.database("db").files.database)) == 1
+        elif now == "gone":
+            os.unlink(node.store.plain_path("new.db"))
+            with pytest.raises(FileNotFoundError):
+                renamed()
+            assert len(rows_of(node.database("db").files.database)) == 7
+        else:
+            with node.store.plain_files.alone_with("new.db"), pytest.raises(OSError, match="being taken over"):
+                renamed()
+            assert len(rows_of(node.database("db").files.database)) == 7
+            renamed()
+            assert len(rows_of(node.database("db").files.database)) == 1
+        node.flush("db")
+        assert node.store.names() == ["db"]
+
+
 def test_a_rename_is_one_transaction_with_the_wal(tmp_path: Path) -> None:
     """And comes before the drop of the old name: no moment has neither."""
     with closing_node(new_primary(tmp_path)) as node:

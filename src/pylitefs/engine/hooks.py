@@ -365,11 +365,8 @@ class EngineHooks(CommitHooks):
                 answer(error)
 
         def rename() -> None:
-            def on_worker() -> None:
-                self._store.worker.submit(self._store.naming.rename, old, new).result()
-
-            source = self._database(old) or self._plain(old.name)
-            when_unused(source, self._store.get(new.name), self._store.notifier, on_worker)
+            worker, naming = self._store.worker, self._store.naming
+            when_unused(self._store, old.name, new.name, lambda: worker.submit(naming.rename, old, new).result())
 
         self._in_thread(rename, renamed)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import itertools
 import logging
 import os
 import shutil
@@ -18,13 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
 from pylitefs.engine.lost import write_info
+from pylitefs.engine.plain_files import keep_plain
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.renaming import check_unused, needs_its_name, record_content
 from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, was_moved
 from pylitefs.engine.transaction import Change
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG
-from pylitefs.formats.names import MAX_FILE_NAME, shown
+from pylitefs.formats.names import problem_of, shown
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef, Moved
 
 log = logging.getLogger("litefs.store")
@@ -69,6 +69,10 @@ class Naming:
 
         The files get their names in the database's folder first, the transaction is recorded, then the plain names go:
         whoever looks up a name meanwhile finds the file, by one of them or by the other."""
+        with self._registry.plain_files.alone_with(name):
+            return self._import_plain(name, leave_journal=leave_journal)
+
+    def _import_plain(self, name: str, *, leave_journal: bool) -> bool:
         with self._registry.lock:
             if not self._registry.is_plain_database(name):
                 return False
@@ -161,7 +165,7 @@ class Naming:
                 if os.path.samefile(plain, there):
                     os.unlink(plain)
                 else:
-                    self.keep_plain(name)
+                    self._keep_plain(name)
             elif self._registry.is_plain_database(name) and may_import:
                 self._remove_plain(name, self._link_to_database(name))
         for name in os.listdir(self._registry.plain_dir):
@@ -251,21 +255,32 @@ class Naming:
         self._tell(database.name)
 
     def rename(self, old: FileRef, new: FileRef) -> None:
-        """A rename in which a database takes part. On the worker."""
-        target = self._registry.databases.get(new.name)
-        if old.kind is FileKind.DATABASE:
-            self._rename_database(self._registry.find(old.name), new.name)
+        """A rename in which a database takes part. On the worker. Raises OSError, and nothing has changed then: EBUSY,
+        ENOENT where a plain file has become a database since it was asked what it is."""
+        source, target = self._registry.databases.get(old.name), self._registry.databases.get(new.name)
+        if source is not None and source.exists:
+            if (problem := problem_of(new.name)) is not None:
+                raise OSError(errno.EINVAL, f"{shown(new.name)}: {problem}")
+            self._rename_database(source, new.name)
             return
-        plain, renamed = self._registry.plain_path(old.name), self._registry.plain_path(new.name)
+        with self._registry.plain_files.alone_with(old.name, waits=False):
+            if self._move_plain(old.name, new.name, target):
+                return
+        self.import_plain(new.name)
+
+    def _move_plain(self, old: str, new: str, target: Database | None) -> bool:
+        """True if it is a database by now, in the place of `target`."""
+        plain, renamed = self._registry.plain_path(old), self._registry.plain_path(new)
+        os.lstat(plain)  # nothing is dropped for a file that is not there
         if target is not None and target.exists:
             self._registry.capture.flush(target)
-            if self._registry.is_plain_database(old.name):
-                self._replace_content(target, old.name)
-                return
+            if self._registry.is_plain_database(old):
+                self._replace_content(target, old)
+                return True
             check_unused(plain, target, self._registry.notifier)
             self.drop(target)
-        self._move(old.name, new.name, lambda: os.rename(plain, renamed))
-        self.import_plain(new.name)
+        self._move(old, new, lambda: os.rename(plain, renamed))
+        return False
 
     def _replace_content(self, database: Database, plain_name: str) -> None:
         """Another database file takes the place of this one; what was committed in its WAL is in the log already."""
@@ -357,25 +372,12 @@ class Naming:
         room."""
         for suffix in SUFFIX_OF.values():
             try:
-                self.keep_plain(name + suffix)
+                self._keep_plain(name + suffix)
             except OSError as error:  # it is hidden, and not lost
                 log.warning("%s: a file of this name was here already: %s", shown(name + suffix), error)
 
-    def keep_plain(self, name: str) -> None:
-        """A plain file has the name of a database, which comes first: an empty one goes, another one gets a name of its
-        own. Raises OSError."""
-        plain = self._registry.plain_path(name)
-        with contextlib.suppress(FileNotFoundError):
-            if not os.stat(plain).st_size:
-                os.unlink(plain)
-                return
-            for number in itertools.count(1):
-                ending = f".local-{number}"
-                kept = os.fsdecode(os.fsencode(name)[: MAX_FILE_NAME - len(ending)]) + ending
-                if not os.path.lexists(self._registry.plain_path(kept)):
-                    break
-            os.rename(plain, self._registry.plain_path(kept))
-            log.warning("%s: a file of this name was here already: it is %s now", shown(name), shown(kept))
+    def _keep_plain(self, name: str) -> None:
+        if (kept := keep_plain(self._registry.plain_dir, name)) is not None:
             self._tell(kept)
 
     def set_aside(self, name: str, reason: str) -> None:

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.database import Database
+from pylitefs.engine.registry import Registry
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_capture import wait_stable
 from pylitefs.errors import FormatError
@@ -86,12 +87,26 @@ def check_unused(source: Database | str, target: Database | None, notifier: Noti
         raise OSError(errno.EBUSY, problem)
 
 
-def when_unused(
+def when_unused(registry: Registry, old: str, new: str, rename: Callable[[], object]) -> None:
+    """`rename`, which checks that by itself. Those who have just closed it may still count as users, and those who open
+    it in a rollback mode are about to be out of the way: give them a moment. A plain file may have been taken over
+    since the kernel has looked it up: then once more. Blocking, not on the worker. Raises what `rename` raises; a
+    refusal (EBUSY) is in the log, too."""
+    for again in (True, False):
+        registry.plain_files.wait(old)
+        found = registry.get(old)
+        source = found if found is not None and found.exists else registry.plain_path(old)
+        try:
+            _when_unused(source, registry.get(new), registry.notifier, rename)
+            return
+        except FileNotFoundError:
+            if not again:
+                raise
+
+
+def _when_unused(
     source: Database | str, target: Database | None, notifier: Notifier | None, rename: Callable[[], object]
 ) -> None:
-    """`rename`, which checks that by itself. Those who have just closed it may still count as users, and those who open
-    it in a rollback mode are about to be out of the way: give them a moment. Blocking, not on the worker. Raises what
-    `rename` raises; a refusal (EBUSY) is in the log, too."""
     until_s = time.monotonic() + _CLOSED_S
     while True:
         while _problem(source, target, notifier) is not None and time.monotonic() < until_s:

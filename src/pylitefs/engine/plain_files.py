@@ -1,0 +1,64 @@
+"""Files of the mount that are no databases (yet): who may take one over, and where one goes that is in the way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Iterator
+
+from pylitefs.formats.names import MAX_FILE_NAME, shown
+
+log = logging.getLogger("litefs.store")
+
+
+class OneAtATime:
+    """A plain file is taken over as a database, or moved, by one thread at a time: else it would be the file of two
+    databases, or one would be dropped for a file that is not there any more. Any thread."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._given_back = threading.Condition()
+
+    @contextlib.contextmanager
+    def alone_with(self, name: str, *, waits: bool = True) -> Iterator[None]:
+        """OSError (EBUSY) if somebody else has it now, and is not waited for."""
+        with self._given_back:
+            if not waits and name in self._taken:
+                raise OSError(errno.EBUSY, "it is just being taken over as a database")
+            self._given_back.wait_for(lambda: name not in self._taken)
+            self._taken.add(name)
+        try:
+            yield
+        finally:
+            with self._given_back:
+                self._taken.discard(name)
+                self._given_back.notify_all()
+
+    def wait(self, name: str) -> None:
+        """Until nobody has it. Blocking, not on the worker."""
+        with self.alone_with(name):
+            pass
+
+
+def keep_plain(folder: str, name: str) -> str | None:
+    """Take the plain file of this name out of the way: an empty one goes, another one gets a name of its own, which is
+    returned. Raises OSError."""
+    plain = os.path.join(folder, name)
+    try:
+        if not os.stat(plain).st_size:
+            os.unlink(plain)
+            return None
+        for number in itertools.count(1):
+            ending = f".local-{number}"
+            kept = os.fsdecode(os.fsencode(name)[: MAX_FILE_NAME - len(ending)]) + ending
+            if not os.path.lexists(os.path.join(folder, kept)):
+                break
+        os.rename(plain, os.path.join(folder, kept))
+    except FileNotFoundError:
+        return None
+    log.warning("%s: a file of this name was here already: it is %s now", shown(name), shown(kept))
+    return kept

@@ -68,7 +68,11 @@ class RoleNode:
         return str(self.mount / name)
 
     def pause_process(self) -> None:
+        """Stopped on return: a thread on another processor runs on for a moment, and may answer a request."""
         self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        while any((task / "stat").read_text().rpartition(")")[2].split()[0] not in "TtDZX" for task in tasks.iterdir()):
+            time.sleep(0.001)
 
     def resume_process(self) -> None:
         self.process.send_signal(signal.SIGCONT)

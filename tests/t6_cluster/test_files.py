@@ -187,6 +187,7 @@ def test_a_database_in_use_in_wal_mode_keeps_its_name(
         user.execute("insert into t values (?, 'after it')", (rows,))
         check(primary, replica, rows)
         assert primary.databases() == ([NAME, "new.db"] if onto == "another" else [NAME])
+        assert (primary.data / "dbs" / "new.db").exists() == (onto == "another")  # a refusal leaves nothing behind
     assert "app.db is not renamed: an application has app.db open" in primary.log_text()
     user.close()
     if onto == "another":

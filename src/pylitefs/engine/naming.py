@@ -303,8 +303,8 @@ class Naming:
     def _rename_database(self, source: Database, name: str) -> None:
         """`source` is called `name` from now on. The new name's content is recorded before the drop of the old one:
         whoever follows the log has the rows under one of the names at least."""
+        check_unused(source, self._registry.get(name), self._registry.notifier)  # before anything is made for it
         capture, target = self._registry.capture, self._registry.get_or_create(name)
-        check_unused(source, target, self._registry.notifier)
         capture.flush_if_possible(source)
         if target.exists:
             capture.flush_if_possible(target)

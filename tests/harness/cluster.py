@@ -32,7 +32,7 @@ from typing import Any
 from cluster_nodes import PATIENCE, Cluster, wait_until
 from engines import services
 from engines.services import BUCKET, HERE, Service
-from harness import history
+from harness import history, tracebacks
 from harness.branches import lost_values
 from harness.forks import Forks
 from harness.history import History, Outcome
@@ -423,16 +423,17 @@ class HaCluster(Cluster):
         seen.downs = {member.name: member.killed_s for member in self.members}
         seen.cuts = {member.name: member.cut_s for member in self.members}
         problems = [*silent, *history.check(seen, outcome), *dead, *self.complaints()]
-        assert not problems, "\n".join([f"{len(problems)} problems; histories in {self.clients.folder}", *problems])
+        first, *others = problems or [""]
+        told = [f"{len(problems)} problems, the first: {first}", *others, f"histories in {self.clients.folder}"]
+        assert not problems, "\n".join(told)
         return seen, outcome
-
 
     def complaints(self) -> list[str]:
         """What no node should have said."""
         return [
-            f"TRACEBACK in the log of {member.name}:\n" + "\n".join(text.split("\n")[:30])
+            f"TRACEBACK in the log of {member.name}: {tracebacks.in_a_line(text)}\n{text}"
             for member in self.members
-            for text in member.log_text().split("Traceback (most recent call last)")[1:2]
+            for text in tracebacks.found(member.log_text())[:3]
         ]
 
 

@@ -382,7 +382,13 @@ class FakeStore:
             self.events.emit(Event("lost", name, {"reason": reason}))
 
     def contents(self) -> dict[str, tuple[Position, dict[int, bytes]]]:
-        return {name: (self.databases[name].position, dict(self.databases[name].pages)) for name in self.all_names()}
+        """Of every name, also those of which only a tombstone is left: that is a database that was dropped."""
+        found: dict[str, tuple[Position, dict[int, bytes]]] = {
+            name: (stone.position, {}) for name, stone in self._tombstones.copy().items()
+        }
+        for name in self.all_names():
+            found[name] = (self.databases[name].position, dict(self.databases[name].pages))
+        return found
 
 
 def page(rng: random.Random, size: int = PAGE, noise: bool = False) -> bytes:

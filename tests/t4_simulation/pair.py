@@ -97,7 +97,11 @@ class Pair:
         except TimeoutError:
             state = self.follower.state
             infos = self.replicas.infos()
-            raise AssertionError(f"did not happen in time; replica: {state}; primary: {infos}") from None
+            stand = {n: [str(store.contents().get(n, ("-",))[0]) for store in (self.primary, self.replica)]
+                     for n in sorted({*self.primary.contents(), *self.replica.contents()})}  # fmt: skip
+            raise AssertionError(
+                f"did not happen in time; primary and replica are at {stand}; replica: {state}; primary: {infos}"
+            ) from None
 
     def equal(self) -> bool:
         return self.primary.contents() == self.replica.contents()

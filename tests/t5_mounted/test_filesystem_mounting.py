@@ -67,7 +67,7 @@ def test_a_killed_daemon_is_cleaned_up_after(plain_mount: PlainMount) -> None:
         (plain_mount.dir / "f").read_text()
     wait_for_guard(plain_mount)
     for _ in range(2):  # nor does anybody write into the directory below; the guard may be about to end the connection
-        with pytest.raises(OSError, match="not connected|connection abort") as refused:
+        with pytest.raises(OSError, match=r"not connected|connection abort") as refused:
             (plain_mount.dir / "f").write_text("after")
     assert refused.value.errno == errno.ENOTCONN
     again = start_plain(plain_mount.dir, plain_mount.data, plain_mount.mode)

@@ -309,14 +309,17 @@ class Daemon:
 
     def _unmount_now(self) -> None:
         assert self._session is not None
-        self._store.close_doors()
-        self._store.roles.stop()
-        if not self._store.is_primary:
-            with contextlib.suppress(Exception):
-                self._store.worker.submit(self._store.rest_all).result(timeout=30)
-        self._store.stand_ins.stop()
+        for step in (self._store.close_doors, self._store.roles.stop, self._store.stand_ins.stop, self._rest):
+            try:
+                step()
+            except Exception:  # whatever fails, the mount goes
+                log.exception("while the mount is taken down")
         self._session.stop()
         self._store.worker.submit(self._store.unmounted).result(timeout=60)
+
+    def _rest(self) -> None:
+        if not self._store.is_primary:
+            self._store.worker.submit(self._store.rest_all).result(timeout=30)
 
     def _unmounted_by_others(self) -> None:
         log.error("the mount was removed by someone else: stopping")

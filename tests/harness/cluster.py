@@ -48,6 +48,7 @@ ENGINE_HOST = "engine"
 OBSERVE_S = 0.1
 LIMIT_S = 110.0
 SETTLE_S = 60.0 * PATIENCE
+_TRIES = 3
 
 
 # What the clients write. Name: journal mode, `synchronous`.
@@ -365,13 +366,21 @@ class HaCluster(Cluster):
             self._hushed += 1
             number = self._hushed
             name = rng.choice(sorted(self.databases))
-            connection = self.primary().connect(name)
-            connection.execute(f"pragma synchronous={rng.choice(('full', 'normal'))}")
-            for one in range(rng.choice((1, 1, 1, 2, 20))):
-                self.clients.append(connection, f"hush.{number}.{one}.", name)
-            if rng.random() < 0.2:
-                connection.execute("pragma wal_checkpoint(passive)").fetchall()
-            closes = rng.random() < 0.5
+            synchronous, count = rng.choice(("full", "normal")), rng.choice((1, 1, 1, 2, 20))
+            checkpoints, closes = rng.random() < 0.2, rng.random() < 0.5
+            for tries in itertools.count():
+                connection = self.primary().connect(name)
+                try:
+                    connection.execute(f"pragma synchronous={synchronous}")
+                    for one in range(count):
+                        self.clients.append(connection, f"hush.{number}.{tries}.{one}.", name)
+                    if checkpoints:
+                        connection.execute("pragma wal_checkpoint(passive)").fetchall()
+                    break
+                except sqlite3.OperationalError:  # a lease may end at load: as an application does it, once more
+                    connection.close()
+                    if tries == _TRIES:
+                        raise
             if closes:
                 connection.close()
             took_s.append(self.wait_silent())

@@ -33,6 +33,7 @@ from pylitefs.engine.pending import Pending, Tail, Wait
 from pylitefs.engine.rollback_capture import journal_head
 from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.engine.wal_compare import WalPages
+from pylitefs.engine.wal_view import index_in_use
 from pylitefs.formats.sqlite.locks import SHARED_FIRST, SHARED_SIZE
 from pylitefs.formats.sqlite.wal import frame_offset
 from pylitefs.ports import CommitGate, FileKind, PatientThen, Then
@@ -186,6 +187,8 @@ class GatedCommits:
             return
         try:
             with wal.mutex:
+                if not index_in_use(wal.shm_fd):
+                    return  # all were killed: who opens it next makes the wal-index anew, and counts what is whole
                 if wal.nobody_writes() and ofd_locks.write_locked(fds[0], SHARED_FIRST, SHARED_SIZE) is None:
                     self._store.capture.flush(database)  # published, perhaps, before the locks were let go
                     self._taken_back(database, pending)

@@ -13,7 +13,9 @@ over its frames. So the cursor stays before them, and every look asks what becam
     the WAL was begun anew                                taken back, or the gap detector finds a commit too many
     other frames stand there, unpublished                 taken back
     every fsync that waited for it has failed             taken back
-    nobody holds WRITE, nor the database exclusively      taken back: who commits holds one of them until it publishes
+    nobody holds WRITE, nor the database exclusively,     taken back: who commits holds one of them until it publishes
+    and somebody uses the wal-index
+    … and nobody does: all were killed                    undecided: who opens it next counts every whole frame
     none of these                                         undecided
 
 What was taken back is in the log, and on replicas. The next transaction of the log then also brings its pages back to

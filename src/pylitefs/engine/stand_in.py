@@ -42,6 +42,7 @@ log = logging.getLogger("litefs.capture")
 _PROGRAM = str(Path(__file__).parents[1] / "close_wal.py")
 _SETTLE_S = 0.05  # the last handle is released after the close has returned; another may follow at once
 _LOOK_S = 0.05
+_STOP_S = 30.0
 _AGAIN_S = (1.0, 5.0, 30.0, 300.0)  # after it was in vain (a full disk)
 _COMMIT = slice(4, 8)  # of a frame's header: not zero in a commit frame
 _CHECKSUM = slice(16, 24)
@@ -77,6 +78,7 @@ class StandIns:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopping = False
         self._vain: dict[str, int] = {}  # tries without success
         self._planned: set[str] = set()
 
@@ -97,7 +99,7 @@ class StandIns:
 
     def _begin(self, database: Database) -> None:
         self._planned.discard(database.name)
-        if not self._is_wanted(database):
+        if self._stopping or not self._is_wanted(database):
             return
         path = database.files.live(FileKind.DATABASE)
         try:
@@ -122,8 +124,13 @@ class StandIns:
         self._plan(database, _AGAIN_S[min(times, len(_AGAIN_S) - 1)])
 
     def stop(self) -> None:
-        """Before the mount goes: nobody of ours has a file of it open."""
-        for process in self._processes.values():
+        """Before the mount goes: nobody of ours has a file of it open. Not on the worker: they need it."""
+        for process in self._worker.submit(self._end).result(_STOP_S):
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(2.0)
+
+    def _end(self) -> list[subprocess.Popen[bytes]]:
+        """None is started any more; those there are."""
+        self._stopping = True
+        return list(self._processes.values())

@@ -35,7 +35,7 @@ Faults = Callable[[str], None]
 
 
 class FakeDatabase:
-    moved_to: Moved | None = None
+    moves: tuple[Moved, ...] = ()
 
     def __init__(self, store: FakeStore, name: str) -> None:
         self.store, self.name = store, name
@@ -95,6 +95,9 @@ class FakeDatabase:
 
     def drop(self) -> Position:
         return self.write({}, 0)
+
+    def has_moved(self, moved: Moved) -> None:
+        self.moves = (*self.moves, moved)
 
     def _take(self, data: bytes) -> Position:
         ltx = decode(data)
@@ -321,7 +324,7 @@ class FakeStore:
             tombstone = self._tombstones.get(name)
             if tombstone is not None and database.log.head.txid < tombstone.position.txid:
                 database.log.restart_at(tombstone.position, tombstone.epochs, durably=False)
-                database.position, database.moved_to = tombstone.position, tombstone.moved_to
+                database.position, database.moves = tombstone.position, tombstone.moves
         return self.databases[name]
 
     # --- names that were dropped long ago ---------------------------------------------------------------------------
@@ -339,7 +342,7 @@ class FakeStore:
         assert not database.commit and database.position == database.log.head
         if self.needs_drop(name):
             return False
-        self._tombstones.put({name: Tombstone(database.log.head, database.log.epochs(), database.moved_to)})
+        self._tombstones.put({name: Tombstone(database.log.head, database.log.epochs(), database.moves)})
         self._tombstones.save()
         del self.databases[name]
         shutil.rmtree(database.folder)
@@ -373,6 +376,15 @@ class FakeStore:
         database.position = position
         database.log.restart_at(position)
         return position
+
+    def rename(self, old: str, new: str) -> None:
+        """As `Naming.rename`: the content is recorded under the new name, then the drop under the old one."""
+        self.worker.submit(self._rename, self.databases[old], self.get_or_create(new)).result()
+
+    def _rename(self, source: FakeDatabase, target: FakeDatabase) -> None:
+        target._write(source.pages, source.commit)
+        source.has_moved(Moved(target.name, target.position.txid, source.position.txid))
+        source._write({}, 0)
 
     def set_aside(self, name: str, reason: str) -> None:
         database = self.databases.pop(name, None)

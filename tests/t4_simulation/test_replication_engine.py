@@ -144,13 +144,16 @@ async def test_files_are_identical_in_the_end(tmp_path: Path, seed: int) -> None
         nodes.close()
 
 
+RENAMED = {"on": ["c.db"], "back": ["a.db"], "exchanged": ["a.db", "x.db"]}
+
+
 def _move(nodes: Nodes, old: str, new: str) -> None:
     source = FileRef(old, FileKind.DATABASE, old, nodes.primary.find(old).files.database)
     target = FileRef(new, FileKind.PLAIN, None, nodes.primary.plain_path(new))
     nodes.primary.worker.submit(nodes.primary.naming.rename, source, target).result()
 
 
-@pytest.mark.parametrize("how", ["once", "on", "back", "behind"])
+@pytest.mark.parametrize("how", ["once", "on", "back", "behind", "exchanged"])
 async def test_a_replica_has_what_was_renamed_by_one_name_at_every_moment(tmp_path: Path, how: str) -> None:
     """The drop of the old name is small, and the new one's content is not: it must not be overtaken."""
     nodes = Nodes(tmp_path, 1)
@@ -169,16 +172,23 @@ async def test_a_replica_has_what_was_renamed_by_one_name_at_every_moment(tmp_pa
 
             def look(event: Event) -> None:
                 if event.type in ("tx", "drop", "resync"):
-                    stores = [nodes.replica.databases.get(name) for name in ("a.db", "b.db", "c.db")]
+                    stores = [nodes.replica.databases.get(name) for name in ("a.db", "b.db", "c.db", "x.db")]
                     seen.append({item.name for item in stores if item is not None and item.position.checksum == rows})
 
             nodes.replica.events.subscribe(look)
+            if how == "exchanged":
+                Application(nodes.primary, "x.db")
+                await nodes.until_equal()
+                seen.clear()
             await asyncio.to_thread(_move, nodes, "a.db", "b.db")
+            if how == "exchanged":
+                await asyncio.to_thread(_move, nodes, "x.db", "a.db")
+                await asyncio.to_thread(_move, nodes, "b.db", "x.db")
             if how in ("on", "back"):
                 await asyncio.to_thread(_move, nodes, "b.db", "c.db" if how == "on" else "a.db")
             await nodes.until_equal()
             await nodes.until(lambda: nodes.primary.all_names() == nodes.replica.all_names())
-            assert nodes.replica.names() == {"on": ["c.db"], "back": ["a.db"]}.get(how, ["b.db"])
+            assert nodes.replica.names() == RENAMED.get(how, ["b.db"])
             if how == "behind":
                 seen = seen[1:]
             assert seen and all(seen), seen

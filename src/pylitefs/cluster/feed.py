@@ -14,6 +14,7 @@ import logging
 import time
 from collections import deque
 
+from pylitefs.cluster import moves
 from pylitefs.cluster.decisions import (
     NOTHING,
     AdoptTxid,
@@ -26,16 +27,14 @@ from pylitefs.cluster.decisions import (
     Stale,
     Taking,
     View,
-    branch_point,
     decide,
 )
-from pylitefs.cluster.moves import is_held
 from pylitefs.cluster.outlet import NO_PAGES_SIZE, Outlet, Turn, send
 from pylitefs.cluster.ports import Database, Epochs, Log, LogEntry, PageSums, SnapshotReader
 from pylitefs.cluster.resync_request import ResyncRequest
 from pylitefs.cluster.roles import Refused, StaleEpoch
 from pylitefs.cluster.tail import LIMIT_BYTES, NextTransactions, TailReceiver
-from pylitefs.cluster.transfer import COMPACT_MIN, BadLogEntry, Ends, merge, send_entry, small_run
+from pylitefs.cluster.transfer import COMPACT_MIN, BadLogEntry, Ends, merge, next_pages, send_entry, small_run
 from pylitefs.errors import DatabaseBusy, DatabaseError, LitefsError, Unavailable
 from pylitefs.events import Event
 from pylitefs.formats import stream
@@ -53,7 +52,7 @@ from pylitefs.formats.stream import (
     TailEnd,
 )
 from pylitefs.formats.stream_fields import ErrorCode, ResyncReason
-from pylitefs.formats.stream_pages import MAX_PAGES_SIZE, SnapshotPages
+from pylitefs.formats.stream_pages import SnapshotPages
 from pylitefs.status import ReplicaProgress
 
 log = logging.getLogger("litefs.replication")
@@ -99,6 +98,8 @@ class Feed:
         self._changed = asyncio.Event()
         self._durable = 0  # as acknowledged since its copy is what it is
         self._in_line = False  # its copy is one that our log led to
+        self.waits_for: frozenset[moves.Place] = frozenset()  # of one of these, for as long as it rests
+        self.need_not_wait = 0  # up to this TXID
         self._incoming: ResyncRequest | None = None
         self._tail: asyncio.Queue[Message] | None = None
         self._tail_refused = False
@@ -189,6 +190,7 @@ class Feed:
     async def _step(self) -> bool:
         """One thing that is to be done; False when nothing was found."""
         self._changed.clear()
+        self.waits_for = frozenset()
         try:
             if self._incoming is not None:
                 return await self._answer_resync()
@@ -196,8 +198,6 @@ class Feed:
             if self._live and database is not None:
                 if await self._stream(database.log):
                     self._attempts = 0
-                if is_held(self, self._outlet, database.log.head.txid):
-                    return False
                 self._live = self.sent.is_at(database.log.head)
                 if self._live and self._incoming is None:
                     self._settled()
@@ -205,6 +205,9 @@ class Feed:
             return await self._decide(database)
         except _Superseded:
             self._live = False
+        except moves.MustWait:
+            self._attempts = 0
+            return False
         except BadLogEntry as error:
             self._live = False
             log.error("the log of %s is damaged: %s", self.name, error)
@@ -240,7 +243,11 @@ class Feed:
         decision = decide(self.sent, view, taking)
         if not isinstance(decision, AskTail):
             outlet.examined(self.name)
-        match decision:
+        if isinstance(decision, SendLog):
+            self._is_in_line()  # also while it waits: another database may wait for what it has
+        match decision if database is None else moves.in_turn(self, outlet, decision, database.log, view):
+            case None:
+                return False
             case Stale(epoch):
                 raise StaleEpoch(outlet.epoch, epoch)
             case CaughtUp():
@@ -251,11 +258,9 @@ class Feed:
                 self._is_in_line()
                 self._try_again("the log changes faster than it can be sent")
                 self._live = True
-            case Snapshot() if is_held(self, outlet, view.head.txid):
-                return False
             case Snapshot():
                 self._try_again("the database changes faster than a snapshot can be sent")
-                await self._snapshot(0, None, None)
+                await self._snapshot()
             case AskChecksums(reason):
                 self._try_again("the replica's copy cannot be brought in line")
                 await self._ask_checksums(reason)
@@ -308,7 +313,7 @@ class Feed:
         """Send what the log has after `sent`, up to its head or where it does not continue. True if anything went."""
         progressed = False
         with contextlib.suppress(_NotFollowing):
-            while (entry := entries.after(self.sent.txid)) and not is_held(self, self._outlet, entry.max_txid):
+            while (entry := entries.after(self.sent.txid)) and self._may_go_to(entry.max_txid):
                 self._check()
                 if len(self._in_flight) >= WINDOW:
                     self.state = "catch-up"
@@ -320,6 +325,9 @@ class Feed:
                         await self._send_one(entries, entry)
                 progressed = True
         return progressed
+
+    def _may_go_to(self, txid: int) -> bool:
+        return moves.waits_for(self, self._outlet, txid) is None
 
     async def _send_one(self, entries: Log, entry: LogEntry) -> None:
         def check(ends: Ends) -> None:
@@ -340,7 +348,7 @@ class Feed:
 
     async def _send_merged(self, entries: Log, first: LogEntry) -> bool:
         run = small_run(entries, first)
-        if len(run) < COMPACT_MIN or is_held(self, self._outlet, run[-1].max_txid):
+        if len(run) < COMPACT_MIN or not self._may_go_to(run[-1].max_txid):
             return False
         self.state = "catch-up"
         merged = await self._turn.blocking(merge, run, self.sent)
@@ -383,22 +391,24 @@ class Feed:
         resync = incoming.resync
         log.info("replica %016X fetches pages of %s: %s", self._outlet.replica_id, self.name, resync.reason.name)
         try:
-            await self._snapshot(resync.request, incoming, resync)
-        except DatabaseError:
+            await self._snapshot(resync.request, incoming)
+        except (DatabaseError, moves.MustWait):
             self._incoming = self._incoming or incoming  # it is answered later
             raise
         return True
 
-    async def _snapshot(self, request: int, incoming: ResyncRequest | None, resync: Resync | None) -> None:
+    async def _snapshot(self, request: int = 0, incoming: ResyncRequest | None = None) -> None:
         """Send the database as it is now, or what of it differs from the replica's copy."""
         database = await self._outlet.database(self.name)
         if database is None or database.log.head.txid == 0:
             await send(self._outlet, stream.SetAside(self.name))
             self._moved_to(NOTHING)
             return
-        branch = None
-        if resync is not None:
-            branch = await self._outlet.blocking(_branch, resync, database.log)
+        branch, since = None, 0
+        if incoming is not None:
+            branch = await self._outlet.blocking(incoming.branch, database.log)
+            since = incoming.resync.position.txid if branch is None else branch
+            moves.check_turn(self, self._outlet, database.log.head.txid, since)
         timeout_s = self._outlet.snapshot_timeout_s or None
         async with self._outlet.snapshot_slots:
             self.state = "snapshot"
@@ -406,7 +416,7 @@ class Feed:
                 async with asyncio.timeout(timeout_s):
                     for _ in range(ATTEMPTS):
                         known = incoming.known(database.page_size) if incoming is not None else None
-                        if await self._send_snapshot(database, request, known, branch):
+                        if await self._send_snapshot(database, request, known, branch, since):
                             return
             except TimeoutError:
                 raise Refused(
@@ -415,12 +425,12 @@ class Feed:
         raise DatabaseError("it changes faster than a snapshot of it can be sent")
 
     async def _send_snapshot(
-        self, database: Database, request: int, known: PageSums | None, branch: int | None
+        self, database: Database, request: int, known: PageSums | None, branch: int | None, since: int
     ) -> bool:
         """False if it has to be begun anew, because the page size has changed or the log was cut."""
         outlet = self._outlet
         if not database.commit:
-            return await self._send_drop(database, request, branch)
+            return await self._send_drop(database, request, branch, since)
         reader = await outlet.blocking(database.snapshot, known)
         try:
             begin = stream.SnapshotBegin(
@@ -439,6 +449,7 @@ class Feed:
             if not await self._send_between(database.log, reader.page_size, reader.start, position):
                 return False
             epochs = tuple(line for line in epochs if line[1] <= position.txid)
+            moves.check_turn(self, outlet, position.txid, since)
             self._ends_at(position)
             await send(outlet, stream.SnapshotEnd(self.name, position, commit, epochs))
         except _NotFollowing:
@@ -448,7 +459,7 @@ class Feed:
         self._has_snapshot(size_bytes)
         return True
 
-    async def _send_drop(self, database: Database, request: int, branch: int | None) -> bool:
+    async def _send_drop(self, database: Database, request: int, branch: int | None, since: int) -> bool:
         """A snapshot without a page, for which nothing need be read. False if the name is used again."""
         self._check()
         position, commit, epochs = await self._state_of(database)
@@ -456,6 +467,7 @@ class Feed:
             return False
         begin = stream.SnapshotBegin(self.name, request, NO_PAGES_SIZE, position, branch is not None, branch or 0)
         await send(self._outlet, begin)
+        moves.check_turn(self, self._outlet, position.txid, since)
         self._ends_at(position)
         await send(self._outlet, stream.SnapshotEnd(self.name, position, 0, epochs))
         self._has_snapshot(0)
@@ -481,7 +493,7 @@ class Feed:
         until_s = time.monotonic() + BUSY_S
         while True:
             try:
-                return await self._outlet.blocking(_next_pages, self.name, reader)
+                return await self._outlet.blocking(next_pages, self.name, reader)
             except DatabaseBusy:
                 if time.monotonic() >= until_s:
                     raise
@@ -574,19 +586,6 @@ class Feed:
             log.warning("%s: what the replica has after %s cannot be taken over: %s", self.name, after, problem)
         if database is None or database.log.head.is_at(after):
             self._tail_refused = True
-
-
-def _branch(resync: Resync, entries: Log) -> int | None:
-    return branch_point(resync.position, resync.history, resync.epochs, entries)
-
-
-def _next_pages(name: str, reader: SnapshotReader) -> list[SnapshotPages] | None:
-    """The next pages, packed. Blocking."""
-    chunk = reader.next_chunk()
-    if chunk is None:
-        return None
-    step = max(1, MAX_PAGES_SIZE // reader.page_size) if reader.page_size else 1
-    return [SnapshotPages.of(name, reader.page_size, chunk[at : at + step]) for at in range(0, len(chunk), step)]
 
 
 def _now_ms() -> int:

@@ -21,6 +21,7 @@ from pylitefs.formats.stream_fields import ErrorCode
 
 if TYPE_CHECKING:
     from pylitefs.cluster.feed import Feed
+    from pylitefs.cluster.moves import Place
 
 READ_AHEAD = 4
 """Pieces of log entries for one replica that are in memory at once, beside its snapshots."""
@@ -42,6 +43,7 @@ class Outlet(Protocol):
     snapshot_slots: asyncio.Semaphore
     snapshot_timeout_s: float
     epoch: int
+    feeds: dict[str, Feed]
 
     @property
     def blocking(self) -> Blocking: ...
@@ -57,9 +59,12 @@ class Outlet(Protocol):
     def holds(self, name: str, txid: int) -> None:
         """The replica holds our transactions up to this one durably."""
 
-    def lacks(self, name: str, txid: int, feed: Feed) -> bool:
-        """Whether the replica has yet to hold these transactions of another database that it copies. If so, `feed` is
-        poked when it holds more."""
+    def copies(self, name: str) -> bool:
+        """Whether the replica copies the database of this name."""
+
+    def lacks(self, place: Place, feed: Feed) -> bool:
+        """Whether the replica does not have durably what is, or was, in this place. If so, `feed` is poked when it
+        holds more of the name."""
 
     def strayed(self, name: str) -> None:
         """Its copy was not what it seemed to be, and is mended."""

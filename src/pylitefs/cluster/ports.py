@@ -140,8 +140,8 @@ class Database(Protocol):
         """Of the log's head."""
 
     @property
-    def moved_to(self) -> Moved | None:
-        """Where its content was moved, when it was renamed last."""
+    def moves(self) -> tuple[Moved, ...]:
+        """Where its content was moved when it was renamed, the last time last."""
 
     @property
     def captures(self) -> bool:
@@ -210,7 +210,7 @@ class Tombstone(Protocol):
     @property
     def epochs(self) -> Epochs: ...
     @property
-    def moved_to(self) -> Moved | None: ...
+    def moves(self) -> tuple[Moved, ...]: ...
 
 
 class Store(Protocol):

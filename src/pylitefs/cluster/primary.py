@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
 from pylitefs.cluster.feed import Feed
 from pylitefs.cluster.healing import ANSWER_S, Healing
+from pylitefs.cluster.moves import Place
 from pylitefs.cluster.outlet import NO_PAGES_SIZE, send
 from pylitefs.cluster.ports import Database, Link, LinkClosed, Store, Tombstone
 from pylitefs.cluster.recovery_wait import RecoveryOutcome, RecoveryWait
@@ -390,13 +391,17 @@ class ReplicaSession:
         """What the replica's acknowledgements are for; a copy of some databases only does not count."""
         return None if self._wanted else self._replicas.gate
 
-    def lacks(self, name: str, txid: int, feed: Feed) -> bool:
-        if not is_database_name(name) or (self._wanted and name not in self._wanted):
-            return False
+    def copies(self, name: str) -> bool:
+        return is_database_name(name) and (not self._wanted or name in self._wanted)
+
+    def lacks(self, place: Place, feed: Feed) -> bool:
+        name = place.name
         if name not in self.feeds:  # the event that tells of it is under way
             self.poke(name)
-        if self.feeds[name].standing.durable >= txid:
-            return False
+        if (other := self.feeds.get(name)) is not None:
+            passed = place.last is not None and other.sent.txid > place.last
+            if other.standing.durable >= place.first and not passed:
+                return False
         self._held_back.setdefault(name, set()).add(feed)
         return True
 

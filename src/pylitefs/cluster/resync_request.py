@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pylitefs.cluster.decisions import History, branch_point
 from pylitefs.cluster.ports import PageSums
 from pylitefs.cluster.roles import Refused
 from pylitefs.formats.stream import Checksums, Resync
@@ -34,6 +35,10 @@ class ResyncRequest:
     @property
     def complete(self) -> bool:
         return self.received == self.resync.commit
+
+    def branch(self, entries: History) -> int | None:
+        """See `branch_point`. Blocking."""
+        return branch_point(self.resync.position, self.resync.history, self.resync.epochs, entries)
 
     def known(self, page_size: int) -> PageSums | None:
         """The receiver's page checksums; None if its pages are of another size."""

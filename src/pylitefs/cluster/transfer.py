@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from pylitefs.cluster.ports import Log, LogEntry
+from pylitefs.cluster.ports import Log, LogEntry, SnapshotReader
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.compact import compact
 from pylitefs.formats.ltx.decoder import Reader
 from pylitefs.formats.ltx.format import HEADER_SIZE, TRAILER_SIZE, Header, Position, Trailer
 from pylitefs.formats.stream import Ltx, LtxBegin, LtxData, LtxEnd, Message
 from pylitefs.formats.stream_fields import MAX_CHUNK
+from pylitefs.formats.stream_pages import MAX_PAGES_SIZE, SnapshotPages
 
 COMPACT_MIN = 16
 """Log entries of one database that wait, at least, before they are merged: below it sending them singly is faster."""
@@ -186,3 +187,12 @@ def merge(entries: Sequence[LogEntry], before: Position) -> tuple[bytes, Ends] |
     if ends.before != before or len(merged) > MAX_CHUNK:
         return None
     return merged, ends
+
+
+def next_pages(name: str, reader: SnapshotReader) -> list[SnapshotPages] | None:
+    """The next pages of a snapshot, packed. Blocking."""
+    chunk = reader.next_chunk()
+    if chunk is None:
+        return None
+    step = max(1, MAX_PAGES_SIZE // reader.page_size) if reader.page_size else 1
+    return [SnapshotPages.of(name, reader.page_size, chunk[at : at + step]) for at in range(0, len(chunk), step)]

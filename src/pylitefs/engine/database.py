@@ -364,7 +364,7 @@ class Database(LiveFiles, Damage):
     def begin_after(self, tombstone: Tombstone) -> None:
         """Nothing is here but that."""
         self.log.restart_at(tombstone.position, tombstone.epochs, durably=False)
-        self.position, self.moved_to = tombstone.position, tombstone.moved_to
+        self.position, self.moves = tombstone.position, tombstone.moves
 
     def set_files(self, files: DatabaseFiles) -> None:
         """The live files are elsewhere now (mounted, unmounted)."""

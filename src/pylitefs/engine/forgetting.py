@@ -144,7 +144,7 @@ class Forgetting:
 
 
 def _tombstone(database: Database) -> Tombstone:
-    return Tombstone(database.position, database.log.epochs(), database.moved_to)
+    return Tombstone(database.position, database.log.epochs(), database.moves)
 
 
 def _has_nothing(database: Database) -> bool:

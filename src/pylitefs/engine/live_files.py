@@ -10,14 +10,16 @@ from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
 from pylitefs.ports import FileKind, Moved
 
+MOVES_MAX = 64
+
 
 class LiveFiles:
     """The part of a `Database` that is about its files only. Any thread."""
 
     files: DatabaseFiles
     wal_stands_in = False  # applications write it in a WAL, but its mode is a rollback mode, see `stand_in`
-    moved_to: Moved | None = None
-    """When it was renamed last, in this run of the daemon."""
+    moves: tuple[Moved, ...] = ()
+    """When it was renamed, in this run of the daemon: the newest MOVES_MAX, the last one last. Replaced as a whole."""
 
     withheld: str | None = None
     """Why what the database file holds is not in the log, and on no replica; None if all is well."""
@@ -33,6 +35,9 @@ class LiveFiles:
 
     def emit(self, kind: str, **data: object) -> None:
         raise NotImplementedError
+
+    def has_moved(self, moved: Moved) -> None:
+        self.moves = (*self.moves[1 - MOVES_MAX :], moved)
 
     def withhold(self, reason: str | None) -> None:
         """The database file holds what cannot be recorded, or (None) does not any more. Any thread."""

@@ -309,7 +309,6 @@ class Naming:
         if target.exists:
             capture.flush_if_possible(target)
         replacement = Replacement(target.files, source.files.database, source.files)
-
         try:
             with _still(source, target):
                 replacement.note()
@@ -351,7 +350,8 @@ class Naming:
             replacement.exchange()
 
     def _moved_away(self, source: Database, target: Database, replacement: Replacement) -> None:
-        source.moved_to = Moved(target.name, target.position.txid, source.position.txid) if target.exists else None
+        if target.exists:
+            source.has_moved(Moved(target.name, target.position.txid, source.position.txid))
         self.record_drop(source)
         replacement.finish()
         source.wal_stands_in = False

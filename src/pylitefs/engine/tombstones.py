@@ -33,11 +33,11 @@ _SPARE_LINES = 1000  # so many lines that do not count, and as many as count, ar
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """`moved_to`: where the content was moved when the database was renamed, as long as this daemon runs."""
+    """`moves`: where its content was moved when it was renamed, as long as this daemon runs."""
 
     position: Position
     epochs: Lines = ()
-    moved_to: Moved | None = None
+    moves: tuple[Moved, ...] = ()
 
 
 class Tombstones:

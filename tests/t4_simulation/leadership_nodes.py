@@ -40,6 +40,7 @@ TTL_S = 3.0
 POLL_S = 0.06
 STALE_S = 1.0  # a session without a word for so long has ended
 TAKE_OVER_S = 15.0
+STOPS_S = (0.1, 3.2, 8.0)  # so long a daemon is stopped in the middle of an answer
 MACHINES = 100  # a machine that takes another one's place has a node id that is higher by this
 
 Entry = tuple[int, str]
@@ -385,7 +386,7 @@ class SimNode:
         process, world = self.process, self.cluster.world
         assert process is not None
         process.pause()
-        world.after(world.rng.choice((0.1, 3.2, 8.0)), process.go_on)
+        world.after(world.rng.choice(STOPS_S), process.go_on)
         await asyncio.sleep(0)
 
     def _open_gate(self) -> None:

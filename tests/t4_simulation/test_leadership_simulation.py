@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from leadership_nodes import SimNode
+from leadership_nodes import STOPS_S, SimNode
 from sim_engine import ENGINE
 from simulated_cluster import Setup, SimCluster
 from worlds import World
@@ -237,7 +237,7 @@ class Nemesis:
 def hush(world: World, cluster: SimCluster) -> list[str]:
     """A last commit in each database, and silence: whether it is answered, and everywhere, in time."""
     cluster.calm = True
-    world.run(world.now_s + 3.0)  # what is under way comes to its end
+    world.run(world.now_s + max(STOPS_S) + 3.0)  # what is under way comes to its end
     last = cluster.write_last()
     world.run(world.now_s + LIVE_S)
     writes = cluster.history.writes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from pylitefs.engine.lost import branches
 from pylitefs.formats.ltx.decoder import Reader
 
 END = b"."  # of every value, see client.py
@@ -23,6 +24,17 @@ def lost_values(nodes: Iterable[Path], db: str, values: Iterable[str]) -> frozen
     pages, so what stands on the same page without being lost is found too."""
     text = b"\n".join(chunk for data in nodes for path in lost_files(data, db) for chunk in _contents(path))
     return frozenset(value for value in values if value.encode() in text) if text else frozenset()
+
+
+def branch_epochs(nodes: Iterable[Path], db: str, values: Iterable[str]) -> dict[str, int]:
+    """The epoch of the branch in which a value is kept, the lowest if it is in several: by then it had been written."""
+    values, found = list(values), dict[str, int]()
+    kept = [branch for data in nodes for branch in branches(str(data), db) if branch.epoch]
+    for branch in sorted(kept, key=lambda branch: -branch.epoch):
+        files = [path for path in Path(branch.folder).rglob("*") if path.is_file() and path.name not in COPIES]
+        text = b"\n".join(chunk for path in files for chunk in _contents(path))
+        found |= {value: branch.epoch for value in values if value.encode() in text}
+    return found
 
 
 def _contents(path: Path) -> Iterator[bytes]:

@@ -33,7 +33,7 @@ from cluster_nodes import PATIENCE, Cluster, wait_until
 from engines import services
 from engines.services import BUCKET, HERE, Service
 from harness import history, tracebacks
-from harness.branches import lost_values
+from harness.branches import branch_epochs, lost_values
 from harness.forks import Forks
 from harness.history import History, Outcome
 from harness.network import Network
@@ -193,16 +193,25 @@ class HaCluster(Cluster):
         return members
 
     def create(self, name: str, journal: str) -> None:
-        """A database with the table of the clients."""
-        from harness.client import SCHEMA
+        """A database with the table of the clients. As an application does it: where the primary loses its lease
+        meanwhile (the machine may be loaded), on the next one once more."""
+        until_s = time.monotonic() + SETTLE_S
+        while True:
+            try:
+                self._create(self.primary(), name, journal)
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() > until_s:
+                    raise
 
-        connection = self.primary().connect(name)
-        try:
+    def _create(self, member: Member, name: str, journal: str) -> None:
+        from harness.client import SCHEMA, TABLE
+
+        with contextlib.closing(member.connect(name)) as connection:
             mode = connection.execute(f"pragma journal_mode={journal}").fetchone()[0]
             assert mode == journal, f"{name}: journal mode {mode} instead of {journal}"
-            connection.executescript(SCHEMA)
-        finally:
-            connection.close()
+            if not connection.execute("select 1 from sqlite_master where name = ?", (TABLE,)).fetchall():
+                connection.executescript(f"begin immediate; {SCHEMA} commit;")
 
     # -- who is who
 
@@ -401,14 +410,15 @@ class HaCluster(Cluster):
             name for name, database in self.databases.items() if database != ("wal", "normal")
         )
         mixed = frozenset(name for name, (_, synchronous) in self.databases.items() if synchronous == "mixed")
-        lost = {}
+        lost, epochs = {}, {}
+        data = [member.data for member in self.members]
         for name in self.databases:
             values = self.clients.values(name)
-            kept = lost_values([member.data for member in self.members], name, values)
+            kept, epochs[name] = lost_values(data, name, values), branch_epochs(data, name, values)
             lost[name] = frozenset(values) if name in self.forgetful else kept
         durable = fenced if self.sync else frozenset()
         awaited = fenced if self.clients.under_halt else frozenset()
-        return Outcome(primary.name, copies, lost, durable, fenced, awaited, mixed)
+        return Outcome(primary.name, copies, lost, durable, fenced, awaited, mixed, epochs)
 
     def judge(self) -> tuple[History, Outcome]:
         """Heal, start what is dead, wait until all agree; then the checker must find nothing."""

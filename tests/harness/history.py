@@ -111,7 +111,8 @@ class Outcome:
     were kept, by database. `durable`: databases of which no acknowledged commit may be missing. `fenced`: those whose
     commits ask the daemon, so that a primary without a lease must not acknowledge any. `awaited`: those whose commits
     may be on other nodes before they are answered. `mixed`: databases with writers of either `synchronous`: what
-    is said of commits holds for those that are not NORMAL."""
+    is said of commits holds for those that are not NORMAL. `branch_epochs`: the epoch of the branch in which a value
+    is kept, the lowest if it is in several, by database."""
 
     primary: str
     copies: Mapping[str, Mapping[str, Copy]]
@@ -120,6 +121,7 @@ class Outcome:
     fenced: frozenset[str] = frozenset()
     awaited: frozenset[str] = frozenset()
     mixed: frozenset[str] = frozenset()
+    branch_epochs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def counts(self, write: Write) -> bool:
         """Whether what its database promises is promised for this commit."""
@@ -205,7 +207,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
             found += _dirty(promised, reads, final, history.downs)
         if db in outcome.fenced:
             found += _stale(promised, epochs)
-            found += _stale_and_lost(promised, final, history.roles)
+            found += _stale_and_lost(promised, final, history.roles, outcome.branch_epochs.get(db, {}))
         problems += _first_of_each(db, found)
     return problems
 
@@ -480,9 +482,12 @@ def _stale(writes: Sequence[Write], epochs: Mapping[str, int]) -> list[str]:
     return problems
 
 
-def _stale_and_lost(writes: Sequence[Write], final: Sequence[str], roles: Sequence[Role]) -> list[str]:
-    """A commit that is not in the history, though it began after another node's that is had been answered, and its node
-    never said that it was the primary again, of which it was asked meanwhile."""
+def _stale_and_lost(
+    writes: Sequence[Write], final: Sequence[str], roles: Sequence[Role], branch_epochs: Mapping[str, int]
+) -> list[str]:
+    """A commit that is not in the history, though it began after another node's that is had been answered. Where its
+    branch was kept, its epoch is not above one of which another node had said that it was the primary. Else its node
+    never said that it was the primary again, of which it was asked meanwhile: at load it may be asked too seldom."""
     there = set(final)
     said: dict[str, list[Role]] = defaultdict(list)
     for role in roles:
@@ -496,8 +501,14 @@ def _stale_and_lost(writes: Sequence[Write], final: Sequence[str], roles: Sequen
         since_s = next((end_s for end_s, node in reversed(before) if node != write.node), None)
         if since_s is None:
             continue
-        meanwhile = [role for role in said[write.node] if since_s < role.end_s and role.start_s < write.end_s + 1.0]
-        if meanwhile and not any(role.primary for role in meanwhile):
+        if write.value in branch_epochs:
+            claims = [role.epoch for role in roles if role.primary and role.node != write.node
+                      and role.end_s < write.start_s]  # fmt: skip
+            stale = branch_epochs[write.value] <= max(claims, default=0)
+        else:
+            meanwhile = [role for role in said[write.node] if since_s < role.end_s and role.start_s < write.end_s + 1.0]
+            stale = bool(meanwhile) and not any(role.primary for role in meanwhile)
+        if stale:
             problems.append(
                 f"STALE {write.value} acknowledged by {write.node} at {write.end_s:.3f} s, and lost, "
                 f"{write.start_s - since_s:.3f} s after another primary's commits were"

@@ -211,6 +211,13 @@ def stale_primary_acknowledges_and_it_is_lost(history: History, outcome: Outcome
     return dataclasses.replace(outcome, durable=frozenset(), lost={DB: frozenset({"a3", "a5"})})
 
 
+def stale_primary_of_which_the_branch_tells(history: History, outcome: Outcome) -> Outcome:
+    """It was not asked for its role meanwhile, but its branch is of an epoch that had ended."""
+    history.roles = [role for role in history.roles if role.start_s < 6.0]
+    changed = stale_primary_acknowledges_and_it_is_lost(history, outcome)
+    return dataclasses.replace(changed, branch_epochs={DB: {"a5": 1}})
+
+
 def another_position(history: History, outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, copies={**outcome.copies, "c": {DB: Copy("3/c", "d", "ok", FINAL)}})
 
@@ -254,6 +261,7 @@ BAD: list[tuple[Change, str]] = [
     (two_writers_of_an_epoch, "SPLIT"),
     (stale_primary_acknowledges, "STALE"),
     (stale_primary_acknowledges_and_it_is_lost, "STALE"),
+    (stale_primary_of_which_the_branch_tells, "STALE"),
     (another_position, "APART"),
     (other_bytes, "APART"),
     (damaged, "APART"),
@@ -293,6 +301,13 @@ def test_what_may_happen() -> None:
     assert "FLICKER" in kinds(history, asynchronous)
     history.roles.append(Role("d", 7.5, 7.5, True, 1000))
     assert "FLICKER" not in kinds(history, asynchronous) and "FLICKER" in kinds(history, outcome)
+
+
+def test_a_primary_for_a_moment_that_was_not_asked_then() -> None:
+    """Its branch tells that it was one of a later epoch: it said that it was none before."""
+    history, outcome = good()
+    changed = stale_primary_acknowledges_and_it_is_lost(history, outcome)
+    assert check(history, dataclasses.replace(changed, branch_epochs={DB: {"a5": 3}})) == []
 
 
 def test_only_the_first_problems_of_a_kind_are_told() -> None:

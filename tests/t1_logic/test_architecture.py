@@ -235,10 +235,11 @@ LIVE_WRITERS: dict[str, set[str]] = {
     "engine/leftovers.py": {
         "_play_back", "checkpoint_wal", "forget_journal", "normalise", "remove_wal", "retire_index",
     },
+    "engine/aside.py": {"finish_aside"},
     "engine/live_files.py": {"LiveFiles.remove_live_files"},
     "engine/naming.py": {
         "Naming._make_plain", "Naming._remove_plain", "Naming.emptied", "Naming.finish_promotions",
-        "Naming._move_plain", "Naming.set_aside", "Naming.take_journal", "_link",
+        "Naming._move_plain", "Naming.take_journal", "_link",
     },
     "engine/plain_files.py": {"keep_plain"},
     "engine/redo.py": {"apply_entries", "forget_redo"},

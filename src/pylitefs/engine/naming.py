@@ -11,9 +11,9 @@ import errno
 import functools
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 
+from pylitefs.engine.aside import finish_aside, put_aside
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
 from pylitefs.engine.lost import write_info
@@ -157,6 +157,7 @@ class Naming:
         for name in os.listdir(self._registry.databases_dir):
             files = self._registry.files_of(name)
             if os.path.isdir(files.folder):
+                finish_aside(files)
                 finish_replacement(files, self._registry.files_of)
         may_import = self._registry.options.is_primary or self._registry.marker.names is None
         for name in sorted(os.listdir(self._registry.plain_dir)):
@@ -391,9 +392,7 @@ class Naming:
             write_info(folder, name, None, head, head.txid, reason)
             self._registry.apply.let_go(database)
             database.close(clean=False)
-            for item in ("database", "wal", "journal", "ltx"):
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.move(os.path.join(database.files.folder, item), os.path.join(folder, item))
+            put_aside(database.files, folder)
             del self._registry.databases[name]
             self._tell(name)
         lost = {"transactions": head.txid, "max_txid": head.txid, "epoch": head.epoch, "to": str(head)}

@@ -105,14 +105,13 @@ class Acks:
             self._wake.clear()
             self._no_pause = False
             changed, self._changed = self._changed, set()
-            entries = [
-                Progress(name, self._received.get(name, 0), self._applied.get(name, 0), self._durable.get(name, 0))
-                for name in sorted(changed)
-            ]
-            if entries:
-                for part in batches(entries):
-                    await self._channel.send(Ack(part))
+            if changed:
+                for part in batches(sorted(changed)):  # each as it is when it is sent: what was given up is told before
+                    await self._channel.send(Ack(tuple(map(self._progress, part))))
                 next_s = loop.time() + self._timings.ack_s
+
+    def _progress(self, name: str) -> Progress:
+        return Progress(name, self._received.get(name, 0), self._applied.get(name, 0), self._durable.get(name, 0))
 
     async def make_durable(self) -> None:
         """A few databases at a time, so that their transactions get in between and none waits for a stuck one."""

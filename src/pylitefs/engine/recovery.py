@@ -190,7 +190,7 @@ def _recover_unclean(database: Database, state: CleanState | None, start: Circum
         return Recovered(Outcome.WITHHELD, dropped, previous, wal_end)
     if stamp(files.database)[0] == 0:
         remove_wal(files)  # of another file, or of none
-        outcome = _recover_missing(database, head, head_header)
+        outcome = _recover_missing(database, head, head_header, state)
         return Recovered(outcome, dropped, not_ahead=outcome is not Outcome.DIFFERS)
     page_size, commit = load_checksums(database)
     checksum = database_checksum(database.table.values[:commit])
@@ -287,12 +287,15 @@ def _is_start_of_redo(
     return None if start.is_primary else lambda header: header.pre_apply_checksum == checksum
 
 
-def _recover_missing(database: Database, head: Position, header: Header | None) -> Outcome:
+def _recover_missing(database: Database, head: Position, header: Header | None, state: CleanState | None) -> Outcome:
     """There is no database file. Right after a drop; otherwise it is lost, unless the log has all of it."""
+    by_snapshot = (  # the state of one whose file was found to be missing has no page size
+        header is None and state is not None and state.position == head and state.page_size > 0 == state.commit
+    )
     database.table.reset()
     database.page_size, database.commit = (header.page_size if header else 0), 0
     begins = database.tombstone is not None and header is None and head == database.tombstone.position
-    if head.txid == 0 or begins or (header is not None and header.commit == 0):
+    if head.txid == 0 or begins or by_snapshot or (header is not None and header.commit == 0):
         return Outcome.EMPTY
     if header is not None:
         database.page_size = header.page_size

@@ -111,6 +111,17 @@ def test_what_nobody_was_woken_for_is_found_and_told(live: Silent) -> None:
     live.check()
 
 
+def test_a_database_that_changes_hands_is_nobodys_defect(live: Silent) -> None:
+    """Whoever takes it over tries until all of it is captured."""
+    live.database.app_handles, live.database.yields = 1, True
+    dog = Watchdog(live.node.store, lambda: None)
+    live.rested()
+    live.commit()()
+    live.worker.submit(dog.look).result()
+    live.worker.submit(lambda: None).result()  # what the look has found is judged
+    assert "overlooked" not in live.node.kinds()
+
+
 def test_a_fuse_thread_takes_a_commit_while_the_worker_looks(live: Silent) -> None:
     """As one does at a checkpoint's fsync: both move the cursor, and what the one takes the other must not miss."""
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_engine import CLUSTER, PAGE, page
+from fake_engine import CLUSTER, PAGE, FakeDatabase, FakeReader, page
 from memory_link import Wire
 from pair import FAST, Pair
 
+from pylitefs.cluster import feed
 from pylitefs.cluster.channel import Timings
+from pylitefs.cluster.ports import PageSums
 from pylitefs.cluster.primary import RecoveryWait
 from pylitefs.cluster.replica import Replica
 from pylitefs.cluster.roles import NodeIdentity
@@ -300,3 +302,23 @@ async def test_an_orderly_stop_of_the_primary_is_clean(pair: Pair) -> None:
         pair.unreachable = False
         pair.write("a.db", 1)
         await pair.until_equal()
+
+
+async def test_a_primary_whose_disk_is_full_sends_the_others(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot of one cannot be begun: that concerns neither the connection nor the others, and soon it is tried
+    again."""
+    tries, snapshot = [], FakeDatabase.snapshot
+
+    def full(self: FakeDatabase, known: PageSums | None) -> FakeReader:
+        if self.name == "a.db" and len(tries) < 3:
+            tries.append(self.name)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return snapshot(self, known)
+
+    monkeypatch.setattr(FakeDatabase, "snapshot", full)
+    monkeypatch.setattr(feed, "DISK_RETRY_S", 0.01)
+    for name in ("a.db", "b.db"):
+        pair.write(name, 2).forget_log()
+    async with pair.running():
+        await pair.until_equal()
+    assert len(tries) == 3 and len(pair.wires) == 1

@@ -60,8 +60,8 @@ log = logging.getLogger("litefs.replication")
 WINDOW = 64
 """Log entries of one database that are sent before the first of them is acknowledged."""
 
-RETRY_S = 10.0
-"""How long a database that this node cannot read is left alone."""
+RETRY_S, DISK_RETRY_S = 10.0, 0.5
+"""How long a database that this node cannot read is left alone; and where its disk is full, perhaps for a moment."""
 
 BUSY_S = 60.0
 """How long a snapshot waits for a transaction that has written to the file before its commit (rollback modes)."""
@@ -179,13 +179,20 @@ class Feed:
             while await self._step() or self._changed.is_set():  # set since the step began: look again
                 pass
         except DatabaseError as error:  # of this node; the other databases go on
-            log.error("%s cannot be sent to replica %016X: %s", self.name, self._outlet.replica_id, error)
-            self._live, self.state, self._attempts = False, "failed", 0
-            self._outlet.examined(self.name)
-            self._retry_at_s = time.monotonic() + RETRY_S
-            asyncio.get_running_loop().call_later(RETRY_S, self.poke)
+            self._fail(error, RETRY_S)
+        except OSError as error:  # the same; a full disk, perhaps, and soon it is not
+            if isinstance(error, ConnectionError | TimeoutError):
+                raise
+            self._fail(error, DISK_RETRY_S)
         finally:
             self._running = False
+
+    def _fail(self, error: Exception, retry_s: float) -> None:
+        log.error("%s cannot be sent to replica %016X: %s", self.name, self._outlet.replica_id, error)
+        self._live, self.state, self._attempts = False, "failed", 0
+        self._outlet.examined(self.name)
+        self._retry_at_s = time.monotonic() + retry_s
+        asyncio.get_running_loop().call_later(retry_s, self.poke)
 
     async def _step(self) -> bool:
         """One thing that is to be done; False when nothing was found."""
@@ -392,7 +399,7 @@ class Feed:
         log.info("replica %016X fetches pages of %s: %s", self._outlet.replica_id, self.name, resync.reason.name)
         try:
             await self._snapshot(resync.request, incoming)
-        except (DatabaseError, moves.MustWait):
+        except (DatabaseError, OSError, moves.MustWait):
             self._incoming = self._incoming or incoming  # it is answered later
             raise
         return True

@@ -100,6 +100,7 @@ class Watchdog:
     def _judge_one(self, database: Database, cursor: Cursor) -> None:
         wal, capture = database.wal, self._registry.capture
         excused = not database.captures or database.failing is not None or database.set_aside_reason is not None
+        excused = excused or database.yields  # it changes hands: `roles` tries until it is captured
         if excused or wal.pending is not None or capture.is_planned(database):
             return
         with wal.mutex:

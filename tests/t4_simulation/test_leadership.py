@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from leadership_cluster import TTL_S, Cluster, FakeNode, cluster_of, virtual
+from leadership_cluster import TTL_S, Cluster, FakeNode, cluster_of, loop_time_s, virtual
 
 from pylitefs.cluster.control import FORCED
+from pylitefs.cluster.lease_port import Held
 from pylitefs.errors import Ineligible, Unavailable
 
 
@@ -493,6 +494,36 @@ async def test_nobody_is_promoted_beside_a_primary_that_leads_on_in_failsafe(for
     await first.kill()
     await asyncio.sleep(2 * TTL_S)
     assert cluster.leader is other, "it was known, and leads when its promise has ended"
+    await cluster.stop()
+
+
+@virtual
+async def test_who_has_not_promised_is_not_let_in_while_the_primary_leads_by_promises() -> None:
+    """The primary cannot renew its lease, sees the engine again, and finds a node there that it did not know. That one
+    must not be elected when the lease ends in the engine: nobody has asked it."""
+    cluster = Cluster(3, failsafe=True)
+    cluster.start(1, 2)
+    await cluster.until(lambda: cluster.leader and any(node.leader for node in cluster.nodes.values()))
+    first = cluster.leader
+    assert first is not None and first.write("x")
+    cluster.replicate()
+    await asyncio.sleep(TTL_S)
+    late, renew = cluster.nodes[3], first.engine.renew
+
+    async def fails(held: Held) -> Held:
+        raise Unavailable("the lease cannot be renewed")
+
+    first.engine.renew = fails  # type: ignore[method-assign]
+    late.log, late.cluster_id = list(first.log), first.cluster_id
+    cluster.cuts.add(frozenset((first.node_id, late.node_id)))
+    cluster.start(3)
+    until_s = loop_time_s() + 4 * TTL_S
+    while loop_time_s() < until_s:
+        await asyncio.sleep(0.05)
+        assert cluster.leader is first  # there are never two
+        assert late.node_id not in (cluster.document.state.voters or ())
+    first.engine.renew = renew  # type: ignore[method-assign]
+    await cluster.until(lambda: late.node_id in (cluster.document.state.voters or ()))
     await cluster.stop()
 
 

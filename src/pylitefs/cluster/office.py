@@ -371,8 +371,9 @@ class Office:
                 self._wish_to_leave(f"{other.hostname or other.url} has data", other.node_id)
 
     async def _know(self, view: View) -> None:
-        """Let those lead who are members now; they are asked from before that is written, or to after."""
-        if not self._settings.failsafe:
+        """Let those lead who are members now; they are asked from before that is written, or to after. Not while this
+        node leads by promises: whoever has not been asked for one could be elected."""
+        if not self._settings.failsafe or self._in_failsafe:
             return
         members = {member.node_id: member for member in view.members}
         wanted = frozenset([self._node.node_id, *members])

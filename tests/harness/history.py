@@ -199,7 +199,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
             *_invented(writes, final, reads, lost),
             *_stray(reads, final, lost, unanswered if outcome.may_be_taken_back(db) else frozenset()),
             *_back(reads, final, taken_back if db in outcome.durable else lost),
-            *_flicker(reads, history.cuts, [] if db in outcome.durable - outcome.mixed else elections),
+            *_flicker(reads, history.cuts, elections, unanswered if db in outcome.durable - outcome.mixed else None),
             *(f"TORN read on {torn.node} at {torn.end_s:.3f} s: {torn.text}" for torn in history.torn if torn.db == db),
             *_order(writes, final),
         ]
@@ -328,21 +328,29 @@ def _elections(roles: Sequence[Role]) -> list[float]:
     return sorted(first.values())
 
 
-def _flicker(reads: Sequence[Read], cuts: Mapping[str, Sequence[float]], elections_s: Sequence[float]) -> list[str]:
+def _flicker(
+    reads: Sequence[Read],
+    cuts: Mapping[str, Sequence[float]],
+    elections_s: Sequence[float],
+    unanswered: frozenset[str] | None,
+) -> list[str]:
     """Of one node's reads, whoever made them: a value in one, not in a later one, and in a still later one. Two reads
-    that overlap in time are in no order. What a disk has lost with its power, or with itself, may come back.
-    `elections_s`: of a database whose commits may be lost by an election; the next one may bring them back."""
+    that overlap in time are in no order. What a disk has lost with its power, or with itself, may come back. What an
+    election has lost the next one may bring back; that is only what was not acknowledged, of a database whose commits
+    wait for replicas. `unanswered`: that; None: of another database."""
     by_node: dict[str, list[Read]] = defaultdict(list)
     for read in reads:
         by_node[read.node].append(read)
     return [
         problem
         for node in sorted(by_node)
-        for problem in _flicker_of(by_node[node], [*cuts.get(node, ()), *elections_s])
+        for problem in _flicker_of(by_node[node], cuts.get(node, ()), elections_s, unanswered)
     ]
 
 
-def _flicker_of(reads: Sequence[Read], excuses_s: Sequence[float]) -> list[str]:
+def _flicker_of(
+    reads: Sequence[Read], cuts_s: Sequence[float], elections_s: Sequence[float], unanswered: frozenset[str] | None
+) -> list[str]:
     """`reads` of one node, by their starts. A read is compared with the last one that had ended when it began."""
     problems = []
     ended: list[tuple[float, int]] = []  # the reads so far, by their ends
@@ -354,7 +362,10 @@ def _flicker_of(reads: Sequence[Read], excuses_s: Sequence[float]) -> list[str]:
                 there = set(read.values) if there is None else there
                 if value in there:
                     shown, without = gone.pop(value)
+                    excuses_s = [*cuts_s, *elections_s] if unanswered is None else cuts_s
                     if any(shown.start_s < at_s < read.end_s for at_s in excuses_s):
+                        continue
+                    if value in (unanswered or ()) and any(without.start_s < at_s < read.end_s for at_s in elections_s):
                         continue
                     one, two, three = (f"{one.end_s:.3f} s ({len(one.values)})" for one in (shown, without, read))
                     problems.append(f"FLICKER {read.node} showed {value} at {one}, not at {two}, and again at {three}")

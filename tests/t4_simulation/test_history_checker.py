@@ -303,6 +303,15 @@ def test_what_may_happen() -> None:
     assert "FLICKER" not in kinds(history, asynchronous) and "FLICKER" in kinds(history, outcome)
 
 
+@pytest.mark.parametrize(("back_s", "problems"), [(3.5, {"FLICKER"}), (4.5, set())])
+def test_an_election_may_bring_back_what_was_not_acknowledged(back_s: float, problems: set[str]) -> None:
+    """It is on a replica, another primary has it not, and the next one has. Nothing else may bring it back."""
+    history, outcome = good()
+    shown = ("a1", "a2", "a3")
+    history.reads[:] = [read("d", 3.2, *shown), read("d", 3.35, *shown[:2]), read("d", back_s, *shown)]
+    assert kinds(ordered(history), final_is(outcome, "a1", "a2", "a3", "b1", "b2")) == problems
+
+
 def test_a_primary_for_a_moment_that_was_not_asked_then() -> None:
     """Its branch tells that it was one of a later epoch: it said that it was none before."""
     history, outcome = good()

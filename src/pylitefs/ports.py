@@ -103,7 +103,7 @@ class FileHooks(Protocol):
 
     All methods are called on FUSE threads. An implementer never touches the mount in the calling thread
     and never waits for anything that needs another FUSE request; what must wait is finished later, by
-    calling `then` from another thread. `pid` is the caller's, 0 if unknown.
+    calling `then` from another thread. `pid` is the id of the caller's thread, 0 if unknown.
     """
 
     def resolve(self, name: str) -> FileRef:
@@ -143,8 +143,9 @@ class FileHooks(Protocol):
         """True if the writes of this handle must come to `write` though the file is passed through. Asked for each
         handle that an application opens for writing."""
 
-    def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
-        """After a handle was opened or created. `hooked`: its writes come to `write` (False: passthrough)."""
+    def opened(self, ref: FileRef, handle: int, pid: int, *, writable: bool, hooked: bool, by_daemon: bool) -> None:
+        """After a handle was opened or created. `hooked`: its writes come to `write` (False: passthrough). `handle`: as
+        of `write`."""
 
     def write(self, ref: FileRef, fd: int, data: memoryview, offset: int, handle: int) -> int:
         """A write that was not passed through; writes to `fd` (the backing file) and takes note. `handle`: the number
@@ -186,11 +187,8 @@ class FileHooks(Protocol):
     def renamed_by_engine(self, old: FileRef, new: FileRef) -> bool:
         """Whether `before_rename` did the rename itself (asked in `then`)."""
 
-    def released(
-        self, ref: FileRef, opened_as: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool
-    ) -> None:
-        """After a handle was released (asynchronously to the application's close). `opened_as`: what `opened` was told
-        that its file is. `last`: none is open any more."""
+    def released(self, ref: FileRef, handle: int, last: bool, by_daemon: bool) -> None:
+        """After a handle was released (asynchronously to the application's close). `last`: none is open any more."""
 
     def overwritten(self, ref: FileRef) -> None:
         """After `released`, of an application's handle that was for writing alone (O_WRONLY): SQLite never has one."""

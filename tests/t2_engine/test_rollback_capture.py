@@ -130,10 +130,10 @@ def test_a_commit_that_nobody_could_look_at_is_not_answered_as_recorded(
         capture, answers = live.node.store.capture, SimpleQueue[BaseException | None]()
         with monkeypatch.context() as patched:
             patched.setattr(live.node.store.opener, "open", lambda paths, flags, opened: opened(None))
-            capture.settle_later(live.database, answers.put, ended=True, synced=True)
+            capture.settle_later(live.database, answers.put, ended=True, synced_by=0)
             assert isinstance(answers.get(timeout=10), OSError)
         assert live.database.rollback.pending and live.database.position.txid == 1
-        capture.settle_later(live.database, answers.put, ended=True, synced=True)
+        capture.settle_later(live.database, answers.put, ended=True, synced_by=0)
         assert answers.get(timeout=10) is None
         live.check()
         assert live.database.position.txid == 2

@@ -39,6 +39,7 @@ class PlainHooks:
         self.errors: dict[str, BaseException] = {}  # hook name -> what its continuation gets
         self.position = 0
         self.moved: dict[str, str] = {}
+        self.opened_as: dict[int, tuple[bool, bool]] = {}  # by handle: whether writable, whether hooked
 
     def resolve(self, name: str) -> FileRef:
         if name == ".primary":
@@ -114,8 +115,9 @@ class PlainHooks:
         self.calls.append(("is_commit", ref.name, offset, size))
         return "direct" in ref.name and os.pread(fd, 6, offset) == b"commit"
 
-    def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
+    def opened(self, ref: FileRef, handle: int, pid: int, *, writable: bool, hooked: bool, by_daemon: bool) -> None:
         self.calls.append(("opened", ref.name, writable, hooked, by_daemon))
+        self.opened_as[handle] = writable, hooked
 
     def write(self, ref: FileRef, fd: int, data: memoryview, offset: int, handle: int) -> int:
         self.calls.append(("write", ref.name, offset, len(data)))
@@ -157,10 +159,8 @@ class PlainHooks:
 
     def overwritten(self, ref: FileRef) -> None: ...
 
-    def released(
-        self, ref: FileRef, opened_as: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool
-    ) -> None:
-        self.calls.append(("released", ref.name, writable, hooked, last, by_daemon))
+    def released(self, ref: FileRef, handle: int, last: bool, by_daemon: bool) -> None:
+        self.calls.append(("released", ref.name, *self.opened_as.pop(handle), last, by_daemon))
 
     def flushed(self, ref: FileRef, then: Then, handle: int) -> None:
         self._go_on("flushed", ref, then)

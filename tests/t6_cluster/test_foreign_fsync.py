@@ -120,6 +120,27 @@ def test_half_a_transaction_is_published_by_nobody(cluster: Cluster, mode: str, 
         assert seen(replica) == BEFORE
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("mode", ["memory", "off"])
+def test_nor_where_the_writes_pass_us_by(cluster: Cluster, mode: str, gated: bool) -> None:
+    """A connection that was opened in WAL mode changes to a mode without a journal: the process with SQLite's locks
+    tells whose fsync it is."""
+    primary, replica = pair(cluster, gated)
+    tables = ("pragma journal_mode = wal", "create table t(x, y)", "create index i on t(y)", FILL)
+    with application(primary, NAME, *tables):
+        pass
+    start = ("select 1 from t", f"pragma journal_mode = {mode}", "pragma synchronous = full", "pragma cache_size = 5")
+    with application(primary, NAME, *start) as writer:
+        wait_same_position(primary, replica, NAME)
+        assert seen(replica) == BEFORE
+        writer("begin immediate", "update t set x = -1, y = hex(randomblob(200))")
+        fsync_all(primary)
+        stays(replica)
+        writer("commit")
+        wait_same_position(primary, replica, NAME)
+        assert seen(replica) == AFTER
+
+
 def test_a_journal_that_persist_left_is_not_that_of_a_transaction_without_one(cluster: Cluster) -> None:
     primary, replica = cluster.pair()
     tables = ("create table t(x, y)", "create index i on t(y)", FILL)

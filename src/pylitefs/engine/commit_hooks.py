@@ -86,16 +86,6 @@ class CommitHooks(Shown):
                 if database.exists and not database.captures:
                     raise OSError(errno.ESTALE, f"{shown(ref.name)} is a database now")
 
-    def _uncount(self, ref: FileRef, writable: bool, raw: bool) -> None:
-        """The opposite of what `opened` has counted, for the same database: the file may have another name by now, or
-        have become a database since."""
-        database = self._database(ref)
-        if database is not None and ref.kind is FileKind.DATABASE:
-            with database.handles_lock:
-                database.app_handles = max(0, database.app_handles - 1)
-                database.writers = max(0, database.writers - writable)
-                database.raw_writers = max(0, database.raw_writers - raw)
-
     # -- fsync -------------------------------------------------------------------------------------------------
 
     def fsync_failed(self, ref: FileRef) -> None:
@@ -146,7 +136,8 @@ class CommitHooks(Shown):
                 is_commit = not database.rollback.journal_in_use()
                 by_writer = self._is_by_writer(database, ref, handle)
                 if is_database and is_commit and database.rollback.pending and self._store.capture.is_foreign(database):
-                    self._foreign_synced(database, then, by_writer=by_writer)
+                    by = self._store.open_files.process_of(handle) if by_writer else None
+                    self._foreign_synced(database, then, by)
                     return
                 early = is_database and not is_commit and self._commits_here(database)
                 if database.rollback.pending and by_writer and (is_commit or early):
@@ -218,7 +209,7 @@ class CommitHooks(Shown):
             elif not wal_in_use(database):
                 database.rollback.note(size_bytes, 0)
 
-    def _foreign_synced(self, database: Database, then: Then, *, by_writer: bool) -> None:
+    def _foreign_synced(self, database: Database, then: Then, by: int | None) -> None:
         """An fsync that may be of a commit of SQLite, in the journal modes MEMORY and OFF, or of somebody who writes in
         place."""
 
@@ -228,7 +219,7 @@ class CommitHooks(Shown):
             else:
                 then(error)
 
-        self._store.capture.settle_later(database, settled, ended=True, synced=by_writer)
+        self._store.capture.settle_later(database, settled, ended=True, synced_by=by)
 
     def _before_wal(self, ref: FileRef, then: Then) -> None:
         """SQLite makes a WAL, see `record_before_wal`. What cannot be recorded then is looked for later."""

@@ -182,11 +182,11 @@ class CommitPoints(InPlace):
 
     def settle_later(
         self, database: Database, then: Callable[[BaseException | None], None], *, ended: bool = False,
-        synced: bool = False,
+        synced_by: int | None = None,
     ) -> None:  # fmt: skip
         """`settle_rollback`, from any thread; continues on the worker, or another thread, with an error where nobody
-        could look. `ended`: somebody has closed the file, or fsynced it. `synced`: who wrote it waits in his fsync, so
-        if he is SQLite he has the locks."""
+        could look. `ended`: somebody has closed the file, or fsynced it. `synced_by`: a process (0: not known) that
+        may have written it waits in its fsync, so if that is SQLite it has the locks."""
 
         def opened(fds: list[int] | None) -> None:
             self._worker.post(settle, fds, database=database.name)
@@ -195,7 +195,7 @@ class CommitPoints(InPlace):
             go_on = then
             try:
                 if fds is not None:
-                    go_on = self._settle(database, fds[0], then, ended=ended, synced=synced)
+                    go_on = self._settle(database, fds[0], then, ended=ended, synced_by=synced_by)
                 elif database.exists and database.rollback.pending:  # a commit may be waiting for this
                     raise OSError(errno.EIO, f"{database.name}: its file in the mount cannot be opened")
                 error: BaseException | None = None
@@ -206,9 +206,11 @@ class CommitPoints(InPlace):
 
         self._opener.open([database.files.live(FileKind.DATABASE)], os.O_RDONLY, opened)
 
-    def _settle(self, database: Database, mount_fd: int, then: Then, *, ended: bool, synced: bool) -> Then:
+    def _settle(
+        self, database: Database, mount_fd: int, then: Then, *, ended: bool, synced_by: int | None
+    ) -> Then:
         """What is to be called next: `then`, or something else if that is called later. Raises OSError."""
-        if synced and not self._is_free(database, mount_fd):
+        if not self._is_free(database, mount_fd) and _has_locks(mount_fd, synced_by):
             with database.lock:
                 if self._is_free(database, None):
                     self.commit_point(database)
@@ -341,6 +343,12 @@ def file_checksums(path: str) -> NDArray[np.uint64]:
             data = read_at(file.fileno(), count * page_size, (first - 1) * page_size)
             parts.append(page_checksums(first, data, page_size))
         return np.concatenate(parts)
+
+
+def _has_locks(mount_fd: int, process: int | None) -> bool:
+    """Whether a process (0: it cannot be told; None: none) may be the one that has SQLite's write locks."""
+    holder = ofd_locks.write_locked(mount_fd, PENDING, LOCK_BYTES)
+    return process is not None and (process == 0 or holder is None or holder <= 0 or holder == process)
 
 
 def wal_in_use(database: Database) -> bool:

@@ -83,10 +83,7 @@ class Database(LiveFiles, Damage):
         self.yields = False  # `captures` is to end: nothing may be committed any more
         self.fence = Fence(math.inf)
         self.loan: Loan | None = None  # while this node writes it under a HALT lock
-        self.handles_lock = threading.Lock()  # guards the next 3; `lock` may be held for long by a large transaction
-        self.app_handles = 0  # handles that were opened as the database file, not counting the daemon's own
-        self.opening = 0  # those that were let in, and are not open yet
-        self.raw_writers = 0  # of these, writable ones whose writes pass us by
+        self.opening = 0  # handles that were let in, and are not open yet
         self.is_open: Callable[[], bool] = lambda: False  # whether an application has the file of this name open
         self.log = LtxLog(files.ltx)
         self._table: PageChecksums | None = None

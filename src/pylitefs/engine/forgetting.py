@@ -136,6 +136,7 @@ class Forgetting:
             or database.raw_writers
             or database.rollback.pending
             or not registry.apply.is_unused(database)
+            or registry.open_files.has_old_users(database)
             or registry.apply.is_made_active(database)
             or registry.capture.is_settling(database)
             or database.opening

@@ -152,34 +152,33 @@ class EngineHooks(CommitHooks):
         except FormatError:
             return False
 
-    def opened(self, ref: FileRef, writable: bool, hooked: bool, by_daemon: bool) -> None:
+    def opened(self, ref: FileRef, handle: int, pid: int, *, writable: bool, hooked: bool, by_daemon: bool) -> None:
         database = self._database(ref)
-        if database is not None and ref.kind is FileKind.DATABASE and not by_daemon:
+        if by_daemon or ref.kind not in (FileKind.DATABASE, FileKind.PLAIN):
+            return
+        if database is not None:
             with database.handles_lock:
-                database.app_handles += 1
-                database.writers += writable
                 if database.settled_stamp == (0, 0) and not database.raw_writers and not database.rollback.pending:
                     database.settled_stamp = stamp(database.files.database)  # as the start found it
-                database.raw_writers += writable and not hooked
-        elif ref.kind is FileKind.PLAIN and writable and not by_daemon:
+        elif writable:
             self._check_still_plain(ref)
+        self._store.open_files.opened(handle, ref.name, database, pid, writable=writable, raw=not hooked)
+        taken = self._store.get(ref.name) if database is None else None
+        if taken is not None and taken.exists and taken.captures:  # since it was asked whose file it is
+            self._store.open_files.became(taken)
 
-    def released(
-        self, ref: FileRef, opened_as: FileRef, writable: bool, hooked: bool, last: bool, by_daemon: bool
-    ) -> None:
-        if not by_daemon:
-            self._uncount(opened_as, writable, writable and not hooked)
-        database = self._database(ref)
+    def released(self, ref: FileRef, handle: int, last: bool, by_daemon: bool) -> None:
         if last and ref.kind is FileKind.PLAIN:
             self._plain_writers.pop(ref.name, None)
-        if database is None or ref.kind is not FileKind.DATABASE or by_daemon:
+        opened = None if by_daemon else self._store.open_files.released(handle)
+        if opened is None or (database := opened.database) is None:
             return
-        if writable and not hooked and database.captures and self._has_unseen_content(database):
+        if opened.raw and database.captures and self._has_unseen_content(database):
             database.rollback.suspect = True
         if database.app_handles == 0:
             self._store.capture.forget_lock_fd(database)
         if database.captures:
-            if database.rollback.pending and writable:
+            if database.rollback.pending and opened.writable:
                 self._store.worker.post(self._store.capture.settle, database, 0, True, database=database.name)
             if database.app_handles == 0:
                 self._store.stand_ins.closed(database)
@@ -338,6 +337,7 @@ class EngineHooks(CommitHooks):
             then(PermissionError(errno.EPERM, f"{old.name} -> {new.name}"))
             return
         if FileKind.DATABASE not in kinds and not is_complete_database(self._plain(old.name)):
+            self._store.open_files.renamed(old.name, new.name)
             then(None)
             if self._store.is_primary:
                 self._store.worker.post(self._store.unreadable.look, new.name)

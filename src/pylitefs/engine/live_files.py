@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 
 from pylitefs.engine.files import DatabaseFiles
+from pylitefs.engine.open_files import OpenFile
 from pylitefs.engine.page_checksums import stamp
 from pylitefs.errors import FormatError
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
@@ -26,12 +28,20 @@ class LiveFiles:
 
     lock_fd = -1
     """A descriptor of the mount's database file, to ask who holds SQLite's locks; -1: none, -2: it is being opened."""
-    writers = 0
-    """Handles of the database file that applications have open for writing. Guarded by `handles_lock`."""
 
     def __init__(self) -> None:
         self.locked_out: list[int] = []
         """Of files that had its names before, see `replaced_file`."""
+        self.handles_lock = threading.Lock()
+        """Guards the next 4, and `opening`; `Database.lock` may be held for long by a large transaction."""
+        self.users: dict[int, OpenFile] = {}
+        """What applications have open of its database file, by handle, see `open_files`."""
+        self.app_handles = 0
+        """Open handles of the database file, not counting the daemon's own."""
+        self.writers = 0
+        """Of these, those that are open for writing."""
+        self.raw_writers = 0
+        """Of these, those whose writes pass us by."""
 
     def emit(self, kind: str, **data: object) -> None:
         raise NotImplementedError

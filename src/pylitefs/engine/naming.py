@@ -20,7 +20,7 @@ from pylitefs.engine.lost import write_info
 from pylitefs.engine.plain_files import keep_plain
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.renaming import check_unused, needs_its_name, record_content
-from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, was_moved
+from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, link_file, was_moved
 from pylitefs.engine.transaction import Change
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG
@@ -28,23 +28,6 @@ from pylitefs.formats.names import problem_of, shown
 from pylitefs.ports import SIDE_KINDS, SUFFIXES, FileKind, FileRef, Moved
 
 log = logging.getLogger("litefs.store")
-
-
-def _link(path: str, target: str) -> None:
-    """`target` is a second name of the file `path`, whatever it was before; where there are no second names, its only
-    one. Raises OSError."""
-    try:
-        if os.path.samefile(path, target):
-            return
-        os.unlink(target)
-    except FileNotFoundError:
-        pass
-    try:
-        os.link(path, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        os.rename(path, target)
 
 
 @contextlib.contextmanager
@@ -96,6 +79,7 @@ class Naming:
             raise
         if self._stays_plain(database):  # it was written to meanwhile
             return False
+        self._registry.open_files.became(database)
         self._remove_plain(name, kinds)
         self._registry.worker.post(self._registry.capture.wake, database, database=name)  # it may have a WAL
         self._tell(name)
@@ -139,7 +123,7 @@ class Naming:
             if kind is FileKind.JOURNAL and leave_journal:
                 continue
             with contextlib.suppress(FileNotFoundError):
-                _link(self._registry.plain_path(name + suffix), os.path.join(folder, kind.value))
+                link_file(self._registry.plain_path(name + suffix), os.path.join(folder, kind.value))
                 kinds.append(kind)
         self._registry.set_owner(os.path.join(folder, "database"))
         sync_folder(folder)
@@ -209,7 +193,7 @@ class Naming:
         names, so that nobody finds none and makes another.
         """
         plain = self._registry.plain_path(database.name)
-        _link(database.files.database, plain)
+        link_file(database.files.database, plain)
         try:
             self.record_drop(database)
         except OSError:
@@ -225,6 +209,7 @@ class Naming:
                 os.rename(database.files.backing(kind), self._registry.plain_path(database.name + SUFFIX_OF[kind]))
         database.rollback.clear()
         database.withhold(None)
+        self._registry.open_files.left(database, plain=True)
         self._tell(database.name)
         self._registry.worker.post(self._leave, database, database=database.name)
         database.emit("drop", txid=database.position.txid)
@@ -249,6 +234,7 @@ class Naming:
     def _clear_live(self, database: Database) -> None:
         self._registry.capture.forget(database)
         database.remove_live_files()
+        self._registry.open_files.left(database)
         self._registry.capture.replaced(database)
         database.rollback.clear()
         database.withhold(None)
@@ -281,6 +267,7 @@ class Naming:
             check_unused(plain, target, self._registry.notifier)
             self.drop(target)
         self._move(old, new, lambda: os.rename(plain, renamed))
+        self._registry.open_files.renamed(old, new)
         return False
 
     def _replace_content(self, database: Database, plain_name: str) -> None:
@@ -292,6 +279,7 @@ class Naming:
             with _still(database):
                 replacement.note()
                 self._move(plain_name, database.name, lambda: self._exchange(path, database, replacement))
+                self._registry.open_files.became(database, plain_name)
                 replacement.finish()
                 database.wal_stands_in = False
                 self._registry.set_owner(database.files.database)
@@ -323,7 +311,7 @@ class Naming:
                     if not target.exists:  # nothing has the new name: all is as it was
                         target.rollback.clear()
                         target.wal_stands_in = stood_in
-                        self._move(name, source.name, replacement.undo)
+                        self._move(name, source.name, functools.partial(self._undo, source, target, replacement))
                         replacement.finish()
                         raise
                     capture.wake_rollback(target)  # the old file of this name is gone: it is recorded later
@@ -331,6 +319,7 @@ class Naming:
                     raise
                 if not target.exists:  # SQLite cannot read it: a plain file
                     self._make_plain(target, name)
+                    self._registry.open_files.left(target, plain=True)
                 self._moved_away(source, target, replacement)
             if target.exists:
                 capture.flush_if_possible(target)  # what its WAL has on top, where that could not be read with it
@@ -349,6 +338,18 @@ class Naming:
                 replacement.finish()
                 raise
             replacement.exchange()
+            self._users_moved(source if isinstance(source, Database) else None, target)
+
+    def _undo(self, source: Database, target: Database, replacement: Replacement) -> None:
+        with source.handles_lock, target.handles_lock:
+            replacement.undo()
+            self._users_moved(target, source)
+
+    def _users_moved(self, source: Database | None, target: Database) -> None:
+        """Who has the file open goes with it. Both `handles_lock`s are held."""
+        self._registry.open_files.moved(source, target)
+        for database in filter(None, (source, target)):  # it is asked for anew at the next write
+            self._registry.capture.forget_lock_fd(database)
 
     def _moved_away(self, source: Database, target: Database, replacement: Replacement) -> None:
         if target.exists:

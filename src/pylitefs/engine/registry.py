@@ -25,6 +25,7 @@ from pylitefs.engine.epochs import FIRST, Lines, SeenEpoch
 from pylitefs.engine.fence import Fence
 from pylitefs.engine.files import DatabaseFiles, Permissions, publish_file
 from pylitefs.engine.marker import Marker
+from pylitefs.engine.open_files import OpenFiles
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.plain_files import OneAtATime
 from pylitefs.engine.rollback_capture import is_complete_database, why_unreadable
@@ -81,6 +82,7 @@ class Registry:
         self.permissions = Permissions(options.file_mode, options.uid, options.gid)
         self.apply = Apply(self.worker, self.opener, self.permissions)
         self.apply.names_wait = lambda: self.captures_any
+        self.open_files = OpenFiles()
         self.lock = threading.RLock()
         self.databases: dict[str, Database] = {}
         self.plain_files = OneAtATime()

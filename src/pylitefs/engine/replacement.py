@@ -24,6 +24,7 @@ With `moved`, the source's drop is recorded when everything is recovered (where 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -123,3 +124,20 @@ def _forget_note(files: DatabaseFiles) -> None:
 
 def _note_path(files: DatabaseFiles) -> str:
     return os.path.join(files.folder, "replacing")
+
+
+def link_file(path: str, target: str) -> None:
+    """`target` is a second name of the file `path`, whatever it was before; where there are no second names, its only
+    one. Raises OSError."""
+    try:
+        if os.path.samefile(path, target):
+            return
+        os.unlink(target)
+    except FileNotFoundError:
+        pass
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.rename(path, target)

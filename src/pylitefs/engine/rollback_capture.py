@@ -16,8 +16,8 @@ This needs no process id (none is known across PID namespaces), and is right wit
     what is noted                         replicas (see `gated`)
     the database, by another handle       never: what is noted waits for the writer's own fsync, the end of the journal,
                                           or the end of the writer's locks
-    the database, where writes pass us    by any handle that can write; who opened it for reading wrote nothing
-    by (see below)
+    the database, where writes pass us    by any handle that can write; who opened it for reading wrote nothing. While a
+    by (see below)                        write lock is held it must be that process's, if that can be told
     the journal                           by a handle that can write, if the journal is finished and was hot when the
                                           pages were written: it is theirs, so they are committed, whoever asks. One
                                           that PERSIST has left behind says nothing of the modes MEMORY and OFF

@@ -133,7 +133,7 @@ class FileRequests:
         def act() -> None:
             if node.moved:
                 raise OSError(ESTALE, "the file has another name")
-            opened = self.open_handle(node, writable, by_daemon)
+            opened = self.open_handle(node, writable, by_daemon, rq.pid)
             self._open[opened[0]].write_only = flags & os.O_WRONLY != 0 and not by_daemon
             if not volume.answers.sink.reply(unique, replies.pack_open(*opened)):
                 self._handles.release(opened[0])
@@ -178,7 +178,7 @@ class FileRequests:
             waiting.when_open(waiting.cancel)
         self._patience.interrupted(unique)
 
-    def open_handle(self, node: Node, writable: bool, by_daemon: bool) -> tuple[int, int, int]:
+    def open_handle(self, node: Node, writable: bool, by_daemon: bool, pid: int) -> tuple[int, int, int]:
         """A handle on the backing file of `node`, which a name or an earlier handle leads to. One descriptor serves all
         handles, without the caller's O_APPEND, O_DIRECT and O_SYNC: the kernel has turned them into offsets and FSYNC
         requests."""
@@ -189,7 +189,7 @@ class FileRequests:
                 return os.open(f"/proc/self/fd/{node.fd}", flags | os.O_CLOEXEC)
             return self._volume.open(node, flags)
 
-        return self._handles.open_node(node, open_fd, writable, by_daemon)
+        return self._handles.open_node(node, open_fd, writable, by_daemon, pid)
 
     def _flush(self, rq: Request) -> bytes | None:
         fh = requests.parse_handle(rq.data)

@@ -42,11 +42,10 @@ class Handle:
     """An open file of one process. `content` is what a virtual file said when this handle first read it. `direct`: its
     reads and writes come to us, beside others that pass through."""
 
-    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "opened_as", "unseen", "writable", "write_only")
+    __slots__ = ("by_daemon", "content", "direct", "lock", "node", "unseen", "writable", "write_only")
 
     def __init__(self, node: Node, writable: bool, by_daemon: bool) -> None:
         self.node = node
-        self.opened_as = node.ref  # what its file was then
         self.writable = writable
         self.by_daemon = by_daemon
         self.direct = False
@@ -85,7 +84,9 @@ class Handles:
         self.open[fh] = handle
         return fh
 
-    def open_node(self, node: Node, open_fd: OpenBacking, writable: bool, by_daemon: bool) -> tuple[int, int, int]:
+    def open_node(
+        self, node: Node, open_fd: OpenBacking, writable: bool, by_daemon: bool, pid: int
+    ) -> tuple[int, int, int]:
         """A new handle: (fh, FOPEN flags, backing id). `open_fd` is called for the first handle, and for the first
         writable one if the file could only be opened for reading before."""
         with node.gate:
@@ -106,12 +107,12 @@ class Handles:
                 if by_daemon or not (node.hooked and writable):
                     flags |= abi.FOPEN_NOFLUSH  # ours: a killed daemon would wait for itself while its files are closed
                 node.drop_cache = False
+            fh, hooked = next(self._numbers), node.hooked
             try:
-                self._hooks.opened(handle.opened_as, writable, node.hooked, by_daemon)
+                self._hooks.opened(node.ref, fh, pid, writable=writable, hooked=hooked, by_daemon=by_daemon)
             except BaseException:
                 self._drop(node, by_daemon)
                 raise
-            fh = next(self._numbers)
             self.open[fh] = handle
             return fh, flags, node.backing_id
 
@@ -165,9 +166,8 @@ class Handles:
         if node.virtual:
             return
         with node.gate:
-            hooked = node.hooked
             last = self._drop(node, handle.by_daemon)
-            self._hooks.released(node.ref, handle.opened_as, handle.writable, hooked, last, handle.by_daemon)
+            self._hooks.released(node.ref, fh, last, handle.by_daemon)
 
     def _drop(self, node: Node, by_daemon: bool) -> bool:
         """One handle less; True if it was the last."""

@@ -118,11 +118,11 @@ class NameRequests:
         volume = self._volume
         by_daemon = volume.by_daemon(rq.pid)
         writable = request.flags & WRITING != 0
-        unique = rq.unique
+        unique, pid = rq.unique, rq.pid
 
         def opened(node: Node) -> None:
             try:
-                handle = self._files.open_handle(node, writable, by_daemon)
+                handle = self._files.open_handle(node, writable, by_daemon, pid)
             except BaseException:
                 self._tree.forget(node.ino, 1)
                 raise

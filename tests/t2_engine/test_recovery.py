@@ -136,6 +136,18 @@ def test_a_kill_with_everything_in_the_wal(start: Start, captured: bool) -> None
     assert start.database.position.txid == (5 if captured else 2)
 
 
+def test_a_copy_that_was_looked_at_goes(start: Start) -> None:
+    """The daemon was killed while it looked, in a copy, at a database that was written over beside its WAL."""
+    start.insert(4)
+    start.node.flush()
+    folder = Path(start.database.files.folder)
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        shutil.copyfile(start.path, folder / f"looked-at{suffix}")
+    start.kill()
+    start.start()
+    assert not list(folder.glob("looked-at*"))
+
+
 def test_an_uncommitted_tail_of_the_wal_is_left_out(start: Start) -> None:
     start.insert(2)
     rows = start.rows()

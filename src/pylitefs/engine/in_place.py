@@ -116,7 +116,7 @@ class InPlace:
         rollback, files = database.rollback, database.files
         quiet = self.quiet_left_s(database) <= 0
         rollback.looked = self._seen(database)
-        if is_sound_with_wal(files.database, files.wal, os.path.join(files.folder, "looked-at")):
+        if is_sound_with_wal(files.database, files.wal, files.folder):
             return True
         if quiet:
             rollback.quiet_s *= 2

@@ -18,6 +18,7 @@ from pylitefs.engine.rollback_capture import whole_size
 from pylitefs.errors import FormatError
 
 _STEPS_BETWEEN_LOOKS = 100_000  # virtual machine steps of SQLite: some milliseconds
+_COPY = "looked-at"
 _TIME_S = 2.0
 """Longer than this nobody waits for the answer, and it is "not known"."""
 
@@ -33,16 +34,22 @@ def is_sound(path: str) -> bool:
     return _passes(f"file:{quote(path)}?mode=ro&immutable=1")
 
 
-def is_sound_with_wal(path: str, wal: str, scratch: str) -> bool:
-    """The same of what SQLite reads where a WAL lies beside the file: asked of a copy, `scratch`, which goes."""
+def is_sound_with_wal(path: str, wal: str, folder: str) -> bool:
+    """The same of what SQLite reads where a WAL lies beside the file: asked of a copy in `folder`, which goes."""
+    scratch = os.path.join(folder, _COPY)
     try:
         shutil.copyfile(path, scratch)
         shutil.copyfile(wal, f"{scratch}-wal")
         return _passes(f"file:{quote(scratch)}")
     finally:
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(scratch + suffix)
+        remove_copy(folder)
+
+
+def remove_copy(folder: str) -> None:
+    """Also what a look has left that was cut off. What cannot be removed is in nobody's way."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(folder, _COPY + suffix))
 
 
 def _passes(uri: str) -> bool:

@@ -20,6 +20,7 @@ from pylitefs.engine.redo import redo_is_noted
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.replacement import forget_moved
 from pylitefs.engine.rollback_capture import journal_in_use
+from pylitefs.engine.soundness import remove_copy
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.errors import FormatError, LitefsError, PositionMismatch, Unavailable
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
@@ -77,6 +78,7 @@ class Startup:
         for name in names:
             if is_database_name(name):
                 database = self._registry.get_or_create(name)
+                remove_copy(database.files.folder)
                 while is_in_use(database.files) and time.monotonic() < released_by_s:
                     time.sleep(_RELEASE_LOOK_S)
                 self._load_one(database)

@@ -336,7 +336,8 @@ class EngineHooks(CommitHooks):
         if kinds & VIRTUAL_KINDS or kinds & SIDE_KINDS:
             then(PermissionError(errno.EPERM, f"{old.name} -> {new.name}"))
             return
-        if FileKind.DATABASE not in kinds and not is_complete_database(self._plain(old.name)):
+        may_be_taken_over = [old.name, new.name] if self._may_make else [old.name]
+        if FileKind.DATABASE not in kinds and not any(map(is_complete_database, map(self._plain, may_be_taken_over))):
             self._store.open_files.renamed(old.name, new.name)
             then(None)
             if self._store.is_primary:

@@ -17,7 +17,7 @@ from pylitefs.engine.aside import finish_aside, put_aside
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import SUFFIX_OF, new_folder, sync_folder
 from pylitefs.engine.lost import write_info
-from pylitefs.engine.plain_files import keep_plain
+from pylitefs.engine.plain_files import keep_plain, remove_plain
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.renaming import check_unused, needs_its_name, record_content
 from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, link_file, was_moved
@@ -131,9 +131,9 @@ class Naming:
 
     def _remove_plain(self, name: str, kinds: Iterable[FileKind]) -> None:
         """They are found in the database's folder now. Durable: a power cut must not bring them back after a drop."""
+        file = self._registry.files_of(name).database
         for kind in kinds:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._registry.plain_path(name + SUFFIX_OF[kind]))
+            remove_plain(self._registry.plain_path(name + SUFFIX_OF[kind]), file if kind is FileKind.DATABASE else None)
         sync_folder(self._registry.plain_dir)
 
     def finish_promotions(self) -> None:
@@ -244,13 +244,13 @@ class Naming:
     def rename(self, old: FileRef, new: FileRef) -> None:
         """A rename in which a database takes part. On the worker. Raises OSError, and nothing has changed then: EBUSY,
         ENOENT where a plain file has become a database since it was asked what it is."""
-        source, target = self._registry.databases.get(old.name), self._registry.databases.get(new.name)
-        if source is not None and source.exists:
-            if (problem := problem_of(new.name)) is not None:
-                raise OSError(errno.EINVAL, f"{shown(new.name)}: {problem}")
-            self._rename_database(source, new.name)
-            return
-        with self._registry.plain_files.alone_with(old.name, waits=False):
+        with self._registry.plain_files.alone_with(old.name, new.name, waits=False):
+            source, target = self._registry.databases.get(old.name), self._registry.databases.get(new.name)
+            if source is not None and source.exists:
+                if (problem := problem_of(new.name)) is not None:
+                    raise OSError(errno.EINVAL, f"{shown(new.name)}: {problem}")
+                self._rename_database(source, new.name)
+                return
             if self._move_plain(old.name, new.name, target):
                 return
         self.import_plain(new.name)
@@ -322,6 +322,7 @@ class Naming:
                     self._registry.open_files.left(target, plain=True)
                 self._moved_away(source, target, replacement)
             if target.exists:
+                remove_plain(self._registry.plain_path(name))  # what had the name
                 capture.flush_if_possible(target)  # what its WAL has on top, where that could not be read with it
         finally:
             self._tell(source.name, name)
@@ -370,8 +371,7 @@ class Naming:
                 os.unlink(path)  # where both were names of one file rename(2) has done nothing
 
     def clear_name(self, name: str) -> None:
-        """A database was made by what another node sent: plain files with its names, or those of its files, make
-        room."""
+        """A database was made by what another node sent: plain files with its names make room."""
         for suffix in SUFFIX_OF.values():
             try:
                 self._keep_plain(name + suffix)

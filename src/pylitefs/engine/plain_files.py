@@ -24,24 +24,31 @@ class OneAtATime:
         self._given_back = threading.Condition()
 
     @contextlib.contextmanager
-    def alone_with(self, name: str, *, waits: bool = True) -> Iterator[None]:
-        """OSError (EBUSY) if somebody else has it now, and is not waited for."""
+    def alone_with(self, *names: str, waits: bool = True) -> Iterator[None]:
+        """OSError (EBUSY) if somebody else has one of them now, and is not waited for."""
         with self._given_back:
-            if not waits and name in self._taken:
+            if not waits and not self._taken.isdisjoint(names):
                 raise OSError(errno.EBUSY, "it is just being taken over as a database")
-            self._given_back.wait_for(lambda: name not in self._taken)
-            self._taken.add(name)
+            self._given_back.wait_for(lambda: self._taken.isdisjoint(names))
+            self._taken.update(names)
         try:
             yield
         finally:
             with self._given_back:
-                self._taken.discard(name)
+                self._taken.difference_update(names)
                 self._given_back.notify_all()
 
-    def wait(self, name: str) -> None:
-        """Until nobody has it. Blocking, not on the worker."""
-        with self.alone_with(name):
+    def wait(self, *names: str) -> None:
+        """Until nobody has any of them. Blocking, not on the worker."""
+        with self.alone_with(*names):
             pass
+
+
+def remove_plain(path: str, of: str | None = None) -> None:
+    """`of`: only if it is that file by another name. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if of is None or os.path.samefile(path, of):
+            os.unlink(path)
 
 
 def keep_plain(folder: str, name: str) -> str | None:

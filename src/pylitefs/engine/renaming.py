@@ -93,7 +93,7 @@ def when_unused(registry: Registry, old: str, new: str, rename: Callable[[], obj
     since the kernel has looked it up: then once more. Blocking, not on the worker. Raises what `rename` raises; a
     refusal (EBUSY) is in the log, too."""
     for again in (True, False):
-        registry.plain_files.wait(old)
+        registry.plain_files.wait(old, new)
         found = registry.get(old)
         source = found if found is not None and found.exists else registry.plain_path(old)
         try:

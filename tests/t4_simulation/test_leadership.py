@@ -11,7 +11,8 @@ import pytest
 from leadership_cluster import TTL_S, Cluster, FakeNode, cluster_of, loop_time_s, virtual
 
 from pylitefs.cluster.control import FORCED
-from pylitefs.cluster.lease_port import Held
+from pylitefs.cluster.election import Positions
+from pylitefs.cluster.lease_port import Held, Member
 from pylitefs.errors import Ineligible, Unavailable
 
 
@@ -296,6 +297,31 @@ async def test_an_empty_leader_gives_way_to_a_node_that_has_data() -> None:
     cluster.nodes[1].cluster_id = ""
     cluster.start(2)
     await cluster.until(lambda: cluster.leader is other)
+    await cluster.stop()
+
+
+@virtual
+async def test_a_leader_that_gets_data_while_it_asks_the_others_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was acknowledged would go to lost/."""
+    cluster = Cluster(2)
+    cluster.start(1)
+    await cluster.until(lambda: cluster.leader)
+    first, other = cluster.nodes[1], cluster.nodes[2]
+    other.log, other.cluster_id = [(1, "x")], "C9"
+    first.cluster_id = ""
+    ask = first.ask
+
+    async def asked(member: Member, timeout_s: float) -> Positions:
+        answer = await ask(member, timeout_s)
+        if not first.log:
+            assert first.write("y")
+        return answer
+
+    monkeypatch.setattr(first, "ask", asked)
+    cluster.start(2)
+    await cluster.until(lambda: first.log)
+    await asyncio.sleep(2 * TTL_S)
+    assert cluster.leader is first and [value for _, value in first.log] == ["y"]
     await cluster.stop()
 
 

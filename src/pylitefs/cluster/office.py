@@ -366,8 +366,9 @@ class Office:
             log.debug("the state was not written: %s", error)
         leaving = self._leaving
         if not has_data and not state.has_data and (leaving is None or leaving.done.done()):
-            me = Self(self._node.node_id, self._node.cluster_id, positions)
-            if other := election.gives_way_to(view, state, me, await ask_all(self._node, view, self._settings.ask_s)):
+            answers = await ask_all(self._node, view, self._settings.ask_s)
+            me = Self(self._node.node_id, self._node.cluster_id, self._node.positions())  # perhaps it has data by now
+            if other := election.gives_way_to(view, state, me, answers):
                 self._wish_to_leave(f"{other.hostname or other.url} has data", other.node_id)
 
     async def _know(self, view: View) -> None:

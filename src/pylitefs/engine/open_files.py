@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 @dataclass(slots=True, eq=False)
 class OpenFile:
     """`database`: None if the file is no database's; `name` is what the plain file is called then, "" if it has none.
-    `raw`: its writes pass us by. `process`: 0 if that cannot be told. `left`: whose file it was when
-    it lost its name."""
+    `raw`: its writes pass us by. `thread`: which has opened it, 0 if that cannot be seen. `left`: whose file it was
+    when it lost its name."""
 
     database: Database | None
     name: str
     writable: bool
     raw: bool
-    process: int
+    thread: int
     left: Database | None = None
 
 
@@ -44,7 +44,7 @@ class OpenFiles:
     ) -> None:
         """A database file, or a plain file (`database` is None). `thread`: the id of the calling thread; 0: it cannot
         be seen."""
-        opened = OpenFile(database, name, writable, writable and raw, process_of_thread(thread))
+        opened = OpenFile(database, name, writable, writable and raw, thread)
         if database is None:
             with self._lock:
                 self._by_handle[handle] = opened
@@ -54,8 +54,9 @@ class OpenFiles:
             _count(database, opened, 1)
 
     def process_of(self, handle: int) -> int:
-        """Of an open file; 0: it cannot be told."""
-        return 0 if (opened := self._by_handle.get(handle)) is None else opened.process
+        """Of an open file; 0: it cannot be told, or who has opened it is gone. It is asked for here, because that would
+        be a tenth of the cost of an open."""
+        return 0 if (opened := self._by_handle.get(handle)) is None else process_of_thread(opened.thread)
 
     def released(self, handle: int) -> OpenFile | None:
         """The open file that was released, with the database it is of now; None if it was not counted."""

@@ -35,7 +35,7 @@ from pylitefs.engine.store import Store, StoreOptions
 from pylitefs.errors import DatabaseError, LitefsError, MountError, ReadOnlyReplica, UsageError
 from pylitefs.events import Event, EventBus
 from pylitefs.filesystem.guard import MountGuard
-from pylitefs.filesystem.mount import put_away_side_files, take_away_dead
+from pylitefs.filesystem.mount import cover, find_dead, mount_at, put_away, uncover
 from pylitefs.filesystem.session import Session
 from pylitefs.http.cluster_routes import ClusterRoutes
 from pylitefs.http.replication import PATH as REPLICATION_PATH
@@ -58,6 +58,7 @@ SWITCH_INTERVAL_S = 0.00005
 FILES_WANTED = 1 << 20
 _M_ARENA_MAX = -8  # malloc.h
 _LOCK_WAIT_S = 2.0
+_MOUNT_TRIES = 10
 
 
 class Stopped(Exception):
@@ -76,6 +77,7 @@ class Daemon:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._supervisor: Supervisor | None = None
         self._mounted = False
+        self._was_dead = False  # there was a dead mount
         self._store: Store
         self._node: Node
         self._control: NodeControl
@@ -110,7 +112,8 @@ class Daemon:
         self._stack.callback(http_socket.close)
         await self._lock_data_dir()
         # Before recovery: a dead mount holds the files that passed through it, so that they would count as in use.
-        await in_thread(take_away_dead, config.fuse.dir, logging.getLogger("litefs.fuse").info)
+        self._stack.callback(uncover, config.fuse.dir)
+        await in_thread(self._take_away_dead)
         await self._build_store(is_primary=static and config.lease.candidate, by_election=not static)
         self._node = Node(config, self._store, http_socket.getsockname()[1])
         self._control = NodeControl(self._node)
@@ -287,20 +290,43 @@ class Daemon:
             on_gone=gone,
             on_connected=connected,
         )
-        folder = os.path.join(self._config.data.dir, "lost", time.strftime("%Y%m%dT%H%M%S"))
-        with contextlib.suppress(OSError):  # then the mount says what is in the way
-            for path in await in_thread(put_away_side_files, fuse.dir, folder):
-                log.warning("left behind by an application where nothing was mounted, kept as %s", path)
         data_dir = os.path.realpath(self._config.data.dir)
         guard = MountGuard(fuse.dir, data_dir, retires=not self._config.lease.is_static)
         self._stack.callback(guard.stop)
-        await in_thread(session.start)
+        await in_thread(self._start_session, session)
         self._stack.push_async_callback(self._unmount)
         guard.hold(session.device_fd, session.cached_fd, session.mount_device)
         self._mounted = True
         await asyncio.wrap_future(self._store.worker.submit(self._store.serving))
         self._store.start_upkeep()
         log.info("mounted", extra={"dir": fuse.dir, "passthrough": session.passthrough, "io_uring": session.io_uring})
+
+    def _take_away_dead(self) -> None:
+        """Raises MountError."""
+        path, self._was_dead = find_dead(self._config.fuse.dir, logging.getLogger("litefs.fuse").info)
+        for _ in range(_MOUNT_TRIES if self._was_dead else 0):
+            self._put_away()
+            if mount_at(path) is not None or cover(path):
+                break
+
+    def _put_away(self) -> None:
+        """What applications have left in the bare directory. Where a dead mount was there until just now, that may be
+        anything: one that tries again makes a new database."""
+        folder = os.path.join(self._config.data.dir, "lost", time.strftime("%Y%m%dT%H%M%S"))
+        with contextlib.suppress(OSError):  # then the mount says what is in the way
+            for path in put_away(self._config.fuse.dir, folder, everything=self._was_dead):
+                log.warning("left behind by an application where nothing was mounted, kept as %s", path)
+
+    def _start_session(self, session: Session) -> None:
+        """Raises MountError."""
+        for left in reversed(range(_MOUNT_TRIES)):
+            self._put_away()
+            try:
+                session.start()
+                return
+            except MountError:
+                if not left or not self._was_dead:
+                    raise
 
     async def _unmount(self) -> None:
         self._mounted = False

@@ -8,6 +8,7 @@ more. So the mount that a killed daemon has left must be gone before it is looke
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,3 +134,43 @@ def test_another_namespace_has_the_mount_too(
     write(node)
     assert str(node.mount) in Path(f"/proc/{other.pid}/mountinfo").read_text()
     assert BUSY not in node.log_text()
+
+
+_RETRIES = """
+import sqlite3, sys, time
+while True:
+    try:
+        db = sqlite3.connect(sys.argv[1], timeout=0.1)
+        db.execute("create table if not exists t(a)")
+        db.execute("insert into t values (1)")
+        db.commit()
+        print("row", flush=True)
+        db.close()
+    except sqlite3.Error:
+        pass
+    time.sleep(0.001)
+"""
+
+
+def test_an_application_that_tries_again_keeps_nobody_from_mounting(
+    cluster: Cluster, applications: list[subprocess.Popen[bytes]]
+) -> None:
+    """In the bare directory it would make a new database, commit into that, and the node could not start any more."""
+    node = start(cluster)
+    path = str(node.mount / "app.db")
+    for _ in range(2):
+        applications.append(subprocess.Popen([sys.executable, "-c", _RETRIES, path], stdout=subprocess.PIPE))
+    output = [process.stdout for process in applications if process.stdout is not None]
+    for lines in output:
+        assert lines.readline() == b"row\n"
+    acknowledged = len(output)
+    for _ in range(3):
+        node.kill()
+        node.start()
+    for process, lines in zip(applications, output, strict=True):
+        assert lines.readline() == b"row\n"
+        process.kill()
+        acknowledged += 1 + lines.read().count(b"row\n")
+    with contextlib.closing(sqlite3.connect(path, timeout=20)) as db:
+        assert db.execute("select count(*) from t").fetchone()[0] >= acknowledged
+    assert not list((node.data / "lost").rglob("app.db"))

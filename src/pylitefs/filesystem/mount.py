@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pylitefs.errors import MountError
 
 FSNAME = "litefs"
+COVER = "litefs-cover"
 DEVICE = "/dev/fuse"
 FUSECTL = "/sys/fs/fuse/connections"
 HELPER = "fusermount3"
@@ -32,9 +33,11 @@ PROBE_TIMEOUT_S = 2.0
 HELPER_TIMEOUT_S = 20.0
 BUSY_RETRIES = 10
 BUSY_PAUSE_S = 0.05
-MS_NOSUID, MS_NODEV = 2, 4
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MNT_FORCE, MNT_DETACH = 1, 2
 _STACKED_MAX = 32  # mounts of killed daemons on top of each other
+
+_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 429, 430, 431, 432  # the same on every machine
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -109,7 +112,7 @@ def prepare(mount_dir: str, log: Callable[[str], None]) -> str:
 
     Returns its real path. MountError if it is no directory, not empty, or in use by a live daemon.
     """
-    path = take_away_dead(mount_dir, log)
+    path, _ = find_dead(mount_dir, log)
     try:
         os.makedirs(path, exist_ok=True)
     except FileExistsError:
@@ -133,26 +136,77 @@ def not_empty(mount_dir: str) -> MountError:
 def take_away_dead(mount_dir: str, log: Callable[[str], None]) -> str:
     """Take mounts of killed daemons away from `mount_dir`; its real path. MountError if one cannot be removed, or a
     live daemon uses it."""
+    return find_dead(mount_dir, log, covers=False)[0]
+
+
+def find_dead(mount_dir: str, log: Callable[[str], None], *, covers: bool = True) -> tuple[str, bool]:
+    """`take_away_dead`, and whether there was one. `covers`: with a cover (see there) in its place, which stays."""
     parent, name = os.path.split(os.path.abspath(mount_dir))
     path = os.path.join(os.path.realpath(parent), name)
     if os.path.islink(path):
         path = os.path.realpath(path)
+    found = False
     for _ in range(_STACKED_MAX):
         entry = mount_at(path)
-        if entry is None or not _clean(path, entry, log):
+        if entry is None or (covers and entry.source == COVER) or not _clean(path, entry, log, covers=covers):
             break
-    return path
+        found = True
+    return path, found
 
 
-def put_away_side_files(mount_dir: str, folder: str) -> list[str]:
+def cover(path: str, *, beneath: bool = False) -> bool:
+    """Mount a small read-only file system at `path`, for the time after a dead mount; ours is mounted on top of it. In
+    the bare directory an application that tries again would make a new database, which nobody replicates and which
+    keeps the node from mounting. `beneath`: below the mount that is there still, so that there is no moment between
+    (Linux 6.5). False if that cannot be done: not as root, not here, or the directory has something in it already."""
+    if os.geteuid() != 0:
+        return False
+    fds: list[int] = []
+    try:
+        fds.append(os.open(path, (os.O_PATH if beneath else os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC))
+        fds.append(_syscall(_FSOPEN, b"tmpfs", 1))
+        for key, value in (b"source", COVER.encode()), (b"size", b"4k"), (b"mode", b"555"):
+            _syscall(_FSCONFIG, fds[1], 1, key, value, 0)
+        _syscall(_FSCONFIG, fds[1], 6, None, None, 0)
+        fds.append(_syscall(_FSMOUNT, fds[1], 1, MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC))
+        _syscall(_MOVE_MOUNT, fds[2], b"", -100, os.fsencode(path), 0x4 | (0x200 if beneath else 0))
+        if beneath or not os.listdir(fds[0]):
+            return True
+        detach(path)
+        return False
+    except OSError:
+        return False
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _syscall(number: int, *args: object) -> int:
+    """One of mount_setattr(2)'s family, which the C library may not have yet. Raises OSError."""
+    result = int(_libc.syscall(ctypes.c_long(number), *args))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def uncover(mount_dir: str) -> None:
+    """If it is covered still."""
+    path = os.path.realpath(mount_dir)
+    while (entry := mount_at(path)) is not None and entry.source == COVER and detach(path):
+        pass
+
+
+def put_away(mount_dir: str, folder: str, *, everything: bool) -> list[str]:
     """Move what an application may have left where nothing was mounted to `folder`: a -wal, -shm or -journal without
     its database. SQLite makes them by name, also when the mount has gone since it opened the database, and they would
-    be in the way of the next mount. Returns the new paths; nothing is moved where there is anything else. OSError."""
+    be in the way of the next mount. Returns the new paths; nothing is moved where there is anything else, but with
+    `everything`, for a directory that was below a mount until just now. OSError."""
     path = os.path.realpath(mount_dir)
     if not os.path.isdir(path) or mount_at(path) is not None:
         return []
     names = sorted(os.listdir(path))
-    if not all(name.endswith(("-wal", "-shm", "-journal")) and os.path.isfile(f"{path}/{name}") for name in names):
+    sides = all(name.endswith(("-wal", "-shm", "-journal")) and os.path.isfile(f"{path}/{name}") for name in names)
+    if not sides and not everything:
         return []
     moved = []
     for name in names:
@@ -161,8 +215,10 @@ def put_away_side_files(mount_dir: str, folder: str) -> list[str]:
     return moved
 
 
-def _clean(path: str, entry: MountEntry, log: Callable[[str], None]) -> bool:
+def _clean(path: str, entry: MountEntry, log: Callable[[str], None], *, covers: bool) -> bool:
     """Take away the mount at `path` if its daemon is dead. True if it was, and there may be another below."""
+    if entry.source == COVER:
+        return detach(path)
     if not entry.fs_type.startswith("fuse"):
         return False
     alive = _alive(path)
@@ -172,6 +228,8 @@ def _clean(path: str, entry: MountEntry, log: Callable[[str], None]) -> bool:
         raise MountError(f'mount point {path} is a dead mount of "{entry.source}": unmount it with: umount -l {path}')
     if alive:
         raise MountError(f"mount point {path} is in use by a running litefs: stop it or choose another fuse.dir")
+    if covers:
+        cover(path, beneath=True)
     if not detach(path):
         raise MountError(f"the mount of a killed litefs at {path} cannot be removed: run umount -l {path}")
     log(f"removed the mount of a killed litefs at {path}")

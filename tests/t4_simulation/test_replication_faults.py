@@ -322,3 +322,32 @@ async def test_a_primary_whose_disk_is_full_sends_the_others(pair: Pair, monkeyp
     async with pair.running():
         await pair.until_equal()
     assert len(tries) == 3 and len(pair.wires) == 1
+
+
+async def test_a_primary_that_was_behind_does_not_take_back_a_drop(pair: Pair) -> None:
+    """It may be that of a database that was renamed, whose new name it does not know."""
+    async with pair.running():
+        pair.write("a.db", 3)
+        await pair.until_equal()
+        kept = pair.primary.contents()["a.db"]
+        await asyncio.to_thread(pair.primary.databases["a.db"].drop)
+        await pair.until_equal()
+    pair.primary = pair.primary.reopened(lose=1)
+    async with pair.running():
+        await pair.until_equal()
+        assert pair.primary.contents()["a.db"] == kept
+
+
+async def test_a_primary_that_was_behind_takes_back_a_drop_and_what_came_after_it(pair: Pair) -> None:
+    async with pair.running():
+        pair.write("a.db", 3)
+        await pair.until_equal()
+        await asyncio.to_thread(pair.primary.databases["a.db"].drop)
+        await pair.until_equal()
+        pair.write("a.db", 2)
+        await pair.until_equal()
+        kept = pair.primary.contents()["a.db"]
+    pair.primary = pair.primary.reopened(lose=3)
+    async with pair.running():
+        await pair.until_equal()
+        assert pair.primary.contents()["a.db"] == kept

@@ -183,27 +183,34 @@ def writers_out(store: Store, name: str) -> Iterator[None]:
 
 def _append(store: Store, name: str, after: Position, paths: Sequence[str], epoch: int) -> None:
     try:
-        _check_chain(after, paths, epoch)
+        drops = _check_chain(after, paths, epoch)
+        if all(drops):
+            raise PositionMismatch(f"{name}: it was dropped there; its rows may be nowhere else, so it stays")
+        last = max(at for at, is_drop in enumerate(drops) if not is_drop)
         until_s = time.monotonic() + LOCK_S + APPEND_S
         with writers_out(store, name):
             database = store.get(name)
             if database is None or not database.log.head.is_at(after):
                 raise PositionMismatch(f"{name}: it was written to since {after}")
-            for path in paths:
-                if time.monotonic() > until_s:
+            for at, path in enumerate(paths[: last + 1]):
+                if time.monotonic() > until_s and not (at and drops[at - 1]):
                     break
                 store.worker.submit(store.apply_as_primary, name, path).result()
     finally:
         _remove(paths)
 
 
-def _check_chain(after: Position, paths: Sequence[str], epoch: int) -> None:
-    """Before anybody waits for it: whole files, each following the one before, of no later epoch than ours."""
-    at = after
+def _check_chain(after: Position, paths: Sequence[str], epoch: int) -> list[bool]:
+    """Before anybody waits for it: whole files, each following the one before, of no later epoch than ours. Which of
+    them are drops: a database that was renamed ends with one, and this node may know its content by the old name only.
+    """
+    at, drops = after, []
     for path in paths:
         with open(path, "rb") as file:
             header, trailer = verify_stream(iter(lambda: file.read(_CHUNK_BYTES), b""))
         at = _next(at, header, trailer, epoch)
+        drops.append(not header.commit)
+    return drops
 
 
 def _next(at: Position, header: Header, trailer: Trailer, epoch: int) -> Position:

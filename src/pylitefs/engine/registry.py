@@ -151,6 +151,13 @@ class Registry:
             raise DatabaseNotFound(name)
         return database
 
+    def known(self, name: str) -> Database:
+        """As `find`, but also one that was dropped, and may be made again by a transaction."""
+        database = self.databases.get(name)
+        if database is None:
+            raise DatabaseNotFound(name)
+        return database
+
     def get_or_create(self, name: str) -> Database:
         with self.lock:
             database = self.databases.get(name)

@@ -12,9 +12,10 @@ that). Natively too rows are lost so. Therefore a rename is refused (EBUSY)
     the database is in a rollback mode     while a journal stands there that could still take pages back
 
 With both in a rollback mode a connection may stay: it reads on, and SQLite itself refuses to write to a file that has
-lost its name (SQLITE_READONLY_DBMOVED). The answer holds until the file has its new name, because it is given anew
-where nobody is let in (`Database.handles_lock`). Who finds the file by its old name even then, as the kernel does until
-the rename is answered, is told that it has gone (`anew` in `ports.Notifier.move`).
+lost its name (SQLITE_READONLY_DBMOVED). It may still take the journal of who has the name now for its own, as natively.
+The answer holds until the file has its new name, because it is given anew where nobody is let in
+(`Database.handles_lock`). Who finds the file by its old name even then, as the kernel does until the rename is
+answered, is told that it has gone (`anew` in `ports.Notifier.move`).
 """
 
 from __future__ import annotations

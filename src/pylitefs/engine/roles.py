@@ -143,7 +143,7 @@ class Roles:
         """One database: on the holder of its HALT lock (`fence`: until when), or on the primary that has it back.
         Raises DatabaseNotFound, OSError."""
         with self._one:
-            registry, database = self._registry, self._registry.find(name)
+            registry, database = self._registry, self._registry.known(name)
             if fence is None and not registry.is_primary:
                 return  # it had it back too late: by now all of them are taken over
             takeover.sync_applied(registry, database)
@@ -188,13 +188,13 @@ class Roles:
         or wait. On the primary nothing is urgent: the transaction that is under way may end, and be answered; on who
         ends a HALT lock it may not. Raises DatabaseNotFound."""
         with self._one:
-            until_s, database = time.monotonic() + timeout_s, self._registry.find(name)
+            until_s, database = time.monotonic() + timeout_s, self._registry.known(name)
             if database.withheld is not None and self._registry.is_primary:
                 return False  # nobody else has, or can be given, what is in its file
 
             def wanted() -> list[Database]:
                 urgent = not self._registry.is_primary or not database.may_commit or self._stopped.is_set()
-                return [] if urgent else [database]
+                return [] if urgent or not database.exists else [database]
 
             if database.captures:
                 if self._grip_all(wanted, until_s):

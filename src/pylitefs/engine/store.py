@@ -88,7 +88,7 @@ class Store(Registry):
     def apply_as_primary(self, name: str, data: bytes | str) -> Position:
         """A transaction of somebody else (an LTX file, or the path of one) for a database that was demoted here. On the
         worker. FormatError, PositionMismatch change nothing; DatabaseBusy, OSError: to be tried again."""
-        database = self.find(name)
+        database = self.known(name)
         if isinstance(data, bytes):
             return database.apply(data)
         with open(data, "rb") as file:

@@ -372,6 +372,7 @@ class Session:
             if not mount.unmount(self._path, self._mount_device):
                 self._log(f"{self._path} has open files: they end with the mount")
                 self._end_busy_mount(device)
+            mount.uncover(self._path)
             self._stopping = True
             until_s = time.monotonic() + STOP_TIMEOUT_S
             if self._rings is not None:

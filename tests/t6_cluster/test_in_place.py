@@ -302,3 +302,21 @@ def test_a_checkpoint_that_shortens_the_file_is_sqlites_own(cluster: Cluster) ->
             assert not list(folder.glob("looked-at*"))
             assert json.loads(primary.get("/status"))["databases"][0]["withheld"] is None
         wait_until(lambda: primary.export(NAME) == replica.export(NAME), "all is there", 5.0)
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_an_image_that_comes_some_time_after_the_file_was_emptied(cluster: Cluster, mode: str, tmp_path: Path) -> None:
+    """As `ssh host cat app.db > app.db` does it: the shell empties the file first. By then it is no database any more,
+    and it is one again when the handle is closed that it was emptied through."""
+    primary, replica = cluster.pair()
+    (primary.mount / NAME).write_bytes(image(tmp_path / "image", 1, mode))
+    wait_until(lambda: NAME in os.listdir(replica.mount) and generation_of(replica) == 1, "the first image")
+    with contextlib.closing(sqlite3.connect(primary.mount / NAME)) as connection:
+        connection.execute("select count(*) from t").fetchall()
+    new = image(tmp_path / "image", 2)
+    with open(primary.mount / NAME, "wb", buffering=0) as file:
+        wait_until(lambda: NAME not in os.listdir(replica.mount), "it is dropped")
+        for at in range(0, len(new), 65536):
+            file.write(new[at : at + 65536])
+    wait_until(lambda: NAME in os.listdir(replica.mount) and generation_of(replica) == 2, "the second image")
+    wait_until(lambda: primary.position(NAME) == replica.position(NAME), "they agree")

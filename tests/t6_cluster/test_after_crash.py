@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster_nodes import Cluster, Node, needs_root, wait_until
+from pylitefs.filesystem import mount
 
 pytestmark = needs_root
 NAMES = ("one.db", "two.db")
@@ -174,3 +175,6 @@ def test_an_application_that_tries_again_keeps_nobody_from_mounting(
     with contextlib.closing(sqlite3.connect(path, timeout=20)) as db:
         assert db.execute("select count(*) from t").fetchone()[0] >= acknowledged
     assert not list((node.data / "lost").rglob("app.db"))
+    covers = [entry for entry in mount.parse_mountinfo(Path("/proc/self/mountinfo").read_text())
+              if entry.path == str(node.mount) and entry.source == mount.COVER]  # fmt: skip
+    assert len(covers) == 1  # one serves all starts

@@ -146,8 +146,8 @@ class Registry:
 
     def find(self, name: str) -> Database:
         """As `get`; raises DatabaseNotFound, also for one that was dropped."""
-        database = self.databases.get(name)
-        if database is None or not database.exists:
+        database = self.known(name)
+        if not database.exists:
             raise DatabaseNotFound(name)
         return database
 

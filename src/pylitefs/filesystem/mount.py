@@ -228,7 +228,7 @@ def _clean(path: str, entry: MountEntry, log: Callable[[str], None], *, covers: 
         raise MountError(f'mount point {path} is a dead mount of "{entry.source}": unmount it with: umount -l {path}')
     if alive:
         raise MountError(f"mount point {path} is in use by a running litefs: stop it or choose another fuse.dir")
-    if covers:
+    if covers and not any(other.path == path and other.source == COVER for other in _mounts()):  # else it is there
         cover(path, beneath=True)
     if not detach(path):
         raise MountError(f"the mount of a killed litefs at {path} cannot be removed: run umount -l {path}")

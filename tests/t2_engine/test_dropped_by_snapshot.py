@@ -6,13 +6,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from crash_steps import Crash, Steppable
 from engine_nodes import Node, closing_node, make_sqlite, new_primary
-from test_naming import Crash
 
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 
@@ -31,20 +29,10 @@ def replica_of(folder: Path, *, pruned: bool) -> Node:
 
 
 def ends_at(patch: pytest.MonkeyPatch, step: int) -> list[str]:
-    made: list[str] = []
-
-    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
-            if len(made) == step:
-                raise Crash
-            made.append(f"{name} {os.path.basename(str(args[0]))}")
-            return real(*args, **more)
-
-        return call
-
+    steps = Steppable(step)
     for name in ("unlink", "rename", "pwrite", "ftruncate", "fsync"):
-        patch.setattr(os, name, wrap(name, getattr(os, name)))
-    return made
+        patch.setattr(os, name, steps.wrap(name, getattr(os, name)))
+    return steps.made
 
 
 @pytest.mark.parametrize("pruned", [False, True])

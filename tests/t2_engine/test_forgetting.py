@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from crash_steps import Crash, Steppable
 from engine_nodes import Node, check_log, closing_node, make_sqlite, rows_of
 
 from harness.interleaver import Steps, sweep
@@ -24,10 +24,6 @@ from pylitefs.ports import Moved
 SEED = int(os.environ.get("PYLITEFS_TEST_SEED", time.time_ns() % 1_000_000))
 WAIT_S = 10
 HOUR_S = 3600.0
-
-
-class Crash(Exception):
-    """The process ends here. (Not an OSError: nobody makes up for it.)"""
 
 
 def make(node: Node, name: str = "db") -> Position:
@@ -124,26 +120,6 @@ def test_a_start_reads_tombstones(tmp_path: Path, clean: bool) -> None:
         assert again.database().log.epochs() == ((5, 1),)
 
 
-class Steppable:
-    """The module `os` as somebody sees it: the process ends before the `step`th change to the disk."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.made = step, list[str]()
-
-    def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
-            if len(self.made) >= self.step:
-                raise Crash
-            self.made.append(f"{name} {os.path.basename(str(args[0]))}")
-            return real(*args, **more)
-
-        return call
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
-        return self.wrap(name, real) if name in ("unlink", "rmdir", "fsync", "rename") else real
-
-
 @pytest.mark.parametrize("appends", [False, True])
 @pytest.mark.parametrize("is_primary", [True, False])
 def test_a_crash_between_any_two_steps_leaves_the_position(tmp_path: Path, appends: bool, is_primary: bool) -> None:
@@ -156,7 +132,7 @@ def test_a_crash_between_any_two_steps_leaves_the_position(tmp_path: Path, appen
             node.database().log.pin(0)
             forget(node)
             node.database().log._pins.clear()
-        steps = Steppable(step)
+        steps = Steppable(step, "unlink", "rmdir", "fsync", "rename")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(forgetting, "os", steps)
             patch.setattr(tombstones, "os", steps)

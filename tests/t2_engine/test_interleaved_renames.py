@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_nodes import Node, check_log, make_sqlite, rows_of
+from engine_nodes import Node, check_log, closing_node, make_sqlite, rows_of
 from test_naming import WAIT_S
 
 from harness.interleaver import Steps, sweep
@@ -21,14 +21,6 @@ from pylitefs.ports import FileKind, FileRef
 MODULES = [naming, plain_files, registry, renaming, replacement]
 STRIDE = 1 if float(os.environ.get("PYLITEFS_TEST_SCALE", "1")) > 1 else 17  # with it, in both journal modes
 ROWS = {"a": 1, "b": 2}  # how many each has
-
-
-@contextlib.contextmanager
-def closing(node: Node) -> Iterator[Node]:
-    try:
-        yield node
-    finally:
-        node.close(clean=False)
 
 
 def found(node: Node) -> dict[str, int]:
@@ -56,7 +48,7 @@ def renamed(there: dict[str, str], mode: str, *imports: str) -> Callable[[Steps]
 
     def scenario(steps: Steps) -> None:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-            with closing(Node(Path(folder))) as node:
+            with closing_node(Node(Path(folder))) as node:
                 for name, kind in there.items():
                     make_sqlite(node.store.plain_path(name), mode=mode, rows=ROWS[name])
                     if kind == "database":
@@ -82,7 +74,7 @@ def renamed(there: dict[str, str], mode: str, *imports: str) -> Callable[[Steps]
                 worker.submit(lambda: None).result(WAIT_S)
                 after = {"b": ROWS["a"]} if done else before
                 assert found(node) == after, f"rename {'done' if done else 'refused'}"
-            with closing(Node(Path(folder))) as again:
+            with closing_node(Node(Path(folder))) as again:
                 again.store.settle()
                 assert found(again) == after, "after a kill -9"
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from crash_steps import Crash, Steppable
 from engine_nodes import Node, check_log, closing_node, make_sqlite, new_primary, rows_of
 
 from pylitefs.engine import commit_points, naming, replacement
@@ -23,10 +24,6 @@ from pylitefs.engine.transaction import TransactionWriter
 from pylitefs.ports import FileKind, FileRef
 
 WAIT_S = 10
-
-
-class Crash(Exception):
-    """The process ends here. (Not an OSError: nobody makes up for it.)"""
 
 
 _COMMIT = """
@@ -56,29 +53,12 @@ def rename(node: Node, old: str, new: str) -> None:
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
     """The process ends before the `step`th change to a file that `naming` or `replacement` makes. Which it made."""
-    made: list[str] = []
-
-    def wrap(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
-            if len(made) == step:
-                raise Crash
-            made.append(f"{what} {os.path.basename(str(args[0]))}")
-            return real(*args, **more)
-
-        return call
-
-    class Os:
-        """The module `os`, as these two see it."""
-
-        def __getattr__(self, name: str) -> Any:
-            real = getattr(os, name)
-            return wrap(name, real) if name in ("rename", "unlink", "link") else real
-
-    monkeypatch.setattr(naming, "os", Os())
-    monkeypatch.setattr(replacement, "os", Os())
+    steps = Steppable(step, "rename", "unlink", "link")
+    monkeypatch.setattr(naming, "os", steps)
+    monkeypatch.setattr(replacement, "os", steps)
     for module, name in ((replacement, "publish_file"), (TransactionWriter, "write")):
-        monkeypatch.setattr(module, name, wrap(name, getattr(module, name)))
-    return made
+        monkeypatch.setattr(module, name, steps.wrap(name, getattr(module, name)))
+    return steps.made
 
 
 def refusing(code: int) -> Callable[..., Any]:

@@ -7,13 +7,12 @@ import itertools
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from crash_steps import Crash, Steppable
 from engine_nodes import Node, closing_node, new_primary
-from test_naming import Crash, commit_to_wal
+from test_naming import commit_to_wal
 
 from pylitefs.engine import aside
 
@@ -22,25 +21,10 @@ ROWS = 3 + 5
 
 def ends_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
     """The process ends before the `step`th change to a file. Which were made."""
-    made: list[str] = []
-
-    def wrap(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
-            if len(made) == step:
-                raise Crash
-            made.append(f"{what} {os.path.basename(str(args[0]))}")
-            return real(*args, **more)
-
-        return call
-
-    class Os:
-        def __getattr__(self, name: str) -> Any:
-            real = getattr(os, name)
-            return wrap(name, real) if name in ("rename", "unlink", "makedirs") else real
-
-    monkeypatch.setattr(aside, "os", Os())
-    monkeypatch.setattr(aside, "publish_file", wrap("publish_file", aside.publish_file))
-    return made
+    steps = Steppable(step, "rename", "unlink", "makedirs")
+    monkeypatch.setattr(aside, "os", steps)
+    monkeypatch.setattr(aside, "publish_file", steps.wrap("publish_file", aside.publish_file))
+    return steps.made
 
 
 def rows_in_lost(folder: Path, copy: Path) -> dict[str, int]:

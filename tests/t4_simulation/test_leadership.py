@@ -494,10 +494,8 @@ async def test_force_does_nothing_while_somebody_leads_or_could() -> None:
         assert FORCED not in [entry.reason for entry in cluster.document.history]
 
 
-@virtual
-@pytest.mark.parametrize("force", [False, True])
-async def test_nobody_is_promoted_beside_a_primary_that_leads_on_in_failsafe(force: bool) -> None:
-    """It has lost the engine, and does not know the node that came later: one that it knows says that it is there."""
+async def two_of_three() -> tuple[Cluster, FakeNode]:
+    """With failsafe; they run and have a row, and the third is known to nobody. The leader."""
     cluster = Cluster(3, failsafe=True)
     cluster.start(1, 2)
     await cluster.until(lambda: cluster.leader and any(node.leader for node in cluster.nodes.values()))
@@ -505,6 +503,14 @@ async def test_nobody_is_promoted_beside_a_primary_that_leads_on_in_failsafe(for
     assert first is not None and first.write("x")
     cluster.replicate()
     await asyncio.sleep(TTL_S)
+    return cluster, first
+
+
+@virtual
+@pytest.mark.parametrize("force", [False, True])
+async def test_nobody_is_promoted_beside_a_primary_that_leads_on_in_failsafe(force: bool) -> None:
+    """It has lost the engine, and does not know the node that came later: one that it knows says that it is there."""
+    cluster, first = await two_of_three()
     late = cluster.nodes[3]
     (other,) = (node for node in cluster.nodes.values() if node not in (first, late))
     first.engine.cut, other.follows = True, False
@@ -527,13 +533,7 @@ async def test_nobody_is_promoted_beside_a_primary_that_leads_on_in_failsafe(for
 async def test_who_has_not_promised_is_not_let_in_while_the_primary_leads_by_promises() -> None:
     """The primary cannot renew its lease, sees the engine again, and finds a node there that it did not know. That one
     must not be elected when the lease ends in the engine: nobody has asked it."""
-    cluster = Cluster(3, failsafe=True)
-    cluster.start(1, 2)
-    await cluster.until(lambda: cluster.leader and any(node.leader for node in cluster.nodes.values()))
-    first = cluster.leader
-    assert first is not None and first.write("x")
-    cluster.replicate()
-    await asyncio.sleep(TTL_S)
+    cluster, first = await two_of_three()
     late, renew = cluster.nodes[3], first.engine.renew
 
     async def fails(held: Held) -> Held:

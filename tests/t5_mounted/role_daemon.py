@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pylitefs.engine.fence import Fence
@@ -168,10 +169,12 @@ def main() -> int:
     sys.setswitchinterval(0.0005)
     node = RoleNode(mount_dir, data_dir, passthrough == "auto")
     print(json.dumps({"ok": node.session.passthrough}), flush=True)
+    # As in the daemon: the guard is told when this thread has ended, so it must not wait for our own mount.
+    commands = ThreadPoolExecutor(1)
     for line in sys.stdin:
         command, *words = json.loads(line)
         try:
-            answer = {"ok": getattr(node, command)(*words)}
+            answer = {"ok": commands.submit(getattr(node, command), *words).result()}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)

@@ -301,14 +301,22 @@ def test_a_super_journal_decides(tmp_path: Path, super_exists: bool) -> None:
         start.close()
 
 
-def test_a_missing_database_is_built_from_a_whole_log(start: Start) -> None:
+@pytest.mark.parametrize("stopped", ["killed", "in order before that", "in order after that"])
+@pytest.mark.parametrize("is_primary", [True, False])
+def test_a_missing_database_is_built_from_a_whole_log(start: Start, stopped: str, is_primary: bool) -> None:
+    """A stop in order notes how the files are. That there is none does not make an empty database of it."""
     start.insert(3)
     rows = start.rows()
     start.node.flush()
-    start.kill()
+    if stopped == "killed":
+        start.kill()
+    elif stopped == "in order before that":
+        start.stop()
     for path in (start.path, Path(start.database.files.wal), Path(start.database.files.shm)):
-        path.unlink()
-    assert start.start() == "redone"
+        path.unlink(missing_ok=True)
+    if stopped == "in order after that":
+        start.stop()
+    assert start.start(is_primary=is_primary) == "redone"
     start.check(rows)
 
 

@@ -164,6 +164,7 @@ def _is_beyond_log(database: Database, position: Position) -> bool:
 def _is_untouched(files: DatabaseFiles, state: CleanState) -> bool:
     return (
         state.clean
+        and (state.database[0] > 0 or not state.commit)  # else somebody had removed it before the stop
         and stamp(files.database) == state.database
         and stamp(files.wal) == state.wal
         and not journal_in_use(files.journal)

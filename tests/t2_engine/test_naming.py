@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 from crash_steps import Crash, Steppable
-from engine_nodes import Node, check_log, closing_node, make_sqlite, new_primary, rows_of
+from engine_nodes import Node, check_log, closing_node, make_sqlite, new_primary, replay, rows_of
 
-from pylitefs.engine import commit_points, naming, replacement
+from pylitefs.engine import commit_points, naming, renaming, replacement
+from pylitefs.engine.capture import Capture
+from pylitefs.engine.database import Database
 from pylitefs.engine.transaction import TransactionWriter
 from pylitefs.ports import FileKind, FileRef
 
@@ -229,6 +231,33 @@ def test_a_rename_is_one_transaction_with_the_wal(tmp_path: Path) -> None:
         assert told[-2:] == [("other", "import"), ("db", "drop")]
         assert node.database("other").position.txid == 1
         assert contents(node) == {"other": {bytes(100), b"in the WAL"}}
+
+
+def test_a_rename_is_one_transaction_with_the_wal_also_if_somebody_opens_it_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as it has its new name. For a moment nobody can tell what is committed: he makes the wal-index."""
+    with closing_node(new_primary(tmp_path)) as node, contextlib.ExitStack() as stack:
+        commit_to_wal(node.database("db").files.database, "in the WAL")
+        really = Capture.replaced
+
+        def replaced(capture: Capture, database: Database) -> None:
+            really(capture, database)
+            if database.name == "other":
+                Path(database.files.shm).touch()
+                wait = renaming.wait_stable
+                monkeypatch.setattr(renaming, "wait_stable", lambda attempt: (opens(database.files.database), wait(0)))
+
+        def opens(path: str) -> None:
+            db = stack.enter_context(contextlib.closing(sqlite3.connect(path, check_same_thread=False)))
+            assert db.execute("SELECT count(*) FROM t").fetchone() == (8,)
+
+        monkeypatch.setattr(Capture, "replaced", replaced)
+        rename(node, "db", "other")
+        told = [(event.database, event.data["source"]) for event in node.events if event.type == "tx"]
+        assert told[-2:] == [("other", "import"), ("db", "drop")]
+        (tmp_path / "replayed").write_bytes(replay(node.database("other")))
+        assert len(rows_of(tmp_path / "replayed")) == 8
 
 
 def test_a_file_that_sqlite_cannot_read_is_renamed_too(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_nodes import NamedFiles, Node, check_log, copy_of, new_primary, replay, rows_of
+from engine_nodes import NamedFiles, Node, check_log, copy_of, make_sqlite, new_primary, replay, rows_of
 from recording_vfs import library
 from stepping_process import SteppingProcess, is_wal
+from test_naming import rename
 
 from pylitefs.engine.database import Database
 from pylitefs.engine.gated import GatedCommits
@@ -163,13 +164,15 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.0005)
 
 
-def settled(node: Node) -> None:
+def settled(node: Node, name: str = "db") -> None:
     """Nothing is pending, and everything is in the log."""
+    database = node.database(name)
 
     def done() -> bool:
         with contextlib.suppress(UnstableSource):
-            node.store.flush(node.database()).result(WAIT_S)
-        return node.database().wal.pending is None
+            node.store.flush(database).result(WAIT_S)
+            return database.wal.pending is None
+        return False
 
     until(done)
 
@@ -354,6 +357,37 @@ def test_everybody_is_killed_at_the_fsync(live: Live, monkeypatch: pytest.Monkey
     assert live.sql.run("SELECT count(*) FROM t") == [(5,)]
     live.check()
     assert live.database.position == taken and "gap" not in live.node.kinds()
+
+
+@pytest.mark.parametrize("directly", [True, False])
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("refused", [False, True])
+def test_everybody_is_killed_at_the_fsync_and_the_database_is_renamed(
+    live: Live, monkeypatch: pytest.MonkeyPatch, directly: bool, over: bool, refused: bool
+) -> None:
+    """What the next process counts is recorded by the rename itself: nobody looks at the new name before somebody opens
+    it. `directly`: whether the wal-index can be read without the mount."""
+    if over:
+        make_sqlite(live.store.plain_path("other"))
+        assert live.store.import_plain("other")
+    live.run("INSERT INTO t (v) VALUES (randomblob(50))")
+    fsync = live.commit()
+    if refused:
+        assert "disk I/O error" in str(live.finish(fsync, gate_error()))
+        settled(live.node)
+    live.sql.kill()
+    monkeypatch.setattr(NamedFiles, "reads_shm_directly", property(lambda _: directly))
+    rename(live.node, "db", "other")
+    other = live.node.database("other")
+    told = [(event.database, event.data["source"]) for event in live.node.events if event.type == "tx"]
+    assert told[-2:] == [("other", "import"), ("db", "drop")]
+    (live.folder / "replayed").write_bytes(replay(other))
+    live.sql = SteppingProcess(other.files.database)
+    assert live.sql.run("SELECT count(*) FROM t") == [(5,)]
+    assert rows_of(live.folder / "replayed") == live.sql.run("SELECT id, v FROM t ORDER BY id")
+    position = other.position
+    settled(live.node, "other")
+    assert other.position == position and "gap" not in live.node.kinds()
 
 
 def test_a_normal_commit_does_not_wait(live: Live) -> None:

@@ -131,6 +131,8 @@ def record_content(database: Database, capture: Capture) -> None:
     for attempt in range(_ATTEMPTS if not wal.view.index_is_hidden() else 0):
         try:
             committed = wal.view.committed()
+            if committed is None and wal_in_use(database):
+                raise UnstableSource  # somebody makes the wal-index, at this moment
             batch = wal.diff(committed) if committed is not None and committed.mx_frame else None
             if batch is None:
                 break

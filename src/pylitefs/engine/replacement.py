@@ -6,6 +6,10 @@ the exchange is done where no file of the mount can be opened (`Notifier.move`),
 after a crash does the rest. `DATA/dbs/NAME/replacing`, JSON: `inode`, of the file that takes the place; `source`, the
 name of the database that it was, or null; `sides`, the inodes of that one's side files.
 
+A -shm does not come along: nobody has it open (see `renaming`), so who opens the database next makes it anew, and
+counts all that is whole in the WAL. What the old one says is less where all that used it were killed while a commit
+waited in its fsync.
+
     left by a crash after            | the next start, before anything is recovered
     the note is durable              | the database has another inode: both are as they were, the note goes
     the file has its new name        | the inode is the noted one: as below
@@ -30,7 +34,7 @@ import os
 from collections.abc import Callable
 
 from pylitefs.engine.files import DatabaseFiles, publish_file, sync_folder
-from pylitefs.ports import SIDE_KINDS
+from pylitefs.ports import SIDE_KINDS, FileKind
 
 
 class Replacement:
@@ -106,7 +110,10 @@ def _take_side_files(files: DatabaseFiles, source: DatabaseFiles | None, sides: 
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(files.backing(kind))
         if source is not None and _inode(source.backing(kind)) in sides:
-            os.rename(source.backing(kind), files.backing(kind))
+            if kind is FileKind.SHM:
+                os.unlink(source.backing(kind))
+            else:
+                os.rename(source.backing(kind), files.backing(kind))
 
 
 def _inode(path: str) -> int | None:

@@ -13,6 +13,7 @@ from crash_steps import Crash, Steppable
 from engine_nodes import Node, closing_node, make_sqlite, new_primary
 
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
+from pylitefs.ports import SUFFIXES
 
 DROP = Position(8, CHECKSUM_FLAG, 3)
 
@@ -68,6 +69,21 @@ def test_a_crash_leaves_the_old_copy_at_its_position_or_a_dropped_database(
         if ended:
             break
     assert step > 8
+
+
+@pytest.mark.parametrize("page_size", [4096, 1024])
+def test_the_mount_is_told_when_it_has_gone(tmp_path: Path, page_size: int) -> None:
+    """Of the name of each of its files. An empty snapshot says any page size."""
+    with closing_node(replica_of(tmp_path, pruned=False)) as node:
+        database, told = node.database(), list[tuple[str, bool]]()
+
+        class Told:
+            def changed(self, name: str) -> None:
+                told.append((name, database.exists or os.path.exists(database.files.database)))
+
+        node.apply.notifier = Told()  # type: ignore[assignment]
+        database.resync(page_size, None).finish(0, DROP, ((3, 7),))
+        assert set(told) == {("db" + suffix, False) for suffix in ("", *SUFFIXES)}
 
 
 def test_a_file_that_is_missing_is_not_a_drop(tmp_path: Path) -> None:

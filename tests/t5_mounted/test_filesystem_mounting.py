@@ -325,6 +325,38 @@ def test_what_the_engine_changes_is_seen_once_it_is_told(session: Session, tmp_p
         assert os.fstat(file.fileno()).st_nlink == 0
 
 
+def test_a_listing_that_was_made_before_a_change_is_not_kept(session: Session, tmp_path: Path) -> None:
+    """It is told of the name first, for which it waits until the directory is not read any more; so it does not keep a
+    listing that comes after it was told to forget what it has."""
+    shown, files = tmp_path / "mnt", tmp_path / "data" / "files"
+    (files / "gone").touch()
+    hooks, made, go_on = session._hooks, threading.Event(), threading.Event()
+    assert isinstance(hooks, PlainHooks)
+    names = hooks.names
+
+    def slowly() -> list[str]:
+        found = names()
+        made.set()
+        assert go_on.wait(20)
+        return found
+
+    hooks.names = slowly  # type: ignore[method-assign]
+    found: list[str] = []
+    lister = threading.Thread(target=lambda: found.extend(os.listdir(shown)))
+    lister.start()
+    try:
+        assert made.wait(20)
+        hooks.names = names  # type: ignore[method-assign]
+        (files / "gone").unlink()
+        session.notifier.changed("gone")
+        session.drain_notifications(0.1)
+    finally:
+        go_on.set()
+        lister.join(20)
+    assert session.drain_notifications(10)
+    assert "gone" in found and "gone" not in os.listdir(shown)
+
+
 def test_a_backing_file_that_moves_keeps_its_inode(session: Session, tmp_path: Path) -> None:
     hooks = session._hooks
     assert isinstance(hooks, PlainHooks)

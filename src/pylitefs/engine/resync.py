@@ -95,7 +95,7 @@ class Resync:
             os.ftruncate(self._building.fd, commit * self.page_size)
             self._apply.replace_files(database, self._building)
         database.reposition(position, self.page_size, commit, sums, epochs)
-        if not patch:
+        if not patch or not commit:
             self._apply.forget_names(database)
         database.applied_s = time.monotonic()
         database.set_aside_reason = None

@@ -58,6 +58,8 @@ class KernelNotifier:
             self._put(replies.notify_inval_inode(node.ino, 0, 0))
 
     def changed(self, name: str) -> None:
+        """The listing comes last: the kernel takes the directory's lock to forget a name, so who reads the directory
+        has come to an end by then, and what he has read is forgotten too."""
         node, stays = self._tree.look_again(name)
         if node is not None and not stays:
             self._put(replies.notify_delete(abi.ROOT_ID, node.ino, name), self._listing())

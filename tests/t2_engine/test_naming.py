@@ -222,6 +222,33 @@ def test_a_plain_file_that_is_no_longer_there_costs_no_database(tmp_path: Path, 
         assert node.store.names() == ["db"]
 
 
+def test_a_rename_waits_for_a_file_that_is_being_taken_over_however_long_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if that begins when the rename has found nobody at it."""
+    with closing_node(new_primary(tmp_path)) as node, contextlib.ExitStack() as taking_over:
+        plain_files, tried = node.store.plain_files, list[bool]()
+        make_sqlite(node.store.plain_path("new.db"), mode="DELETE")
+        wait = plain_files.wait
+
+        def waits(*names: str) -> None:
+            wait(*names)
+            if not tried:
+                taking_over.enter_context(plain_files.alone_with("new.db"))
+
+        def try_to_rename() -> None:
+            try:
+                rename(node, "new.db", "other.db")
+            finally:
+                tried.append(True)
+                taking_over.close()
+
+        monkeypatch.setattr(renaming, "_CLOSED_S", 0.0)
+        monkeypatch.setattr(plain_files, "wait", waits)
+        renaming.when_unused(node.store, "new.db", "other.db", try_to_rename)
+        assert len(tried) == 2 and sorted(contents(node)) == ["db", "other.db"]
+
+
 def test_a_rename_is_one_transaction_with_the_wal(tmp_path: Path) -> None:
     """And comes before the drop of the old name: no moment has neither."""
     with closing_node(new_primary(tmp_path)) as node:

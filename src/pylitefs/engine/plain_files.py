@@ -15,6 +15,10 @@ from pylitefs.formats.names import MAX_FILE_NAME, shown
 log = logging.getLogger("litefs.store")
 
 
+class BeingTakenOver(OSError):
+    """EBUSY: a plain file is being taken over as a database at this moment."""
+
+
 class OneAtATime:
     """A plain file is taken over as a database, or moved, by one thread at a time: else it would be the file of two
     databases, or one would be dropped for a file that is not there any more. Any thread."""
@@ -25,10 +29,10 @@ class OneAtATime:
 
     @contextlib.contextmanager
     def alone_with(self, *names: str, waits: bool = True) -> Iterator[None]:
-        """OSError (EBUSY) if somebody else has one of them now, and is not waited for."""
+        """BeingTakenOver if somebody else has one of them now, and is not waited for."""
         with self._given_back:
             if not waits and not self._taken.isdisjoint(names):
-                raise OSError(errno.EBUSY, "it is just being taken over as a database")
+                raise BeingTakenOver(errno.EBUSY, "it is just being taken over as a database")
             self._given_back.wait_for(lambda: self._taken.isdisjoint(names))
             self._taken.update(names)
         try:

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.database import Database
+from pylitefs.engine.plain_files import BeingTakenOver
 from pylitefs.engine.registry import Registry
 from pylitefs.engine.transaction import UnstableSource
 from pylitefs.engine.wal_capture import wait_stable
@@ -91,18 +92,23 @@ def check_unused(source: Database | str, target: Database | None, notifier: Noti
 def when_unused(registry: Registry, old: str, new: str, rename: Callable[[], object]) -> None:
     """`rename`, which checks that by itself. Those who have just closed it may still count as users, and those who open
     it in a rollback mode are about to be out of the way: give them a moment. A plain file may have been taken over
-    since the kernel has looked it up: then once more. Blocking, not on the worker. Raises what `rename` raises; a
-    refusal (EBUSY) is in the log, too."""
-    for again in (True, False):
+    since the kernel has looked it up: then once more. One that is being taken over is waited for: that needs nothing of
+    the mount, whose directory the kernel has locked meanwhile. Blocking, not on the worker. Raises what `rename`
+    raises; a refusal (EBUSY) is in the log, too."""
+    again = True
+    while True:
         registry.plain_files.wait(old, new)
         found = registry.get(old)
         source = found if found is not None and found.exists else registry.plain_path(old)
         try:
             _when_unused(source, registry.get(new), registry.notifier, rename)
             return
+        except BeingTakenOver:
+            continue
         except FileNotFoundError:
             if not again:
                 raise
+            again = False
 
 
 def _when_unused(
@@ -116,7 +122,7 @@ def _when_unused(
             rename()
             return
         except OSError as error:
-            if error.errno != errno.EBUSY:
+            if error.errno != errno.EBUSY or isinstance(error, BeingTakenOver):
                 raise
             if time.monotonic() >= until_s:
                 name = source.name if isinstance(source, Database) else os.path.basename(source)

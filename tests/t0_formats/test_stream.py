@@ -64,6 +64,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(stream.GiveBack, names, positions, u64),
     st.builds(stream.SetAside, names),
     st.just(stream.Ready()),
+    st.builds(stream.AskDurable, names, txids),
 )
 
 

@@ -7,12 +7,13 @@ import asyncio
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_engine import FakeStore, page
 from memory_link import Wire
-from pair import Pair
+from pair import FAST, Pair
 from test_interleaved_cluster import replicating, scenario, until
 
 from harness.interleaver import Steps, sweep
@@ -114,6 +115,22 @@ async def test_a_replica_has_the_rows_under_one_name_at_every_moment(pair: Pair,
             await pair.until_equal()
     in_a_circle = how in ("exchanged", "three in a circle") and away == "was away for long"
     assert not of.lacking or in_a_circle, of.lacking
+
+
+async def test_what_waits_for_another_name_does_not_wait_for_the_next_time_that_all_is_made_durable(
+    pair: Pair,
+) -> None:
+    """That would be once for each step of an exchange. There is no next time here."""
+    of = Rows(pair)
+    for name in ("a.db", "b.db"):
+        of.make(name)
+    async with pair.running(timings=replace(FAST, durable_s=1e6)):
+        await pair.until_equal()
+        for _ in range(10):
+            for what in RENAMES["exchanged"]:
+                await asyncio.to_thread(do, of, what)
+        await pair.until_equal()
+    assert not of.lacking
 
 
 async def test_a_copy_that_is_mended_waits_for_the_new_name_too(pair: Pair) -> None:

@@ -2,13 +2,15 @@
 
 Received and applied at once, then at most every `ack_s`; durable every `durable_s`. A primary whose commits wait for
 its replicas says so in the WELCOME: then every transaction is made durable right after it was applied, by an fsync of
-the log (see `engine.durable`), and acknowledged at once. What arrives during an fsync is in the next one.
+the log (see `engine.durable`), and acknowledged at once. What arrives during an fsync is in the next one. Where
+something else waits for one transaction the primary asks for that one (ASK_DURABLE).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Container
 
@@ -37,6 +39,7 @@ class Acks:
         self._syncing: set[str] = set()  # are being made durable
         self._wake = asyncio.Event()
         self._at_once = False  # the primary's commits wait for us
+        self._asked: dict[str, int] = {}  # up to which TXID the primary waits for it to be durable
         self._no_pause = False
         self._urgent: set[str] = set()
         self._urgent_came = asyncio.Event()
@@ -52,13 +55,24 @@ class Acks:
                 self._changed.add(name)
             else:
                 self._undurable.add(name)
-        self._hurry(*self._undurable)
+        if at_once:
+            self._hurry(*self._undurable)
         self.hurry()
 
+    def asked(self, name: str, txid: int) -> None:
+        """The primary waits until this is durable up to `txid`, which may be still to come."""
+        if self._durable.get(name, 0) < txid:
+            self._asked[name] = max(txid, self._asked.get(name, 0))
+            if self._is_urgent(name):
+                self._hurry(name)
+
+    def _is_urgent(self, name: str) -> bool:
+        asked = self._asked.get(name)
+        return self._at_once or (asked is not None and self._applied.get(name, 0) >= asked)
+
     def _hurry(self, *names: str) -> None:
-        if self._at_once:
-            self._urgent.update(names)
-            self._urgent_came.set()
+        self._urgent.update(names)
+        self._urgent_came.set()
 
     def received(self, name: str, txid: int) -> None:
         self._received[name] = txid
@@ -74,7 +88,7 @@ class Acks:
         if durable:
             self._is_durable(name, durable, self._rounds[name])
             self._no_pause = True
-        else:
+        elif self._is_urgent(name):
             self._hurry(name)
 
     def dropped(self, name: str) -> None:
@@ -149,6 +163,8 @@ class Acks:
     def _is_durable(self, name: str, txid: int, round_: int) -> None:
         if self._rounds[name] == round_:
             self._durable[name] = max(self._durable.get(name, 0), min(txid, self._applied.get(name, txid)))
+            if self._durable[name] >= self._asked.get(name, math.inf):
+                del self._asked[name]
             self._changed.add(name)
             self._wake.set()
 

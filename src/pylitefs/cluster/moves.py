@@ -8,6 +8,9 @@ log is held back from a replica
     unless it gets it by the same step   as it has come back to this name
     unless it is nowhere any more        because it was removed on purpose, or the replica does not copy it
 
+The replica is asked to make durable at once what something waits for (ASK_DURABLE): an exchange of two names is three
+steps that wait one for the other.
+
 Where a snapshot would have to wait, the log is sent from the beginning if it is there: log entries wait only for what
 was recorded before them, so that somebody can always go on. Where a log entry would have to wait for what has left the
 log, what differs is fetched at once. Where neither is possible, databases that have exchanged their names would wait

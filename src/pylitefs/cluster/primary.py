@@ -29,6 +29,7 @@ from pylitefs.formats.names import is_database_name
 from pylitefs.formats.stream import (
     PROTOCOL_VERSION,
     Ack,
+    AskDurable,
     Checksums,
     Databases,
     Heartbeat,
@@ -283,6 +284,7 @@ class ReplicaSession:
         self._acks: dict[str, Progress] = {}  # and what it has acknowledged of them
         self._telling = ""  # a name of which the replica is being told that it was dropped
         self._held_back: dict[str, set[Feed]] = {}  # feeds that wait for what the replica holds of another database
+        self._asked_durable: dict[str, int] = {}  # up to which TXID it was asked to make that durable at once
 
     @property
     def address(self) -> str:
@@ -402,6 +404,9 @@ class ReplicaSession:
             passed = place.last is not None and other.sent.txid > place.last
             if other.standing.durable >= place.first and not passed:
                 return False
+            if self._asked_durable.get(name, 0) < place.first <= other.sent.txid:  # else when it is sent
+                self._asked_durable[name] = place.first
+                self._tasks.start(self._channel.send(AskDurable(name, place.first)))
         self._held_back.setdefault(name, set()).add(feed)
         return True
 

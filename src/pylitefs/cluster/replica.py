@@ -38,6 +38,7 @@ from pylitefs.formats.ltx.format import Header, Position
 from pylitefs.formats.names import is_database_name
 from pylitefs.formats.stream import (
     PROTOCOL_VERSION,
+    AskDurable,
     Databases,
     GiveBack,
     Heartbeat,
@@ -385,6 +386,8 @@ class ReplicaLink:
                 self._put(PrepareResync(name, reason), 0)
             case GiveBack(name, after, limit_bytes):
                 self._tasks.start(self._give_back(name, after, limit_bytes))
+            case AskDurable(name, txid):
+                self._acks.asked(name, txid)
             case AskPages():
                 self._tasks.start(self._send_pages(message))
             case Ready():

@@ -18,6 +18,7 @@ short one is `TruncatedError`, anything else wrong `FormatError`.
     RESYNC CHECKSUMS…            ──▶     (also unasked: what came cannot be applied) a snapshot follows
     LTX… TAIL_END                ◀──     GIVE_BACK: transactions that the primary has lost, or never got
     PAGES                        ◀──     ASK_PAGES: pages that the primary's disk has damaged
+    ACK                          ◀──     ASK_DURABLE: make this durable at once
 
 Everything that is said belongs to the epoch of the WELCOME: a side that learns of a later one ends the connection with
 STALE_EPOCH. Positions carry the epoch of their last transaction.
@@ -72,7 +73,7 @@ from pylitefs.formats.stream_fields import (
 )
 from pylitefs.formats.stream_pages import AskPages, Pages, SnapshotPages
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 
 MAX_MESSAGE: Final = 1_100_000  # bytes
 MAX_CHECKSUMS: Final = 16 * 1024  # page checksums in one message
@@ -297,6 +298,16 @@ class Ready:
     CODE: ClassVar[int] = 37
 
 
+@dataclass(frozen=True, slots=True)
+class AskDurable:
+    """Something else waits until the replica holds this database durably up to `txid`: it is to make it durable, and to
+    acknowledge that, as soon as it has applied so much."""
+
+    CODE: ClassVar[int] = 39
+    name: Name
+    txid: Txid
+
+
 LtxMessage: TypeAlias = Ltx | LtxBegin | LtxData | LtxEnd
 FromReplica: TypeAlias = Error | Heartbeat | Hello | Databases | Ack | Resync | Checksums | TailEnd | Pages | LtxMessage
 FromPrimary: TypeAlias = (
@@ -311,6 +322,7 @@ FromPrimary: TypeAlias = (
     | SetAside
     | Ready
     | AskPages
+    | AskDurable
     | LtxMessage
 )
 Message: TypeAlias = FromReplica | FromPrimary
@@ -320,7 +332,10 @@ _SENDERS: Final[tuple[tuple[Sender, tuple[type[Message], ...]], ...]] = (
     (Sender.REPLICA, (Hello, Databases, Ack, Resync, Checksums, TailEnd, Pages)),
     (
         Sender.PRIMARY,
-        (Welcome, SendChecksums, SnapshotBegin, SnapshotPages, SnapshotEnd, GiveBack, SetAside, Ready, AskPages),
+        (
+            Welcome, SendChecksums, SnapshotBegin, SnapshotPages, SnapshotEnd, GiveBack, SetAside, Ready, AskPages,
+            AskDurable,
+        ),
     ),
 )
 MESSAGES: Final[dict[int, tuple[type[Message], Sender]]] = {

@@ -353,6 +353,50 @@ def test_who_has_the_old_file_open_does_not_take_the_new_files_wal_for_its_own(
     pair.check()
 
 
+@pytest.mark.parametrize("how", ["page size", "set aside", "drop", "put aside"])
+def test_who_reads_the_old_file_in_a_wal_is_told(pair: Pair, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Between two transactions it holds SHARED and its old wal-index, which nobody changes any more: it would read the
+    old state for ever. A snapshot is read to its end."""
+    monkeypatch.setattr("pylitefs.engine.apply._REPLACE_TRIES_S", 0.0)
+    monkeypatch.setattr("pylitefs.engine.shared_wal.SharedWal.replace", lambda *_: False)
+    pair.catch_up()
+    pair.replica.apply.activate(pair.target)
+    idle, within = SqliteProcess(pair.target.files.database), SqliteProcess(pair.target.files.database)
+    try:
+        within("BEGIN")
+        assert idle("SELECT count(*) FROM t") == within("SELECT count(*) FROM t") == [(3,)]
+        pair.target.app_handles = 2
+        if how == "page size":
+            pair.write("PRAGMA page_size = 4096", "VACUUM")
+            pair.catch_up()
+        elif how == "set aside":
+            pair.target.set_aside_reason = "it cannot be read"
+            pair.write("DELETE FROM t", "INSERT INTO t (v) VALUES (randomblob(5000))")
+            TestResync().run(pair, TestResync.pages(pair.source))
+        elif how == "drop":
+            pair.primary.store.naming.drop(pair.source)
+            pair.catch_up()
+        else:
+            pair.replica.store.naming.set_aside(pair.target.name, "the primary does not know it")
+        with pytest.raises(RuntimeError, match="unable to open database file"):
+            idle("SELECT count(*) FROM t")
+        assert within("SELECT count(*) FROM t") == [(3,)]
+        within("COMMIT")
+        with pytest.raises(RuntimeError, match="unable to open database file"):
+            within("SELECT count(*) FROM t")
+        if how in ("page size", "set aside"):
+            pair.replica.apply.activate(pair.target)
+            expected = [(len(rows_of(pair.source.files.database)),)]
+            assert idle("SELECT count(*) FROM t", on="new") == expected
+            within.close("main")
+            idle.close("main")
+            assert os.path.exists(pair.target.files.wal), "it was another file's"
+            assert idle("SELECT count(*) FROM t", on="new") == expected
+    finally:
+        idle.kill()
+        within.kill()
+
+
 def test_a_replacement_that_fails_locks_nobody_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     pair.catch_up()
     reader = SqliteProcess(pair.target.files.database)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -257,3 +258,50 @@ def test_a_lone_writer_in_a_rollback_mode_never_waits(cluster: Cluster, mode: st
     wait_same_position(primary, replica, NAME)
     assert_same_bytes([primary, replica], NAME)
     writer.close()
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+def test_who_reads_on_a_replica_is_told_when_another_file_has_the_name(
+    cluster: Cluster, tmp_path: Path, passthrough: str, mode: str
+) -> None:
+    """Never an old state for ever: an error, until it opens the database anew. A snapshot is read to its end."""
+    primary, replica = cluster.pair()
+
+    def remove_and_make() -> None:
+        (primary.mount / NAME).unlink()
+        create(primary, mode, 11).close()
+
+    def there_and_back() -> None:
+        (primary.mount / NAME).rename(primary.mount / "b.db")
+        (primary.mount / "b.db").rename(primary.mount / NAME)
+
+    def move_over() -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "new.db")) as new:
+            new.execute("create table t(id integer primary key, data)")
+            add(new, 12)
+        subprocess.run(["mv", tmp_path / "new.db", primary.mount / NAME], check=True)
+
+    create(primary, mode).close()
+    wait_same_position(primary, replica, NAME)
+    for act in (remove_and_make, there_and_back, move_over):
+        idle, within = replica.connect(NAME, timeout_s=0), replica.connect(NAME)
+        with contextlib.closing(idle), contextlib.closing(within):
+            within.execute("begin")
+            before = count(within)
+            assert count(idle) == before
+            act()
+            wait_same_position(primary, replica, NAME)
+            with contextlib.closing(primary.connect(NAME)) as writer:
+                add(writer, 1)
+                expected = count(writer)
+            wait_same_position(primary, replica, NAME)
+            for _ in range(2):
+                with pytest.raises(sqlite3.OperationalError, match=r"unable to open database file|is locked"):
+                    count(idle)
+            assert count(within) == before
+            within.execute("commit")
+        with contextlib.closing(replica.connect(NAME)) as anew:
+            assert count(anew) == expected, act.__name__
+    wait_same_position(primary, replica, NAME)
+    assert_same_bytes([primary, replica], NAME)

@@ -15,12 +15,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pylitefs import mount_guard
 from pylitefs.engine.apply_checks import check, is_set_aside, is_stopping
 from pylitefs.engine.building import Building
 from pylitefs.engine.continuation import finish, proceed
@@ -294,9 +295,6 @@ class Apply:
 
     def _drop_files(self, database: Database) -> None:
         with self._locked_out(database):
-            if database.replica is not None:
-                database.replica.close()
-                database.replica = None
             database.remove_live_files()
         self._later(database)
 
@@ -357,27 +355,36 @@ class Apply:
         self._refuse(database)
         building.sync()
         with self._locked_out(database):
-            if database.replica is not None:  # its WAL need not be in the old file: the log has what it holds
-                database.replica.close()
-                database.replica = None
             building.publish(self._permissions, self.notifier)
         self.forget_names(database)
         self._later(database)
 
-    def _locked_out(self, database: Database) -> contextlib.AbstractContextManager[None]:
-        """The file loses its name within. Raises DatabaseBusy, OSError."""
+    @contextlib.contextmanager
+    def _locked_out(self, database: Database) -> Iterator[None]:
+        """The file loses its name within (see `replaced_file`). The log has all that its WAL has. Raises DatabaseBusy,
+        OSError."""
+        with self._kept_from_it(database) as indexes:
+            try:
+                yield
+                mount_guard.retire_once(indexes)  # before the lock WRITE is given up
+            finally:  # also after an error: whichever file has the name by now is opened anew
+                replica, database.replica = database.replica, None
+                if replica is not None:
+                    replica.close()
+
+    def _kept_from_it(self, database: Database) -> contextlib.AbstractContextManager[list[int]]:
         if database.set_aside_reason is None and self.is_unused(database):  # what is set aside is opened unseen
-            return contextlib.nullcontext()
+            return contextlib.nullcontext([])
         if self.names_wait():
             raise DatabaseBusy(f"{database.name}: its file cannot be replaced while requests about names wait")
         return locked_out(database, self._opener)
 
     def let_go(self, database: Database) -> None:
-        """Close the live WAL; what it holds is checkpointed where readers allow."""
+        """Its files lose their name: the WAL is checkpointed where readers allow, and nobody goes on with it."""
         if database.replica is not None:
             with contextlib.suppress(OSError):
                 database.replica.checkpoint()
-            database.replica.close()
+            database.replica.retire()
             database.replica = None
 
     def remove_files(self, database: Database) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pylitefs.cluster.control import ClusterView, MemberView
+from pylitefs.cluster.control import ClusterView, CommitsWait, MemberView
 from pylitefs.cluster.decisions import NOTHING
 from pylitefs.cluster.election import Total, positions_of
 from pylitefs.cluster.leadership import Leadership
@@ -107,29 +107,41 @@ class NodeControl:
             paused=state.paused,
             sync=self._node.config.replication.sync,
             in_sync=None if state.in_sync is None else tuple(sorted(state.in_sync)),
+            commits_wait=self._commits_wait(),
             history=leadership.document.history,
             engine=self._node.engine_name,
             problem=leadership.problem,
         )
+
+    def _commits_wait(self) -> CommitsWait | None:
+        gate = self._node.gate
+        return None if gate is None else gate.stalled()
 
     def _static_view(self, connected: Mapping[int, ReplicaInfo]) -> ClusterView:
         me = MemberView(
             self._node.node_id, self._node.hostname, self._node.url, "primary" if self._store.is_primary else "replica",
             candidate=self._node.config.lease.candidate, positions=self._node.positions(), seen_s=0.0,
         )  # fmt: skip
+        gate = self._node.gate
+        in_sync = None if gate is None else tuple(sorted(gate.in_sync))
         if self._store.is_primary:
             primary: MemberView | None = me
             others = [
                 self._with_progress(
-                    MemberView(node_id, info.hostname, f"//{info.address}", candidate=False, seen_s=0.0), info
+                    MemberView(
+                        node_id, info.hostname, f"//{info.address}", candidate=False, seen_s=0.0,
+                        in_sync=node_id in (in_sync or ()),
+                    ),
+                    info,
                 )
                 for node_id, info in connected.items()
-            ]
+            ]  # fmt: skip
         else:
             me, primary, others = self._static_replica_view(me)
         return ClusterView(
             self._node.node_id, self._store.is_primary, self._node.cluster_id, self._store.epoch, primary,
-            (me, *others), sync=self._node.config.replication.sync, problem=self._node.unhealthy() or "",
+            (me, *others), sync=self._node.config.replication.sync, in_sync=in_sync,
+            commits_wait=self._commits_wait(), problem=self._node.unhealthy() or "",
         )  # fmt: skip
 
     def _static_replica_view(self, me: MemberView) -> tuple[MemberView, MemberView | None, list[MemberView]]:
@@ -139,8 +151,10 @@ class NodeControl:
             member.node_id: replace(member, seen_s=None if member.seen_s is None else member.seen_s + age_s)
             for member in (self._told if age_s < FORGET_S else ())
         }
-        state = told.pop(me.node_id, me).state
-        me = replace(me, state=state, lag_ms=self._store.lag_ms, lag_txids=self._node.lag_txids)
+        mine = told.pop(me.node_id, me)
+        me = replace(
+            me, state=mine.state, in_sync=mine.in_sync, lag_ms=self._store.lag_ms, lag_txids=self._node.lag_txids
+        )
         leader = self._node.following
         primary = None if leader is None else MemberView(leader.node_id, leader.hostname, leader.url, "primary")
         for member in told.values():

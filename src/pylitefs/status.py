@@ -110,6 +110,7 @@ class ClusterNumbers:
     seen_s: Mapping[str, float] = field(default_factory=dict)  # by member: how long ago it was last heard of
     in_sync: int | None = None  # None: replication is asynchronous
     sync: int = 0
+    commits_wait: int = 0  # for longer than replicas need
     paused: bool = False
     problem: bool = False
     failovers: int = 0  # in the whole cluster, as far as is remembered

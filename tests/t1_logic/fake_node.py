@@ -51,6 +51,7 @@ def cluster(primary: str | None = "db1", here: str = "db1", **changes: Any) -> J
         "paused": False,
         "sync": 0,
         "inSync": None,
+        "commitsWait": None,
         "history": [
             {
                 "epoch": epoch,

@@ -303,7 +303,7 @@ def test_status_of_a_cluster_with_everything() -> None:
         here="db2", primary=None, members=members, paused=True, sync=2, inSync=[IDS["db3"]], problem="etcd is away"
     )
     assert "paused" in text and "litefs resume" in text
-    assert "commits wait for 2" in text and "in sync: db3" in text
+    assert "commits wait for 2 replicas" in text and "in sync: db3" in text
     assert "etcd is away" in text
     order = [line.split()[0] for line in text.splitlines() if line.startswith(tuple(IDS))]
     assert order == ["db1", "db2", "db3"]  # the primary first
@@ -312,6 +312,16 @@ def test_status_of_a_cluster_with_everything() -> None:
     assert row(wide, "db2")[9:] == ["no", "disk=[ssd],", "zone=b"]
     assert "not heard of for 1 m 15 s, no candidate, priority 5" in wide
     assert "in sync: none" in wide
+
+
+def test_commits_that_wait_for_replicas_are_told_of() -> None:
+    waiting = {"count": 3, "seconds": 12.345, "reason": "0 of 1 replicas connected (replication.sync: 1)"}
+    text = shown(sync=1, inSync=[], commitsWait=waiting)
+    assert " ".join(row(text, "waiting")) == (
+        "waiting 3 commits wait for replicas since 12 s: 0 of 1 replicas connected"
+    ) and "(replication.sync: 1)" in text
+    assert "waiting" not in shown(sync=1, inSync=[IDS["db2"]])
+    assert " ".join(row(shown(sync=1), "sync")) == "sync commits wait for 1 replica"  # who is in sync is not known here
 
 
 def test_nodes_with_the_same_name_are_told_apart() -> None:

@@ -48,6 +48,12 @@ class World:
     def told(self, *kinds: str) -> list[Event]:
         return [event for event in self.events if event.type in kinds]
 
+    def why(self) -> str:
+        """For what commits wait."""
+        told = self.gate.stalled()
+        assert told is not None
+        return told.reason
+
     def commit(self, name: str = "a") -> int:
         txid = self.heads[name] = self.heads.get(name, 0) + 1
         self.gate.wait(name, txid, lambda error: self.answers.append((name, txid, error)))
@@ -406,6 +412,54 @@ def test_when_commits_do_not_wait_any_more_is_told() -> None:
     told = [(event.type, event.data["in_sync"]) for event in here.told("syncDegraded", "syncRestored")]
     assert told == [("syncRestored", 2), ("syncDegraded", 1), ("syncRestored", 2)]
     assert here.acknowledged == [("a", 1), ("a", 2)]
+
+
+def test_commits_that_wait_for_long_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    here = world()
+    here.commit()
+    here.step()
+    assert here.gate.stalled() is None and not caplog.records
+    here.now_s += 2.0
+    here.commit("b")
+    for _ in range(3):
+        here.step()
+    told = here.gate.stalled()
+    assert told is not None and told.count == 2 and 2.0 < told.seconds < 2.5
+    assert str(told) == "2 commits wait for replicas since 2 s: 0 of 1 replicas connected (replication.sync: 1)"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage() == (
+        f"{told}. They wait without a limit (replication.timeout): start the replicas, or see litefs status"
+    )
+    with caplog.at_level("INFO"):
+        here.join(1)
+        for _ in range(3):
+            here.step()
+    assert here.gate.stalled() is None and len(here.acknowledged) == 2
+    ends = [found.getMessage() for found in caplog.records if "any more" in found.getMessage()]
+    assert ends == ["commits do not wait for replicas any more, after 2 s"]
+
+
+def test_why_commits_wait_is_told() -> None:
+    here = world(replicas=2)
+    here.join(0xA)
+    here.commit()
+    here.now_s += 2.0
+    assert here.why() == "1 of 2 replicas connected (replication.sync: 2)"
+    here.gate.joined(0xB)
+    assert here.why() == "replicas are connected, but have not caught up yet"
+    here.write = lambda nodes: (_ for _ in ()).throw(Unavailable("not now"))
+    here.gate.holds(0xA, "a", 1)
+    here.gate.holds(0xB, "a", 1)
+    here.step()
+    assert here.why() == "which replicas are in sync could not be written down"
+    here.write = here._write
+    here.now_s += 1.0
+    here.step()
+    assert here.gate.stalled() is None
+    here.commit()
+    here.gate.holds(0xA, "a", 2)
+    here.now_s += 1.6
+    assert here.why() == "no answer from 000000000000000B"
 
 
 FEW = (1, 2, 3)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fake_store import CLUSTER_ID, FakeStore
 
-from pylitefs.cluster.control import ClusterView, HaltLock, HistoryEntry, MemberView
+from pylitefs.cluster.control import ClusterView, CommitsWait, HaltLock, HistoryEntry, MemberView
 from pylitefs.cluster.lease_port import now_s
 from pylitefs.errors import DatabaseNotFound, Ineligible, PositionMismatch
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
@@ -55,6 +55,7 @@ def a_view(store: FakeStore, **changes: Any) -> ClusterView:
         members=(me, other, third),
         sync=1,
         in_sync=(OTHER,),
+        commits_wait=CommitsWait(2, 3.14159, "0 of 1 replicas connected"),
         history=(
             HistoryEntry(6, OTHER, "db2", 10, "start", 0),
             HistoryEntry(7, ME, "db1", 255, "failover", 1_700_000_000_120),

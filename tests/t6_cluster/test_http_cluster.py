@@ -329,6 +329,7 @@ def test_cluster_document(primary: FencedStore) -> None:
         assert {key: document[key] for key in document if key not in ("members", "primary", "history")} == {
             "nodeID": "00112233AABBCCDD", "isPrimary": True, "clusterID": CLUSTER_ID, "epoch": 7, "paused": False,
             "sync": 1, "inSync": ["000000000000000B"], "engine": "etcd", "problem": "",
+            "commitsWait": {"count": 2, "seconds": 3.142, "reason": "0 of 1 replicas connected"},
         }  # fmt: skip
         me, other, third = document["members"]
         assert document["primary"] == me
@@ -391,6 +392,7 @@ def test_metrics_of_the_cluster(primary: FencedStore) -> None:
             'litefs_sync_failed_commits_total{reason="timeout"} 1.0',
             'litefs_sync_failed_commits_total{reason="demoted"} 0.0',
             "litefs_sync_degraded_total 1.0",
+            "litefs_commits_waiting 2.0",
             "litefs_paused 0.0",
             "litefs_cluster_problem 0.0",
             "litefs_failovers_total 1.0",

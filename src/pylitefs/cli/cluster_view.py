@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from pylitefs.cli.forms import format_duration, format_ms, short_txid, table
+from pylitefs.cluster.control import CommitsWait
 from pylitefs.errors import UsageError
 
 Json = dict[str, Any]
@@ -83,13 +84,21 @@ def head_rows(cluster: Json) -> list[tuple[str, str]]:
     if cluster["paused"]:
         rows.append(("failover", "[bold yellow]paused[/]  [dim]litefs resume switches it on again[/]"))
     if cluster["sync"]:
-        names = short_names(members_of(cluster))
-        in_sync = [names.get(node_id, node_id) for node_id in cluster["inSync"] or ()]
-        enough = len(in_sync) >= cluster["sync"]
-        shown = escape(", ".join(in_sync)) if in_sync else "none"
-        colour = "green" if enough else "yellow"
-        rows.append(("sync", f"commits wait for {cluster['sync']}  [{colour}]in sync: {shown}[/]"))
+        rows.append(("sync", _sync_row(cluster)))
+    if waiting := cluster.get("commitsWait"):
+        wait = CommitsWait(waiting["count"], waiting["seconds"], waiting["reason"])
+        rows.append(("waiting", f"[bold red]{escape(str(wait))}[/]"))
     return rows
+
+
+def _sync_row(cluster: Json) -> str:
+    needed = "1 replica" if cluster["sync"] == 1 else f"{cluster['sync']} replicas"
+    if cluster["inSync"] is None:  # a replica with a static lease does not know
+        return f"commits wait for {needed}"
+    names = short_names(members_of(cluster))
+    in_sync = [names.get(node_id, node_id) for node_id in cluster["inSync"]]
+    colour = "green" if len(in_sync) >= cluster["sync"] else "yellow"
+    return f"commits wait for {needed}  [{colour}]in sync: {escape(', '.join(in_sync) or 'none')}[/]"
 
 
 def render_members(cluster: Json) -> RenderableType:

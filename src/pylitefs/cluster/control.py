@@ -52,6 +52,19 @@ class HistoryEntry:
 
 
 @dataclass(frozen=True)
+class CommitsWait:
+    """Commits that wait for replicas for longer than replicas need: how many, since when the first, and for what."""
+
+    count: int
+    seconds: float
+    reason: str
+
+    def __str__(self) -> str:
+        commits = "1 commit waits" if self.count == 1 else f"{self.count:,} commits wait"
+        return f"{commits} for replicas since {self.seconds:.0f} s: {self.reason}"
+
+
+@dataclass(frozen=True)
 class ClusterView:
     """What this node knows of its cluster. `engine` names the lease engine and `problem` says what is wrong with it, or
     why there is no primary; "" if all is well."""
@@ -65,6 +78,7 @@ class ClusterView:
     paused: bool = False
     sync: int = 0  # how many replicas a commit waits for
     in_sync: tuple[int, ...] | None = None
+    commits_wait: CommitsWait | None = None
     history: tuple[HistoryEntry, ...] = ()
     engine: str = "static"
     problem: str = ""

@@ -33,6 +33,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
+from pylitefs.cluster.control import CommitsWait
 from pylitefs.cluster.ports import Store
 from pylitefs.errors import LitefsError, Unavailable
 from pylitefs.events import Event
@@ -49,6 +50,9 @@ _TICK_S = 0.1
 _RETRY_S = 0.5
 _FLOOR_S = 0.2
 _QUIET_S = 10.0
+LONG_S = 1.5
+"""A commit that has waited for so long is told of: replicas need milliseconds."""
+_TOLD_AGAIN_S = 60.0  # where commits wait for long again and again
 
 
 class Mode(enum.Enum):
@@ -146,6 +150,8 @@ class SyncGate:
         self._floors: tuple[dict[str, int], dict[str, int]] = {}, {}  # the ends of the logs a moment ago, and later
         self._floors_s = float("-inf")
         self._complained_s = float("-inf")
+        self._stalled_since_s: float | None = None  # since when commits wait, if the log has told of it
+        self._told_s = float("-inf")  # when it did so last
 
     # --- for the engine: any thread ---------------------------------------------------------------------------------
 
@@ -168,6 +174,27 @@ class SyncGate:
         """How many commits wait."""
         with self._lock:
             return sum(map(len, self._commits.values()))
+
+    def stalled(self) -> CommitsWait | None:
+        """The commits that wait, once the first of them has waited for LONG_S."""
+        with self._lock:
+            first_s = min((queue[0].since_s for queue in self._commits.values() if queue), default=float("inf"))
+            seconds = self._clock() - first_s
+            if seconds < LONG_S:
+                return None
+            return CommitsWait(sum(map(len, self._commits.values())), seconds, self._missing())
+
+    def _missing(self) -> str:
+        """What commits wait for. Under the lock."""
+        needed, connected = self.rules.replicas, len(self._replicas)
+        if connected < needed:
+            return f"{connected} of {needed} replicas connected (replication.sync: {needed})"
+        if len(self._possible) > 1:
+            return "which replicas are in sync could not be written down"
+        if sum(replica.in_line for replica in self._replicas.values()) < needed:
+            return "replicas are connected, but have not caught up yet"
+        late = sorted(self._lacking(self._clock() - LONG_S) & (self._required or self._replicas.keys()))
+        return f"no answer from {', '.join(f'{node:016X}' for node in late)}" if late else "no replica is in sync yet"
 
     def wait(self, name: str, txid: int, then: Then) -> None:
         commit = _Commit(name, txid, then, self._clock())
@@ -260,6 +287,7 @@ class SyncGate:
         """Look once: is the set to be changed, does a commit wait for too long?"""
         if not self.active or self._closed is not None:
             return
+        self._tell_of_stall()
         if self._clock() >= self._floors_s + _FLOOR_S:
             self._floors, self._floors_s = (self._floors[1], self._heads()), self._clock()
         if self._clock() >= self._retry_at_s:
@@ -267,6 +295,21 @@ class SyncGate:
             if wanted is not None:
                 await self._write(wanted)
         self._expire()
+
+    def _tell_of_stall(self) -> None:
+        """In the log, once until no commit waits for long any more."""
+        stalled, now_s = self.stalled(), self._clock()
+        if stalled is None and self._stalled_since_s is not None:
+            log.info("commits do not wait for replicas any more, after %.0f s", now_s - self._stalled_since_s)
+            self._stalled_since_s = None
+        elif stalled is not None and self._stalled_since_s is None and now_s >= self._told_s + _TOLD_AGAIN_S:
+            self._stalled_since_s, self._told_s = now_s - stalled.seconds, now_s
+            rules = self.rules
+            end = {
+                Mode.WAIT: f"They fail after {rules.timeout_s:g} s" if rules.timeout_s else "They wait without a limit",
+                Mode.DEGRADE: f"They go on without after {rules.timeout_s:g} s",
+            }[rules.mode]
+            log.warning("%s. %s (replication.timeout): start the replicas, or see litefs status", stalled, end)
 
     def _wanted(self) -> NodeSet | None:
         """The set that should be written; None if that is what is."""

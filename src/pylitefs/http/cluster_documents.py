@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pylitefs.cluster.control import FAILOVER, ClusterView, HaltLock, HistoryEntry, MemberView
+from pylitefs.cluster.control import FAILOVER, ClusterView, CommitsWait, HaltLock, HistoryEntry, MemberView
 from pylitefs.formats.ltx.format import Position
 from pylitefs.status import ClusterNumbers, Json, rfc3339
 
@@ -32,10 +32,15 @@ def cluster_document(view: ClusterView) -> Json:
         "paused": view.paused,
         "sync": view.sync,
         "inSync": None if view.in_sync is None else [node_id_text(node_id) for node_id in view.in_sync],
+        "commitsWait": None if view.commits_wait is None else _commits_wait(view.commits_wait),
         "history": history_document(view),
         "engine": view.engine,
         "problem": view.problem,
     }
+
+
+def _commits_wait(waiting: CommitsWait) -> Json:
+    return {"count": waiting.count, "seconds": round(waiting.seconds, 3), "reason": waiting.reason}
 
 
 def member_document(member: MemberView) -> Json:
@@ -156,6 +161,7 @@ def numbers(view: ClusterView, is_primary: bool, lease_left_s: float, failovers:
         seen_s=_seen_s(view),
         in_sync=None if view.in_sync is None else len(view.in_sync),
         sync=view.sync,
+        commits_wait=0 if view.commits_wait is None else view.commits_wait.count,
         paused=view.paused,
         problem=bool(view.problem),
         failovers=failovers,

@@ -254,5 +254,8 @@ def _cluster(numbers: ClusterNumbers) -> Iterator[Metric]:
     yield GaugeMetricFamily("litefs_sync_replicas", "Replicas that a commit waits for", numbers.sync)
     if numbers.in_sync is not None:
         yield GaugeMetricFamily("litefs_in_sync_members", "Nodes that have all acknowledged commits", numbers.in_sync)
+    yield GaugeMetricFamily(
+        "litefs_commits_waiting", "Commits that wait for replicas, once one has for 1.5 s", numbers.commits_wait
+    )
     yield GaugeMetricFamily("litefs_paused", "1 while automatic failover is paused", int(numbers.paused))
     yield GaugeMetricFamily("litefs_cluster_problem", "1 while /cluster tells of a problem", int(numbers.problem))

@@ -53,6 +53,16 @@ def test_a_file_that_ends_within_its_last_page(node: Node) -> None:
     assert node.store.capture.is_as_logged(node.database())
 
 
+def test_that_a_file_was_emptied_is_told(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    """`: > app.db`, most often a slip: nothing else would tell that the rows are gone, on all nodes."""
+    path, database = path_of(node), node.database()
+    os.truncate(path, 0)
+    assert commit(node) and not database.exists
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage().startswith(f"{database.name}: a program has cut its file off to nothing")
+    assert "replicas drop the database as well" in record.getMessage()
+
+
 @pytest.mark.parametrize("tail", [b"x", b"x" * 4096, b"x" * 5000])
 def test_what_follows_the_last_page_does_not_count(node: Node, tail: bytes) -> None:
     path = path_of(node)

@@ -27,6 +27,7 @@ from pylitefs.engine.worker import Worker
 from pylitefs.errors import FormatError
 from pylitefs.formats.ltx.checksum import page_checksum, page_checksums
 from pylitefs.formats.ltx.format import Position, lock_pgno
+from pylitefs.formats.names import shown
 from pylitefs.formats.sqlite.locks import PENDING
 from pylitefs.ports import FileKind, Then
 
@@ -108,6 +109,11 @@ class CommitPoints(InPlace):
         size = os.fstat(fd).st_size
         if size == 0 and database.exists and database.loan is None:  # to SQLite a new database
             self.emptied(database)
+            log.warning(
+                "%s: a program has cut its file off to nothing, and its rows are gone: replicas drop the database as "
+                "well. If that was a mistake, import a backup (litefs import)",
+                shown(database.name),
+            )
             return True
         try:
             page_size, commit = whole_size(os.pread(fd, 100, 0), size)

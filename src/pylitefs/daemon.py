@@ -44,7 +44,7 @@ from pylitefs.http.server import HttpServer, Route, build_app, listen
 from pylitefs.lease.open import open_engine, ttl_of
 from pylitefs.node import Node
 from pylitefs.node_control import NodeControl
-from pylitefs.observability import systemd
+from pylitefs.observability import event_log, systemd
 from pylitefs.ports import Notifier
 from pylitefs.status import NodeInfo
 from pylitefs.supervise import Supervisor
@@ -213,7 +213,7 @@ class Daemon:
                 max_log_size_bytes=config.data.max_log_size_bytes,
             ),
         )
-        self._stack.callback(self._events.subscribe(_log_event))
+        self._stack.callback(self._events.subscribe(event_log.write))
         self._stack.callback(self._events.subscribe(self._heard))
         await self._unless_stopped(in_thread(self._store.load))
         self._store.start()
@@ -479,26 +479,6 @@ def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
         log.warning("a connection waits to be accepted: %s", error.strerror)
     else:
         loop.default_exception_handler(context)
-
-
-_QUIET = frozenset({"tx", "synced", "init", "primaryChange"})
-_SAID = frozenset({"notReplicated", "notTakenOver", "overlooked"})  # who emits one of these has logged a sentence
-_LOUD = frozenset(
-    {
-        "setAside", "withheld", "lost", "corruptLog", "damaged", "healed", "diskFull", "logFailing",
-        "busyAfterCrash", "haltLost", "syncDegraded", "forced",
-    }
-)  # fmt: skip
-
-
-def _log_event(event: Event) -> None:
-    if event.type not in _QUIET | _SAID:
-        level = logging.WARNING if event.type in _LOUD else logging.INFO
-        extra = {"database": event.database, **event.data} if event.database else dict(event.data)
-        log.log(level, event.type, extra={key: value for key, value in extra.items() if key not in _RESERVED})
-
-
-_RESERVED = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
 
 def run(config: Config) -> int:

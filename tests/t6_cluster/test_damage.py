@@ -150,7 +150,7 @@ def test_what_was_written_in_the_data_directory_is_no_damage(cluster: Cluster, o
         wait_until(lambda: primary.position(NAME) != position, "it is recorded")
     else:
         wait_until(lambda: "they are recorded as an application's" in primary.log_text(), "it is found")
-        wait_until(lambda: "msg=repair" in primary.log_text(), "it is recorded")
+        wait_until(lambda: metric(primary, "litefs_repairs") >= 1, "it is recorded")
         with contextlib.closing(primary.connect(NAME)) as connection:
             rows = dump(connection)
     wait_same_position(primary, replica, NAME)

@@ -139,13 +139,13 @@ class Node:
         await cancel(self._running)
         await self.halting.close()
         await self.halts.end_all("the node is stopping")
-        await self._stop_following()
+        await self._stop_following("stops")
 
     async def close(self) -> None:
         """After `stop`, when nothing is mounted any more."""
         await self._hooks.close()
         await self._close_gate(Unavailable("this node is stopping"))
-        await self._close_replicas()
+        await self._close_replicas("stops")
         for task in list(self._background):
             await cancel(task)
         if self._engine is not None:
@@ -249,12 +249,12 @@ class Node:
 
     async def promote(self, epoch: int, cluster_id: str) -> str:
         store = self.store
-        await self._stop_following()
+        await self._stop_following("becomes the primary")
         if cluster_id:
             await blocking(store.adopt_cluster_id, cluster_id)
         else:
             await blocking(store.ensure_cluster_id)
-        await self._close_replicas()
+        await self._close_replicas("begins another term")
         self._begun, self._passed_on = True, False
         if self.gate is not None and self.gate.is_closed:  # it was refused to write who is in sync
             await self._close_gate(Unavailable("a new term begins"))
@@ -289,7 +289,7 @@ class Node:
             log.warning("%s: a transaction is open since this node ceased to be the primary: not replicated yet", name)
         if self.leadership is not None and self.leadership.remaining_s > 0 and not self._passed_on:
             await self.send_the_rest()
-        await self._close_replicas()
+        await self._close_replicas(f"is not the primary any more: {reason}")
         store.events.emit(Event("demoted", None, {"reason": reason}))
         self._hooks.changed("replica", store.epoch, "")
 
@@ -305,7 +305,7 @@ class Node:
 
     async def follow(self, leader: Leader) -> None:
         if leader != self.following:
-            await self._stop_following()
+            await self._stop_following("follows another primary")
             if not leader.url:
                 raise Unavailable("the primary has no URL: set lease.advertise-url there")
             self.store.set_primary_info(leader.hostname or leader.url.split("//")[-1])
@@ -390,11 +390,12 @@ class Node:
             gate.close(error)
             await cancel(self._gating)
 
-    async def _close_replicas(self) -> None:
+    async def _close_replicas(self, why: str) -> None:
         """Tell them; whoever does not listen is told in the background."""
         replicas, self._replicas = self._replicas, None
         self._entered.clear()
         if replicas is not None:
+            replicas.leaving = why
             await asyncio.wait({self._start(replicas.__aexit__(None, None, None))}, timeout=CLOSE_S)
 
     async def _follow(self, leader: Leader) -> None:
@@ -420,10 +421,12 @@ class Node:
         finally:
             await cancel(telling)
 
-    async def _stop_following(self) -> None:
+    async def _stop_following(self, why: str) -> None:
         self.following = None
         await self.halting.end_all("this node does not follow that primary any more")
         follower, self._follower = self._follower, None
+        if self._replica is not None:
+            self._replica.leaving = why
         await cancel(follower)
         self._replica = None
 

@@ -14,6 +14,7 @@ from pair import FAST, Pair
 
 from pylitefs.cluster.channel import Timings
 from pylitefs.cluster.primary import RecoveryWait
+from pylitefs.cluster.replica import Replica
 from pylitefs.formats import stream
 from pylitefs.formats.ltx.decoder import decode
 from pylitefs.formats.stream import Sender
@@ -407,3 +408,28 @@ async def test_a_replica_that_does_not_read_is_waited_for(pair: Pair) -> None:
         end.stalled = False
         end.wake()
         await pair.until_equal()
+
+
+async def test_either_side_says_plainly_who_left_and_why(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def complain(follower: Replica, what: str) -> None:
+        problems.append(f"{what}: {follower.state.problem}")
+
+    def reasons() -> list[str]:
+        return [event.data["reason"] for event in pair.primary.seen if event.type == "replicaLost"]
+
+    problems: list[str] = []
+    monkeypatch.setattr(Replica, "_complain", complain)
+    async with pair.running():
+        await pair.until(pair.follower.ready.is_set)
+        pair.replicas.leaving, pair.unreachable = "stops", True
+        await pair.replicas.__aexit__()
+        await pair.until(lambda: problems)
+    assert problems[0] == "lost the primary: the primary db1 (0000000000000001) stops"
+    assert reasons() == ["the primary db1 (0000000000000001) stops"]
+    pair.unreachable = False
+    async with pair.running():
+        await pair.until(pair.follower.ready.is_set)
+        pair.follower.leaving = "becomes the primary"
+        pair.following.cancel()
+        await pair.until(lambda: len(reasons()) == 2)
+    assert reasons()[1] == "the replica db2 (0000000000000002) becomes the primary"

@@ -163,7 +163,7 @@ def test_replicas_that_do_not_read_cost_little(cluster: Cluster) -> None:
         peer.close()
     for writer in writers:
         writer.close()
-    complaints = [line for line in primary.log_text().splitlines() if "logger=litefs.replication" in line]
+    complaints = [line for line in primary.log_text().splitlines() if "event=replicaLost" in line]
     assert [line for line in complaints if "nothing was heard" in line] == complaints[:1]
     assert grown < 5 * 8, f"{grown:.0f} MiB; all of it would be {5 * 40 * 0.2:.0f} MiB more"
 

@@ -80,13 +80,14 @@ class Channel:
             raise unexpected(message)
         return message
 
-    async def close(self, error: BaseException | None, close_s: float) -> None:
-        """Tell the other side why, if it can be told, and close. Never raises."""
+    async def close(self, error: BaseException | None, close_s: float, farewell: str = "it was ended") -> None:
+        """Tell the other side why, if it can be told, and close. Never raises. `farewell`: who leaves, and why, where
+        nothing has failed (CancelledError)."""
         reason: Error | None = None
         if isinstance(error, Refused) and not isinstance(error, RefusedByPeer):
             reason = error.message
         elif isinstance(error, asyncio.CancelledError):
-            reason = Error(ErrorCode.SHUTTING_DOWN, "the other node is not the primary any more, or shuts down")
+            reason = Error(ErrorCode.SHUTTING_DOWN, farewell)
         elif error is not None and not isinstance(error, (LinkClosed, Refused)):
             reason = Error(ErrorCode.INTERNAL, "an internal error; see the log of the other node")
         if reason is not None:

@@ -95,6 +95,7 @@ class Replicas:
         self.snapshot_timeout_s = snapshot_timeout_s
         self.sessions: dict[int, ReplicaSession] = {}
         self.gate: SyncGate | None = None  # synchronous replication; set before any replica connects
+        self.leaving = "was ended"  # why, where this is left in good order: "stops"
         self._serving: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="replication")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,6 +116,11 @@ class Replicas:
         if self._epoch > before:
             for session in list(self.sessions.values()):
                 session.stop(StaleEpoch(before, self._epoch))
+
+    @property
+    def farewell(self) -> str:
+        """What the log here and replicas are told when this is left."""
+        return f"the primary {self.node} {self.leaving}"
 
     async def __aenter__(self) -> Replicas:
         self._loop = asyncio.get_running_loop()
@@ -309,11 +315,11 @@ class ReplicaSession:
             error = cancelled
         except Exception as failure:
             error = failure
-        reason = _reason(error)
+        reason = self._replicas.farewell if isinstance(error, asyncio.CancelledError) else _reason(error)
         if isinstance(error, Exception) and not isinstance(error, LitefsError):
-            log.error("replica %s: %s", self.address, reason, exc_info=error)
-        else:
-            log.info("replica %s: %s", self.address, reason)
+            log.error("a defect: replica %s: %s", self.address, reason, exc_info=error)
+        elif not known:  # else `replicaLost` says it
+            log.info("replica %s not let in: %s", f"{self.hostname} {self.address}".strip(), reason)
         if isinstance(error, StaleEpoch) and error.seen > self._replicas.epoch:
             self._replicas.on_newer_epoch(error.seen)
         if known:  # before anything that waits, and could be cancelled
@@ -324,7 +330,7 @@ class ReplicaSession:
 
     async def _close(self, error: BaseException | None) -> None:
         await self._tasks.close()
-        await self._channel.close(error, self._timings.close_s)
+        await self._channel.close(error, self._timings.close_s, self._replicas.farewell)
 
     def stop(self, error: Refused) -> None:
         self._tasks.fail(error)
@@ -591,8 +597,6 @@ class ReplicaSession:
 
 
 def _reason(error: BaseException | None) -> str:
-    if isinstance(error, asyncio.CancelledError):
-        return "this node is not the primary any more, or shuts down"
     if isinstance(error, (LinkClosed, Refused)):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -124,6 +124,7 @@ class Replica:
         self._session: ReplicaLink | None = None
         self._since_ms = _now_ms()
         self._problem = "connecting"
+        self.leaving = "was ended"  # why `run` is cancelled: "stops"; the primary is told
         self._complained: tuple[str, float] = ("", 0.0)
 
     @property
@@ -290,7 +291,8 @@ class ReplicaLink:
         await self._tasks.close()
         await self._applier.drain(DRAIN_S)
         await self._applier.close()
-        await self._channel.close(told, self._timings.close_s)
+        replica = self._replica
+        await self._channel.close(told, self._timings.close_s, f"the replica {replica.node} {replica.leaving}")
 
     def end(self, reason: Exception) -> None:
         self._tasks.fail(reason)

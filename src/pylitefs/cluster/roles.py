@@ -17,6 +17,9 @@ class NodeIdentity:
     node_id: int
     hostname: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.hostname} ({self.node_id:016X})" if self.hostname else f"{self.node_id:016X}"
+
 
 class Refused(ProtocolError):
     """One side will not talk to the other. `code` says why, to the other side too."""

@@ -63,7 +63,9 @@ def write(event: Event) -> None:
     if event.type == "recovered" and event.data.get("outcome") == "released":
         sentence = "it is served again"
     if log.isEnabledFor(level):
-        fields: dict[str, object] = {"event": event.type} | ({"database": event.database} if event.database is not None else {})
+        fields: dict[str, object] = {"event": event.type}
+        if event.database is not None:
+            fields["database"] = event.database
         fields |= {key: _shown(key, value) for key, value in event.data.items() if key not in _RESERVED}
         log.log(level, sentence, extra=fields)
 

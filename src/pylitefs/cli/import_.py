@@ -12,9 +12,11 @@ from urllib.parse import quote
 
 import click
 
-from pylitefs.errors import NotADatabase, UsageError
+from pylitefs.errors import LitefsError, NotADatabase, UsageError
 from pylitefs.formats.names import shown
-from pylitefs.http.client import DEFAULT_URL, Client
+from pylitefs.http.client import DEFAULT_URL, Client, Refused
+
+_UNAVAILABLE = 503
 
 
 @click.command("import")
@@ -39,8 +41,21 @@ def import_(url: str, name: str, path: str) -> None:
     started_s = time.monotonic()
     client = Client(url)
     with _standalone(path) as source, open(source, "rb") as file:
-        client.import_(name, file)
+        try:
+            client.import_(name, file)
+        except Refused as refusal:
+            where = _primary(client) if refusal.status == _UNAVAILABLE else ""
+            raise Refused(refusal.status, f'{path} was not imported as "{shown(name)}": {refusal}{where}') from None
     click.echo(f'Import of database "{shown(name)}" in {time.monotonic() - started_s:.3f}s')
+
+
+def _primary(client: Client) -> str:
+    """Where to import instead, if the node that was asked is a replica; to be added to what it said."""
+    with contextlib.suppress(LitefsError):
+        info = client.info()
+        if not info.get("isPrimary") and (url := info.get("primary", {}).get("url")):
+            return f" (-url {url})"
+    return ""
 
 
 @contextlib.contextmanager

@@ -38,7 +38,9 @@ def problem_of(name: str) -> str | None:
         return "it stands for no file name"
     if from_bytes(raw) != name:
         return "it stands for no file name"  # UTF-8 that was written as single bytes
-    if not raw or name in _TAKEN or b"/" in raw or b"\0" in raw:
+    if b"/" in raw:
+        return "it has a / in it, and databases lie in the mounted directory itself, not in folders"
+    if not raw or name in _TAKEN or b"\0" in raw:
         return "it is no file name that a database can have"
     for suffix in _SIDE_FILES:
         if name.endswith(suffix):

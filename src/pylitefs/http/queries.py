@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 
 from pylitefs.config_values import ValueProblem, format_duration, parse_duration_s
 from pylitefs.errors import UsageError
-from pylitefs.formats.names import is_database_name
+from pylitefs.formats.names import problem_of
 
 MAX_LOCK_ID = (1 << 63) - 1
 MAX_LIMITS = 8
@@ -48,8 +48,8 @@ def checked_name(name: str | None, key: str = "name") -> str:
     """The database name of a request. Raises UsageError for one that could not be a database's."""
     if not name:
         raise UsageError(f"name required: add ?{key}=DATABASE")
-    if not is_database_name(name):
-        raise UsageError(f"not the name of a database: {_shown(name)}")
+    if problem := problem_of(name):
+        raise UsageError(f"{_shown(name)} cannot be the name of a database: {problem}")
     return name
 
 

@@ -23,7 +23,7 @@ from urllib.parse import quote
 from aiohttp import web
 
 from pylitefs.errors import DatabaseNotFound, FormatError, NotADatabase, ReadOnlyReplica, Unavailable
-from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader
+from pylitefs.formats.sqlite.header import HEADER_SIZE, MAGIC, DatabaseHeader
 from pylitefs.http.errors import HttpProblem
 from pylitefs.http.queries import checked_name, name_in
 from pylitefs.status import StoreView
@@ -183,19 +183,29 @@ def check_database(path: str, cancelled: Callable[[], bool] = lambda: False) -> 
     size_bytes = os.path.getsize(path)
     with open(path, "rb") as file:
         prefix = file.read(HEADER_SIZE)
-    if not prefix:
-        raise NotADatabase("not a SQLite database: it is empty")
+    if len(prefix) < HEADER_SIZE:
+        raise NotADatabase(f"not a SQLite database: it has {len(prefix)} bytes" if prefix else "it is empty")
     try:
         header = DatabaseHeader.unpack(prefix)
     except FormatError as error:
-        raise NotADatabase(str(error)) from None
+        hint = "" if prefix.startswith(MAGIC) else " (an SQL dump has to be read with sqlite3 first)"
+        raise NotADatabase(f"{error}{hint}") from None
     if size_bytes % header.page_size:
-        raise NotADatabase(f"not a whole SQLite database: {size_bytes} bytes are not full pages of {header.page_size}")
+        raise NotADatabase(
+            f"not a whole SQLite database: it ends within a page ({size_bytes} bytes, pages of {header.page_size}): "
+            "copy it again"
+        )
     if header.page_count_valid and header.page_count * header.page_size > size_bytes:
-        raise NotADatabase(f"not a whole SQLite database: {header.page_count} pages expected, it ends before")
+        raise NotADatabase(
+            f"not a whole SQLite database: it ends after {size_bytes // header.page_size} of its {header.page_count} "
+            "pages: copy it again"
+        )
     problem = _quick_check(path, cancelled)
     if problem is not None:
-        raise NotADatabase(f"a damaged SQLite database: {problem}")
+        raise NotADatabase(
+            f"a damaged SQLite database ({problem}): was it copied while it was in use? sqlite3 FILE '.backup COPY' "
+            "makes a sound copy"
+        )
 
 
 def _quick_check(path: str, cancelled: Callable[[], bool]) -> str | None:

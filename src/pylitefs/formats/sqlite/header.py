@@ -92,7 +92,7 @@ class DatabaseHeader:
             raise TruncatedError(f"a SQLite header has {HEADER_SIZE} bytes, not {len(data)}")
         magic, stored, write, read, reserved, fractions, *rest = _LAYOUT.unpack_from(data)
         if magic != MAGIC:
-            raise FormatError("not a SQLite database: it does not begin with its magic string")
+            raise FormatError('not a SQLite database: it does not begin with "SQLite format 3"')
         if fractions != _FRACTIONS:
             raise FormatError("not a SQLite database: bytes 21 to 23 are wrong")
         header = cls(_page_size(stored), write, read, reserved, *rest)

@@ -65,7 +65,10 @@ def test_verify_good_files(snapshot: Path, change: Path) -> None:
     pages = (snapshot.parent / "app.db").stat().st_size // 4096
     assert pages > 10
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == f"{snapshot}: ok, TXID 1, {pages} pages, snapshot\n{change}: ok, TXIDs 2 to 7, 2 pages\n"
+    assert result.stdout == (
+        f"{snapshot}: ok, TXID 0000000000000001, {pages} pages, snapshot\n"
+        f"{change}: ok, TXIDs 0000000000000002-0000000000000007, 2 pages\n"
+    )
 
 
 def test_verify_says_one_line_for_each_bad_file_and_goes_on(change: Path, tmp_path: Path) -> None:
@@ -78,7 +81,7 @@ def test_verify_says_one_line_for_each_bad_file_and_goes_on(change: Path, tmp_pa
     bad = ["cut.ltx", "flipped.ltx", "longer.ltx", "empty.ltx", file_name(3, 7), "missing.ltx", "."]
     result = ltx("verify", *(tmp_path / name for name in bad), change)
     assert result.exit_code == 1
-    assert result.stdout == f"{change}: ok, TXIDs 2 to 7, 2 pages\n"
+    assert result.stdout == f"{change}: ok, TXIDs 0000000000000002-0000000000000007, 2 pages\n"
     lines = result.stderr.splitlines()
     assert len(lines) == len(bad)
     for name, line in zip(bad, lines, strict=True):

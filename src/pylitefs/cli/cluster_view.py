@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from pylitefs.cli.forms import format_duration, format_ms, short_txid, table
+from pylitefs.cli.forms import format_duration, format_ms, table
 from pylitefs.cluster.control import CommitsWait
 from pylitefs.errors import UsageError
 
@@ -164,13 +164,13 @@ def render_history(entries: list[Json]) -> RenderableType:
         [
             f"{entry['epoch']:,}",
             escape(names[entry["nodeID"]]),
-            short_txid(entry["txid"]),
+            entry["txid"],
             local_time(entry["time"]),
             escape(entry["reason"]),
         ]
         for entry in entries
     ]
-    return table([">epoch", "~primary", ">txid", "since", "~reason"], rows, blank=False)
+    return table([">epoch", "~primary", "txid", "since", "~reason"], rows, blank=False)
 
 
 def local_time(text: str) -> str:

@@ -22,7 +22,6 @@ from rich.text import Text
 
 from pylitefs.cli.demo_cluster import START_TIMEOUT_S, Cluster, DemoFailed, Node, free_ports
 from pylitefs.cli.demo_workload import DATABASE, check_line, compare
-from pylitefs.cli.status import short_txid
 from pylitefs.errors import LitefsError
 from pylitefs.supervise import dying_with_us
 
@@ -252,7 +251,7 @@ def _hand_over(cluster: ElectingCluster) -> str:
 
 def _render(cluster: ElectingCluster, client: Client, story: list[Text]) -> RenderableType:
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
-    for heading in ("node", "role", "transaction"):
+    for heading in ("node", "role", "txid"):
         table.add_column(heading, no_wrap=True)
     for node in cluster.nodes:
         status = node.status() if node.process is not None and node.process.poll() is None else None
@@ -260,7 +259,7 @@ def _render(cluster: ElectingCluster, client: Client, story: list[Text]) -> Rend
         if status is not None and status["node"]["role"] == "primary":
             role.stylize("bold green")
         found = [db["txid"] for db in (status or {}).get("databases", []) if db["name"] == DATABASE]
-        table.add_row(Text(node.name, style="bold"), role, str(int(short_txid(found[0]), 16)) if found else "")
+        table.add_row(Text(node.name, style="bold"), role, found[0] if found else "")
     gap = Text(f"  last commit {client.gap_s:.1f} s ago", style="bold red") if client.gap_s > 0.5 else Text("")
     return Group(Text(), table, Text(), Text(f"{len(client.committed):,} commits acknowledged") + gap, *story)
 

@@ -38,11 +38,6 @@ def table(headings: list[str], rows: list[list[str]], *, blank: bool = True) -> 
     return Group(Text(), shown) if blank else shown
 
 
-def short_txid(txid: str) -> str:
-    """A TXID of 16 hex digits without its leading zeros."""
-    return txid.lstrip("0") or "0"
-
-
 def format_ms(lag_ms: float) -> str:
     """0.42 ms, 12 ms, 3.1 s, 5 m 2 s."""
     if lag_ms < 1000:

@@ -281,7 +281,8 @@ def _entry(path: str) -> str:
     header = decoder.header
     assert header is not None
     when = datetime.fromtimestamp(header.timestamp_ms / 1000).astimezone().isoformat(timespec="milliseconds")
-    return f"TXID {header.min_txid} to {header.max_txid}  {when}  epoch {header.epoch}  {decoder.page_count} pages"
+    txids = f"TXID {header.min_txid:016x} to {header.max_txid:016x}"
+    return f"{txids}  {when}  epoch {header.epoch}  {decoder.page_count} pages"
 
 
 def _show_rows(comparison: Comparison, limit: int) -> None:

@@ -69,8 +69,8 @@ def verify(files: tuple[str, ...]) -> int:
     \b
     Example:
         $ litefs ltx verify *.ltx
-        0000000000000001-0000000000000001.ltx: ok, TXID 1, 24 pages, snapshot
-        0000000000000002-0000000000000007.ltx: ok, TXIDs 2 to 7, 5 pages
+        0000000000000001-0000000000000001.ltx: ok, TXID 0000000000000001, 24 pages, snapshot
+        0000000000000002-0000000000000007.ltx: ok, TXIDs 0000000000000002-0000000000000007, 5 pages
     """
     return _each(files, _verify)
 
@@ -122,18 +122,21 @@ def _read(path: str) -> tuple[Header, int, Trailer]:
     assert header is not None
     named = parse_file_name(os.path.basename(path))
     if named is not None and named != (header.min_txid, header.max_txid):
-        raise FormatError(f"holds TXIDs {header.min_txid} to {header.max_txid}, which its name does not say")
+        raise FormatError(f"holds TXIDs {_txids(header)}, which its name does not say")
     return header, decoder.page_count, trailer
 
 
 def _verify(path: str) -> None:
     header, page_count, _ = _read(path)
-    if header.min_txid == header.max_txid:
-        txids = f"TXID {header.min_txid}"
-    else:
-        txids = f"TXIDs {header.min_txid} to {header.max_txid}"
+    several = "s" if header.max_txid > header.min_txid else ""
     pages = f"{page_count} page{'' if page_count == 1 else 's'}"
-    click.echo(f"{path}: ok, {txids}, {pages}{', snapshot' if header.is_snapshot else ''}")
+    click.echo(f"{path}: ok, TXID{several} {_txids(header)}, {pages}{', snapshot' if header.is_snapshot else ''}")
+
+
+def _txids(header: Header) -> str:
+    """As in the file's name."""
+    last = f"-{header.max_txid:016x}" if header.max_txid > header.min_txid else ""
+    return f"{header.min_txid:016x}{last}"
 
 
 def _dump(path: str) -> None:

@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pylitefs.cli.cluster_view import head_rows, members_of, render_members
-from pylitefs.cli.forms import console, format_duration, format_ms, format_size, short_txid, table
+from pylitefs.cli.forms import console, format_duration, format_ms, format_size, table
 from pylitefs.errors import LitefsError
 from pylitefs.formats.names import shown
 from pylitefs.http.client import DEFAULT_URL, Client, Json
 
-__all__ = ["format_duration", "format_ms", "format_size", "render", "short_txid", "status"]
+__all__ = ["format_duration", "format_ms", "format_size", "render", "status"]
 
 _WATCH_INTERVAL_S = 1.0
 
@@ -122,15 +122,13 @@ def _head(document: Json) -> Table:
 def _databases(databases: list[Json], not_replicated: list[Json]) -> RenderableType:
     rows = []
     for database in databases:
-        in_wal_mode = database["journalMode"] == "wal"
         rows.append(
             [
                 escape(shown(database["name"])),
-                short_txid(database["txid"]),
+                database["txid"],
                 database["checksum"],
                 format_size(database["sizeBytes"]),
-                "wal" if in_wal_mode else "rollback",
-                format_size(database["walSizeBytes"]) if in_wal_mode else "-",
+                _journal(database),
                 format_size(database["logSizeBytes"]),
             ]
         )
@@ -154,7 +152,13 @@ def _databases(databases: list[Json], not_replicated: list[Json]) -> RenderableT
         problems.append(
             Text(f"written by SQLite {', '.join(old)}: before 3.51.3 several checkpointers can corrupt a WAL", "yellow")
         )
-    return Group(table(["~database", ">txid", "checksum", ">size", "mode", ">wal", ">log"], rows), *problems)
+    return Group(table(["~database", "txid", "checksum", ">size", "journal", ">log"], rows), *problems)
+
+
+def _journal(database: Json) -> str:
+    """The journal mode, and in WAL mode how much stands in the WAL."""
+    size_bytes = database["walSizeBytes"] if database["journalMode"] == "wal" else 0
+    return str(database["journalMode"]) + (f", {format_size(size_bytes)}" if size_bytes else "")
 
 
 def _replicas(replicas: list[Json]) -> RenderableType:

@@ -47,7 +47,8 @@ def compacted_header(headers: Sequence[Header], flags: int = 0) -> Header:
             raise FormatError(f"LTX compaction: page sizes differ: {before.page_size} and {after.page_size}")
         if after.min_txid != before.max_txid + 1:
             raise FormatError(
-                f"LTX compaction: transaction {after.min_txid} does not follow {before.max_txid}, files are missing"
+                f"LTX compaction: transaction {after.min_txid:016x} does not follow {before.max_txid:016x}, "
+                "files are missing"
             )
     keeps_checksums = not flags & HEADER_FLAG_NO_CHECKSUM
     if keeps_checksums and not all(header.has_checksums for header in headers):
@@ -108,11 +109,11 @@ def _final_checksum(sources: Sequence[Source]) -> int:
     for index, source in enumerate(sources):
         header, trailer = source.header, source.trailer
         if trailer is None:
-            raise FormatError(f"LTX compaction: the file from transaction {header.min_txid} on was not read to its end")
+            raise FormatError(f"LTX compaction: the file from {header.min_txid:016x} on was not read to its end")
         if index and header.has_checksums and checksum and header.pre_apply_checksum != checksum:
             raise FormatError(
-                f"LTX compaction: transaction {header.min_txid} applies to checksum {header.pre_apply_checksum:016x},"
-                f" the one before leads to {checksum:016x}"
+                f"LTX compaction: transaction {header.min_txid:016x} applies to checksum "
+                f"{header.pre_apply_checksum:016x}, the one before leads to {checksum:016x}"
             )
         checksum = trailer.post_apply_checksum
     return checksum

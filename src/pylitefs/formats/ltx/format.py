@@ -167,7 +167,7 @@ class Header:
         if not is_page_size(self.page_size):
             raise FormatError(f"LTX header: {self.page_size} is not a SQLite page size")
         if not 1 <= self.min_txid <= self.max_txid <= MAX_TXID:
-            raise FormatError(f"LTX header: not a range of transactions: {self.min_txid} to {self.max_txid}")
+            raise FormatError(f"LTX header: not a range of transactions: {self.min_txid:016x} to {self.max_txid:016x}")
         if self.wal_offset < 0 or self.wal_size < 0:
             raise FormatError(f"LTX header: negative WAL range: offset {self.wal_offset}, size {self.wal_size}")
         if self.wal_offset == 0 and (self.wal_size or self.wal_salt1 or self.wal_salt2):

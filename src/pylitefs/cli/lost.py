@@ -15,13 +15,14 @@ import click
 
 from pylitefs.cli import lost_rows
 from pylitefs.cli.command import HELP_FLAGS, Verb
+from pylitefs.cli.local_node import LocalNode, find_node
 from pylitefs.cli.lost_rows import Comparison, Kind
-from pylitefs.config import load
 from pylitefs.engine.lost import BASE, PAGES, TIP, Branch, branches, mark_applied, read_branch
 from pylitefs.errors import DatabaseError, FormatError, LitefsError, UsageError
 from pylitefs.formats.ltx.decoder import Decoder
 
 _CONFIG = click.option("-config", "config_path", default=None, metavar="PATH", help="The node's configuration file.")
+_URL = click.option("-url", "url", default="", metavar="URL", help="The node's API, instead: it runs on this machine.")
 _DATA_DIR = click.option("-data-dir", "data_dir", default="", metavar="DIR", help="The data directory, without a file.")
 _DB = click.option(
     "-db", "db", default="", metavar="PATH", help="The database to compare with, as applications see it."
@@ -36,12 +37,14 @@ def lost(ctx: click.Context) -> None:
     When a primary fails before its last transactions reached another node, and comes back after others have written,
     those transactions are a branch that belongs to nobody. The node keeps it: in its data directory, in
     dbs/NAME/lost/TIME. Nothing in there is ever removed by litefs. A BRANCH is given as NAME/TIME, or by its folder.
+    These commands run on the node's own machine. They find the node by its configuration file, where `litefs mount`
+    looks for it, or else by asking the one that runs; -config, -data-dir or -url names another.
 
     \b
     Examples:
-        $ litefs lost list -config /etc/litefs.yml
-        $ litefs lost show -config /etc/litefs.yml app.db/20261120T140312
-        $ litefs lost apply -config /etc/litefs.yml app.db/20261120T140312
+        $ litefs lost list
+        $ litefs lost show app.db/20261120T140312
+        $ litefs lost apply app.db/20261120T140312
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -51,15 +54,16 @@ def lost(ctx: click.Context) -> None:
 @lost.command("list", cls=Verb)
 @_CONFIG
 @_DATA_DIR
+@_URL
 @click.option("-json", "as_json", is_flag=True, help="JSON.")
-def list_(config_path: str | None, data_dir: str, as_json: bool) -> None:
+def list_(config_path: str | None, data_dir: str, url: str, as_json: bool) -> None:
     """List the branches and databases that this node keeps.
 
     \b
     Example:
         $ litefs lost list -data-dir /var/lib/litefs
     """
-    found = branches(_data_dir(config_path, data_dir))
+    found = branches(find_node(config_path, data_dir, url).data_dir)
     if as_json:
         click.echo(json.dumps([_document(branch) for branch in found], indent=2))
         return
@@ -81,20 +85,21 @@ def list_(config_path: str | None, data_dir: str, as_json: bool) -> None:
 @lost.command(cls=Verb)
 @_CONFIG
 @_DATA_DIR
+@_URL
 @_DB
 @click.option("-limit", "limit", default=20, show_default=True, metavar="N", help="Rows of each table that are shown.")
 @click.argument("branch")
-def show(config_path: str | None, data_dir: str, db: str, limit: int, branch: str) -> None:
+def show(config_path: str | None, data_dir: str, url: str, db: str, limit: int, branch: str) -> None:
     """Show the transactions of BRANCH, and which rows they have added, changed and deleted.
 
-    Rows are compared with the database as it is now: through the mount, if the configuration names it and it is
-    mounted; -db names another copy. A conflict is a row that is neither as it was before the branch nor as in it.
+    Rows are compared with the database as it is now: through the node's mount, or as its files are while it does not
+    run; -db names another copy. A conflict is a row that is neither as it was before the branch nor as in it.
 
     \b
     Example:
-        $ litefs lost show -config /etc/litefs.yml app.db/20261120T140312
+        $ litefs lost show app.db/20261120T140312
     """
-    found = _find(config_path, data_dir, branch)
+    node, found = _find(config_path, data_dir, url, db, branch)
     for name, value in _facts(found):
         click.echo(f"{name:<14} {value}")
     click.echo()
@@ -106,7 +111,7 @@ def show(config_path: str | None, data_dir: str, db: str, limit: int, branch: st
         click.echo(f"\nWhich rows differ cannot be told: {what} kept with it.")
         return
     with (
-        _now(config_path, data_dir, db, found) as now,
+        _now(node, db, found) as now,
         contextlib.closing(lost_rows.connect(now, writable=False)) as connection,
     ):
         _show_rows(Comparison(connection, tip, found.path(BASE)), limit)
@@ -115,39 +120,42 @@ def show(config_path: str | None, data_dir: str, db: str, limit: int, branch: st
 @lost.command(cls=Verb)
 @_CONFIG
 @_DATA_DIR
+@_URL
 @_DB
 @click.option("-write", "write", is_flag=True, help="Do it; without it the SQL is printed.")
 @click.option("-force", "force", is_flag=True, help="Overwrite rows that were changed since, too.")
 @click.option("-again", "again", is_flag=True, help="Also if it was applied before.")
 @click.argument("branch")
-def apply(config_path: str | None, data_dir: str, db: str, write: bool, force: bool, again: bool, branch: str) -> None:
+def apply(
+    config_path: str | None, data_dir: str, url: str, db: str, write: bool, force: bool, again: bool, branch: str
+) -> None:
     """Do to the database what BRANCH has done: print the SQL, or with -write execute it as one transaction.
 
     Only rows that are still as they were before the branch are touched; others are conflicts, which are counted and
-    left alone, or with -force overwritten. Write on the primary, -db is the database in its mount; or on a replica
-    under `litefs run -with-halt-lock-on`. The branch itself stays as it is, and is marked.
+    left alone, or with -force overwritten. The database is that in the node's mount, or -db. Write on the primary, or
+    on a replica under `litefs run -with-halt-lock-on`. The branch itself stays as it is, and is marked.
 
     \b
     Examples:
-        $ litefs lost apply -config /etc/litefs.yml app.db/20261120T140312
+        $ litefs lost apply app.db/20261120T140312
         $ litefs lost apply -write -db /litefs/app.db /var/lib/litefs/dbs/app.db/lost/20261120T140312
     """
-    found = _find(config_path, data_dir, branch)
+    node, found = _find(config_path, data_dir, url, db, branch)
     tip = found.path(TIP)
     if tip is None:
         raise LitefsError(f"{found.name}: which rows it has changed cannot be told: no copy of the database is kept")
     if not write:
         with (
-            _now(config_path, data_dir, db, found) as now,
+            _now(node, db, found) as now,
             contextlib.closing(lost_rows.connect(now, writable=False)) as connection,
         ):
             _print_sql(Comparison(connection, tip, found.path(BASE)), force)
         return
     if found.applied and not again:
         raise LitefsError(f"{found.name} was applied before: look at it with `litefs lost show`, or give -again")
-    target = db or _mounted(config_path, found)
+    target = db or _mounted(node, found)
     if not target:
-        raise UsageError("-db required: name the database in the primary's mount")
+        raise UsageError("-db required: name the database in the primary's mount (no mount of this node is known)")
     with contextlib.closing(lost_rows.connect(target, writable=True)) as connection:
         counts = lost_rows.write(connection, tip, found.path(BASE), force=force)
     mark_applied(found, os.path.abspath(target), counts)
@@ -160,21 +168,20 @@ def apply(config_path: str | None, data_dir: str, db: str, write: bool, force: b
 # --- which branch, and compared with what -----------------------------------------------------------------------------
 
 
-def _data_dir(config_path: str | None, data_dir: str) -> str:
-    return data_dir or load(config_path)[0].data.dir
-
-
-def _find(config_path: str | None, data_dir: str, branch: str) -> Branch:
+def _find(config_path: str | None, data_dir: str, url: str, db: str, branch: str) -> tuple[LocalNode, Branch]:
     if os.path.isdir(branch):
-        found = read_branch(os.path.abspath(branch), _database_of(branch))
+        folder = os.path.abspath(branch)
+        found = read_branch(folder, _database_of(branch))
         if found is None:
             raise LitefsError(f"{branch}: no lost transactions are in this folder")
-        return found
+        data_dir = data_dir or _data_dir_of(folder)
+        return LocalNode(data_dir) if db else find_node(config_path, data_dir, url), found
+    node = find_node(config_path, data_dir, url)
     name, _, _ = branch.rpartition("/")
-    known = branches(_data_dir(config_path, data_dir), name) if name and "/" not in name else []
+    known = branches(node.data_dir, name) if name and "/" not in name else []
     for each in known:
         if each.name == branch:
-            return each
+            return node, each
     raise LitefsError(f"{branch}: there is no such branch: see `litefs lost list`")
 
 
@@ -183,24 +190,26 @@ def _database_of(folder: str) -> str:
     return os.path.basename(os.path.dirname(os.path.dirname(os.path.abspath(folder))))
 
 
-def _mounted(config_path: str | None, branch: Branch) -> str:
-    """The database in the mount, if the configuration names it and it is mounted; else nothing."""
-    with contextlib.suppress(LitefsError):
-        mount_dir = load(config_path)[0].fuse.dir
-        if os.path.ismount(mount_dir):
-            return os.path.join(mount_dir, branch.database)
+def _data_dir_of(folder: str) -> str:
+    return os.path.abspath(os.path.join(folder, *[os.pardir] * 4))
+
+
+def _mounted(node: LocalNode, branch: Branch) -> str:
+    """The database in the node's mount, if that is known and mounted; else nothing."""
+    if node.mount_dir and os.path.ismount(node.mount_dir):
+        return os.path.join(node.mount_dir, branch.database)
     return ""
 
 
 @contextlib.contextmanager
-def _now(config_path: str | None, data_dir: str, db: str, branch: Branch) -> Iterator[str]:
+def _now(node: LocalNode, db: str, branch: Branch) -> Iterator[str]:
     """The database as it is now: named, in the mount, or a copy of the files of a node that does not run."""
-    path = db or _mounted(config_path, branch)
+    path = db or _mounted(node, branch)
     if path:
         yield path
         return
     with (
-        _stopped(_data_dir(config_path, data_dir), branch),
+        _stopped(node.data_dir, branch),
         tempfile.TemporaryDirectory(prefix="litefs-lost-") as folder,
     ):
         files = os.path.dirname(os.path.dirname(branch.folder))
@@ -226,7 +235,8 @@ def _stopped(data_dir: str, branch: Branch) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(
-                    f"litefs runs on {data_dir}: give its -config, or name with -db {branch.database} in its mount"
+                    f"litefs runs on {data_dir}: give its -config or -url, or name with -db {branch.database} in "
+                    "its mount"
                 ) from None
         yield
 

@@ -321,7 +321,8 @@ def test_commits_that_wait_for_replicas_are_told_of() -> None:
         "waiting 3 commits wait for replicas since 12 s: 0 of 1 replicas connected"
     ) and "(replication.sync: 1)" in text
     assert "waiting" not in shown(sync=1, inSync=[IDS["db2"]])
-    assert " ".join(row(shown(sync=1), "sync")) == "sync commits wait for 1 replica"  # who is in sync is not known here
+    unknown = row(shown(sync=1), "sync")  # who is in sync
+    assert " ".join(unknown) == "sync FULL commits wait for 1 replica"
 
 
 def test_nodes_with_the_same_name_are_told_apart() -> None:

@@ -56,12 +56,13 @@ def test_usage_names_every_command() -> None:
 def test_help_with_a_command() -> None:
     assert run("help", "version").stdout == run("version", "--help").stdout
     assert (run("help", "version").exit_code, run("version", "--help").exit_code) == (2, 0)
-    assert run("help", "nope").stderr == "ERROR: litefs nope: unknown command\n"
+    assert run("help", "nope").stderr == 'ERROR: litefs nope: unknown command: see "litefs -help"\n'
 
 
 def test_unknown_command() -> None:
     done = litefs("mont", "-config", "x")
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "ERROR: litefs mont: unknown command\n")
+    said = 'ERROR: litefs mont: unknown command: did you mean "mount"?\n'
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 def test_version() -> None:

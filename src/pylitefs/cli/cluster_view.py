@@ -80,7 +80,8 @@ def short_names(members: list[Json]) -> dict[str, str]:
 def head_rows(cluster: Json) -> list[tuple[str, str]]:
     """(label, markup) for the head of `litefs status`."""
     engine = escape(cluster["engine"])
-    rows = [("lease", f"{engine}  [dim]epoch {cluster['epoch']:,}[/]")]
+    static = "  [dim]the configuration names the primary[/]"
+    rows = [("lease", engine + (static if _is_static(cluster) else f"  [dim]epoch {cluster['epoch']:,}[/]"))]
     if cluster["paused"]:
         rows.append(("failover", "[bold yellow]paused[/]  [dim]litefs resume switches it on again[/]"))
     if cluster["sync"]:
@@ -91,14 +92,19 @@ def head_rows(cluster: Json) -> list[tuple[str, str]]:
     return rows
 
 
+def _is_static(cluster: Json) -> bool:
+    """Its epochs are times, which say nothing to people."""
+    return bool(cluster["engine"] == "static")
+
+
 def _sync_row(cluster: Json) -> str:
     needed = "1 replica" if cluster["sync"] == 1 else f"{cluster['sync']} replicas"
     if cluster["inSync"] is None:  # a replica with a static lease does not know
-        return f"commits wait for {needed}"
+        return f"FULL commits wait for {needed}"
     names = short_names(members_of(cluster))
     in_sync = [names.get(node_id, node_id) for node_id in cluster["inSync"]]
     colour = "green" if len(in_sync) >= cluster["sync"] else "yellow"
-    return f"commits wait for {needed}  [{colour}]in sync: {escape(', '.join(in_sync) or 'none')}[/]"
+    return f"FULL commits wait for {needed}  [{colour}]in sync: {escape(', '.join(in_sync) or 'none')}[/]"
 
 
 def render_members(cluster: Json) -> RenderableType:
@@ -128,7 +134,7 @@ def _member_row(member: Json, name: str, cluster: Json) -> list[str]:
     return [
         f"{escape(name)}{' [cyan]*[/]' if here else ''}",
         "[bold green]primary[/]" if is_primary else "[cyan]replica[/]",
-        "" if epoch is None else f"{epoch:,}",
+        "" if epoch is None or _is_static(cluster) else f"{epoch:,}",
         escape(member["state"]),
         behind_text,
         "" if is_primary or lag_ms is None else format_ms(lag_ms),

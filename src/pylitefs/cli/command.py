@@ -57,6 +57,17 @@ class Verb(click.Command):
         nearest = difflib.get_close_matches(name, known, n=1)
         return click.UsageError(f"unknown flag {name}{f', did you mean {nearest[0]}?' if nearest else ''}", ctx)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Each flag in one form: that both will do, the usage says."""
+        named = [(option, option.opts) for option in self._options()]
+        for option, names in named:
+            option.opts = [name for name in names if not (name.startswith("--") and name[1:] in names)]
+        try:
+            super().format_options(ctx, formatter)
+        finally:
+            for option, names in named:
+                option.opts = names
+
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         option = super().get_help_option(ctx)
         if option is not None:

@@ -6,6 +6,7 @@ does not pay for the daemon. A verb is a click command; it may return its exit s
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -44,7 +45,7 @@ class VerbEntry:
 
 VERBS = (
     VerbEntry("mount", "pylitefs.cli.mount:mount", "mount the file system and replicate its databases"),
-    VerbEntry("run", "pylitefs.cli.run:run", "run a program as a client of the mounted file system"),
+    VerbEntry("run", "pylitefs.cli.run:run", "run a program where and when it can write"),
     VerbEntry("export", "pylitefs.cli.export:export", "write a copy of a database to a file"),
     VerbEntry("import", "pylitefs.cli.import_:import_", "create or replace a database from a file"),
     VerbEntry("status", "pylitefs.cli.status:status", "show the node, its databases and the cluster"),
@@ -72,7 +73,7 @@ The commands are:
 
 """
 _USAGE_TAIL = """
-Use "litefs <command> -help" to read about one, with examples.
+Use "litefs <command> -help" to read about one, with examples. A flag may be written -flag or --flag.
 """
 
 
@@ -85,7 +86,9 @@ def usage() -> str:
 
 class UnknownCommand(LitefsError):
     def __init__(self, name: str) -> None:
-        super().__init__(f"litefs {name}: unknown command")
+        nearest = difflib.get_close_matches(name, [verb.name for verb in VERBS], n=1)
+        hint = f'did you mean "{nearest[0]}"?' if nearest else 'see "litefs -help"'
+        super().__init__(f"litefs {name}: unknown command: {hint}")
 
 
 class LitefsGroup(click.Group):

@@ -22,6 +22,7 @@ from pylitefs.http.client import DEFAULT_URL, Client, Json
 __all__ = ["format_duration", "format_ms", "format_size", "render", "status"]
 
 _WATCH_INTERVAL_S = 1.0
+_HEARTBEAT = "  [dim](without writes up to 1 s)[/]"
 
 
 @click.command()
@@ -31,9 +32,11 @@ _WATCH_INTERVAL_S = 1.0
 def status(url: str, as_json: bool, watch: bool) -> int:
     """Show a node with its databases, and the whole cluster as this node knows it.
 
-    Of every member: its role, the epoch it has data of, how far it is behind, whether commits wait for it (in sync) and
-    its tags; "*" is the node that answers. How far members are behind is known to the primary, which every other node
-    asks. TXIDs and checksums are hexadecimal, as in NAME-pos and in the names of the log's files.
+    Of every member: its role, the epoch of its newest data, its state, how many transactions it is behind, its lag,
+    whether commits wait for it (sync), and its tags; "*" is the node that answers. The lag is how old the state may be
+    that is shown there: as the primary speaks once a second, it goes up to a second where nothing is written. How far
+    members are behind is known to the primary, which every other node asks. TXIDs and checksums are hexadecimal, as in
+    NAME-pos and in the names of the log's files.
 
     \b
     Examples:
@@ -103,7 +106,7 @@ def _head(document: Json) -> Table:
         where = _join(escape(primary["hostname"] or ""), escape(primary["url"] or ""))
         grid.add_row("primary", where or "[yellow]not known[/]")
         lag_ms = document["lagMs"]
-        grid.add_row("lag", "[yellow]never connected[/]" if lag_ms is None else format_ms(lag_ms))
+        grid.add_row("lag", "[yellow]never connected[/]" if lag_ms is None else format_ms(lag_ms) + _HEARTBEAT)
     grid.add_row("cluster", node["clusterID"] or "[yellow]not known yet[/]")
     cluster = document.get("cluster")
     for label, text in head_rows(cluster) if cluster is not None else ():
@@ -149,9 +152,8 @@ def _databases(databases: list[Json], not_replicated: list[Json]) -> RenderableT
     ]
     old = sorted({d["sqliteVersion"] for d in databases if d["mayCorruptWAL"]})
     if old:
-        problems.append(
-            Text(f"written by SQLite {', '.join(old)}: before 3.51.3 several checkpointers can corrupt a WAL", "yellow")
-        )
+        bug = "a rare bug before 3.51.3 can corrupt a WAL: upgrade it"
+        problems.append(Text(f"written by SQLite {', '.join(old)}: {bug}", "yellow"))
     return Group(table(["~database", "txid", "checksum", ">size", "journal", ">log"], rows), *problems)
 
 

@@ -211,20 +211,22 @@ class Replica:
         self._problem = str(error) or type(error).__name__
         if welcomed:
             self._since_ms = _now_ms()
-        self._complain("lost the primary" if welcomed else "cannot follow the primary")
+        ended = isinstance(error, LinkClosed) and error.clean
+        self._complain("disconnected" if welcomed else "cannot follow the primary", harmless=welcomed and ended)
         if isinstance(error, Refused) and error.code in LASTING:
             return self._backoff.after_refusal()
         if welcomed:
             over = isinstance(error, Refused) and error.code is ErrorCode.STALE_EPOCH  # there is a new primary
-            return self._backoff.after_session(over or (isinstance(error, LinkClosed) and error.clean))
+            return self._backoff.after_session(over or ended)
         return self._backoff.after_failure()
 
-    def _complain(self, what: str) -> None:
-        """One line, and the same one at most once a minute."""
+    def _complain(self, what: str, *, harmless: bool = False) -> None:
+        """One line, and the same one at most once a minute. `harmless`: the other side, or this one, ended it in good
+        order."""
         line, now = f"{what}: {self._problem}", time.monotonic()
         if line != self._complained[0] or now - self._complained[1] >= COMPLAIN_EVERY_S:
             self._complained = (line, now)
-            log.warning("%s", line)
+            log.log(logging.INFO if harmless else logging.WARNING, "%s", line)
 
     def welcomed(self, welcome: Welcome) -> None:
         self.epoch = max(self.epoch, welcome.epoch)

@@ -395,7 +395,7 @@ class Node:
         replicas, self._replicas = self._replicas, None
         self._entered.clear()
         if replicas is not None:
-            replicas.leaving = why
+            replicas.farewell = f"the primary {self.identity} {why}"
             await asyncio.wait({self._start(replicas.__aexit__(None, None, None))}, timeout=CLOSE_S)
 
     async def _follow(self, leader: Leader) -> None:

@@ -422,7 +422,7 @@ async def test_either_side_says_plainly_who_left_and_why(pair: Pair, monkeypatch
     monkeypatch.setattr(Replica, "_complain", complain)
     async with pair.running():
         await pair.until(pair.follower.ready.is_set)
-        pair.replicas.leaving, pair.unreachable = "stops", True
+        pair.unreachable = True
         await pair.replicas.__aexit__()
         await pair.until(lambda: problems)
     assert problems[0] == "disconnected: the primary db1 (0000000000000001) stops"

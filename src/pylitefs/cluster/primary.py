@@ -95,7 +95,7 @@ class Replicas:
         self.snapshot_timeout_s = snapshot_timeout_s
         self.sessions: dict[int, ReplicaSession] = {}
         self.gate: SyncGate | None = None  # synchronous replication; set before any replica connects
-        self.leaving = "was ended"  # why, where this is left in good order: "stops"
+        self.farewell = f"the primary {node} stops"  # what is told when this is left in good order
         self._serving: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="replication")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -116,11 +116,6 @@ class Replicas:
         if self._epoch > before:
             for session in list(self.sessions.values()):
                 session.stop(StaleEpoch(before, self._epoch))
-
-    @property
-    def farewell(self) -> str:
-        """What the log here and replicas are told when this is left."""
-        return f"the primary {self.node} {self.leaving}"
 
     async def __aenter__(self) -> Replicas:
         self._loop = asyncio.get_running_loop()

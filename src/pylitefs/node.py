@@ -269,7 +269,10 @@ class Node:
         return store.cluster_id or ""
 
     def was_forced(self, epoch: int, txid: int) -> None:
-        log.warning("this node was made the primary by force: commits that were acknowledged may be missing")
+        log.warning(
+            "this node was made the primary by force: commits that were acknowledged may be missing",
+            extra={"event": "forced", "epoch": epoch},
+        )
         self.store.events.emit(Event("forced", None, {"epoch": epoch, "txid": txid}))
 
     def lead_until(self, until_s: float) -> None:

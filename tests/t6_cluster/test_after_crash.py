@@ -104,7 +104,7 @@ def test_applications_that_end_after_the_start(cluster: Cluster, applications: l
     applications.append(open_all(node))
     node.kill()
     node.start()
-    assert [node.log_text().count(f"msg={BUSY} database={name}") for name in NAMES] == [1, 1]
+    assert [node.log_text().count(f"event={BUSY} database={name}") for name in NAMES] == [1, 1]
     assert str(applications[0].pid) in node.log_text()
     end(applications[0])
     with pytest.raises(OSError, match="busy"):

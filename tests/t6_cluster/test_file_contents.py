@@ -299,7 +299,7 @@ def test_what_sqlite_cannot_read_is_said(cluster: Cluster, tmp_path: Path) -> No
     told = litefs("status", "-url", primary.url).stdout
     for number in range(len(UNREADABLE)):
         assert f"{number}.db is not replicated as it is now: " in " ".join(told.split())
-        assert f"msg=withheld database={number}.db" in primary.log_text()
+        assert f"event=withheld database={number}.db" in primary.log_text()
     primary.stop()
     primary.start()
     for number, (what, (_, reason)) in enumerate(UNREADABLE.items()):

@@ -153,7 +153,7 @@ def test_stopped_for_longer_than_the_lease(new_cluster: New, sync: int) -> None:
     for member in cluster.members:
         assert member.copy("late.db").values == ("before", "of another")
     assert lost_values([old.data], "late.db", ["much too late"])
-    assert [line for line in old.log_text().splitlines() if "msg=lost database=late.db" in line]
+    assert [line for line in old.log_text().splitlines() if "event=lost database=late.db" in line]
 
 
 @engines("etcd", "kubernetes", longer=("s3", "consul"))

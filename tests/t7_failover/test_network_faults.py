@@ -120,7 +120,7 @@ def test_a_branch_is_kept(new_cluster: New) -> None:
     for name in cluster.databases:
         branches = [path for path in old.data.glob(f"dbs/{name}/lost/*") if path.is_dir()]
         assert len(branches) == 1, f"{name}: {branches}"
-    told = [line for line in old.log_text().splitlines() if "msg=lost" in line]
+    told = [line for line in old.log_text().splitlines() if "event=lost" in line]
     assert len(told) == len(cluster.databases), told
 
 

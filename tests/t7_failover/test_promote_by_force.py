@@ -69,7 +69,7 @@ def test_promote_by_force(new_cluster: Callable[..., HaCluster]) -> None:
 
     wait_until(lambda: position()["txid"] == entry["txid"], "it tells where it is")
     assert third.cluster()["inSync"] == []
-    assert "made the primary by force" in third.log_text() and "msg=forced epoch=2" in third.log_text()
+    assert "made the primary by force" in third.log_text() and "event=forced epoch=2" in third.log_text()
 
     insert(third, name, "meanwhile", "normal")  # or the others could give back what they have
     for member in (primary, standby):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from crash_steps import Crash, Steppable
-from engine_nodes import Node, check_log, closing_node, make_sqlite, new_primary, replay, rows_of
+from engine_nodes import NamedFiles, Node, check_log, closing_node, make_sqlite, new_primary, replay, rows_of
 
 from pylitefs.engine import commit_points, naming, renaming, replacement
 from pylitefs.engine.capture import Capture
@@ -260,10 +260,13 @@ def test_a_rename_is_one_transaction_with_the_wal(tmp_path: Path) -> None:
         assert contents(node) == {"other": {bytes(100), b"in the WAL"}}
 
 
+@pytest.mark.parametrize("directly", [True, False])
 def test_a_rename_is_one_transaction_with_the_wal_also_if_somebody_opens_it_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directly: bool
 ) -> None:
-    """As soon as it has its new name. For a moment nobody can tell what is committed: he makes the wal-index."""
+    """As soon as it has its new name. For a moment nobody can tell what is committed: he makes the wal-index. And where
+    only the mount shows that, it cannot be opened before the rename is done (not `directly`)."""
+    monkeypatch.setattr(NamedFiles, "reads_shm_directly", property(lambda _: directly))
     with closing_node(new_primary(tmp_path)) as node, contextlib.ExitStack() as stack:
         commit_to_wal(node.database("db").files.database, "in the WAL")
         really = Capture.replaced
@@ -271,6 +274,9 @@ def test_a_rename_is_one_transaction_with_the_wal_also_if_somebody_opens_it_mean
         def replaced(capture: Capture, database: Database) -> None:
             really(capture, database)
             if database.name == "other":
+                if not directly:
+                    opens(database.files.database)
+                    return
                 Path(database.files.shm).touch()
                 wait = renaming.wait_stable
                 monkeypatch.setattr(renaming, "wait_stable", lambda attempt: (opens(database.files.database), wait(0)))

@@ -134,7 +134,7 @@ def record_content(database: Database, capture: Capture) -> None:
     """Other files have its names: what they hold is one transaction, with what is committed in a WAL that came along
     (which a file alone need not be whole without: a checkpoint may be under way). On the worker. Raises OSError."""
     wal = database.wal
-    for attempt in range(_ATTEMPTS if not wal.view.index_is_hidden() else 0):
+    for attempt in range(_ATTEMPTS):  # a wal-index that only the mount shows was made since: all that is whole counts
         try:
             committed = wal.view.committed()
             if committed is None and wal_in_use(database):

@@ -239,9 +239,10 @@ LIVE_WRITERS: dict[str, set[str]] = {
     "engine/live_files.py": {"LiveFiles.remove_live_files"},
     "engine/naming.py": {
         "Naming._make_plain", "Naming.emptied", "Naming.finish_promotions",
-        "Naming._move_plain", "Naming.take_journal",
+        "Naming._move_plain",
     },
     "engine/plain_files.py": {"keep_plain", "remove_plain"},
+    "engine/plain_imports.py": {"PlainImports.take_journal", "PlainImports.write"},
     "engine/redo.py": {"apply_entries", "forget_redo"},
     "engine/replacement.py": {
         "Replacement.exchange", "Replacement.undo", "_forget_note", "_take_side_files", "forget_moved",

@@ -87,24 +87,23 @@ def test_plain_files_that_were_written_before_anybody_listened(live: Silent, mou
 
 
 def test_a_plain_database_that_is_in_use_when_it_could_be_taken_over(live: Silent, mount: Path) -> None:
-    """A reader's lock goes without a write: it is looked at again until it is a database."""
+    """A lock goes without a write: it is looked at again until it is a database."""
     store = live.node.store
     path = Path(store.plain_path("new.db"))
     make_sqlite(str(path), mode="DELETE")
     os.link(path, mount / "new.db")
-    reader = SqliteProcess(str(path))
+    writer = SqliteProcess(str(path))
     try:
-        reader("BEGIN")
-        reader("SELECT count(*) FROM t")
+        writer("BEGIN IMMEDIATE")
         live.worker.submit(store.serving).result(WAIT_S)
-        until(lambda: "new.db" in store._settling)
-        until(lambda: "new.db" not in store._settling)  # the first try
-        until(lambda: "new.db" in store._settling)
+        until(lambda: "new.db" in store.plain_imports._waiting)
+        until(lambda: "new.db" not in store.plain_imports._waiting)  # the first try
+        until(lambda: "new.db" in store.plain_imports._waiting)
         assert store.get("new.db") is None
-        reader("COMMIT")
+        writer("COMMIT")
         until(lambda: (found := store.get("new.db")) is not None and found.exists)
     finally:
-        reader.stop()
+        writer.stop()
 
 
 def test_one_database_that_fails_keeps_no_other_from_being_looked_at(
@@ -342,6 +341,6 @@ def test_a_plain_file_that_holds_a_database_is_looked_at_in_time(
     planned: list[float] = []
     monkeypatch.setattr(store.worker, "call_later", lambda delay_s, *_, **__: planned.append(delay_s))
     for tries in range(20):
-        store._settling.clear()
-        store._wake_plain(name, tries)
+        store.plain_imports._waiting.clear()
+        store.plain_imports.wake(name, tries)
     assert len(planned) == 20 and max(planned) <= LIVE_S / 2

@@ -134,12 +134,14 @@ def test_stopped_for_longer_than_the_lease(new_cluster: New, sync: int) -> None:
     cluster = new_cluster(sync=sync, databases=ALL_DBS)
     cluster.start()
     cluster.create("late.db", "wal")
-    old = cluster.primary()
-    with cluster.workload() as clients, contextlib.closing(old.connect("late.db")) as late:
+    with cluster.workload() as clients, contextlib.ExitStack() as stack:
+        wait_more(clients, 100)
+        old = cluster.primary()  # by now: on a busy machine the first one's lease may have ended meanwhile
+        late = stack.enter_context(contextlib.closing(old.connect("late.db")))
         late.execute("pragma synchronous = normal")
         late.execute("pragma wal_autocheckpoint = 0")
         late.execute("insert into log (value) values ('before')")
-        wait_more(clients, 100)
+        wait_until(lambda: all(member.copy("late.db").values for member in cluster.members), "the first row is there")
         old.pause()
         cluster.wait_primary([old])
         with contextlib.closing(cluster.primary().connect("late.db")) as other:

@@ -11,6 +11,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from pylitefs.engine.checkpoints import Checkpoints
 from pylitefs.engine.commit_points import wal_in_use
@@ -48,7 +49,6 @@ class CommitHooks(Shown):
         super().__init__(store)
         self._checkpoints = Checkpoints(store)
         self._gated = self._checkpoints.gated
-        self._plain_writers: dict[str, int] = {}  # the handle that a plain file was written through last
         self._early: set[str] = set()  # databases whose commit is in the log, and its journal still there
         # Super-journals that are about to go: whose, and the nonces of the journals.
         self._decided: dict[str, list[tuple[Database, bytes]]] = {}
@@ -294,7 +294,7 @@ class CommitHooks(Shown):
             elif database is not None and database.exists:
                 self._commit(database, next_step, caller=then)
             else:
-                self._take_over(name, next_step)
+                self._take_over(name, next_step, partial(self._store.import_plain, name))
 
         def next_step(error: BaseException | None) -> None:
             try:
@@ -327,27 +327,25 @@ class CommitHooks(Shown):
 
     # -- files that become databases -----------------------------------------------------------------------------
 
-    def _is_writer(self, ref: FileRef, handle: int) -> bool:
-        """Whether a plain file was written through this handle last, as far as is known. Another one's fsync or close
-        says nothing of what SQLite is about to write."""
-        return self._plain_writers.get(ref.name, handle) == handle
-
     def _plain_synced(self, ref: FileRef, then: Then, handle: int) -> None:
         """A file that is no database yet was fsynced. Where commits wait for replicas its first transaction does so
         here, with the journal still there, as those that follow (see `gated`)."""
         hot = ref.kind is FileKind.PLAIN and journal_in_use(self._plain(ref.name + "-journal"))
         gate = self._store.gate
         ungated = hot and (gate is None or not gate.active)
-        if ref.kind is not FileKind.PLAIN or not self._store.is_primary or ungated or not self._is_writer(ref, handle):
+        is_writer = self._store.plain_writes.is_writer(ref.name, handle)
+        if ref.kind is not FileKind.PLAIN or not self._store.is_primary or ungated or not is_writer:
             then(None)
         else:
-            self._take_over(ref.name, then)
+            at_rest = partial(self._store.plain_imports.at_rest, ref.name, synced=True)
+            self._take_over(ref.name, then, partial(self._store.import_plain, ref.name) if hot else at_rest)
 
     def _plain_commit(self, ref: FileRef, then: Then, *, leave_journal: bool) -> None:
         """The journal of a file that is no database yet goes away: it may have become one."""
         base = ref.name.removesuffix("-journal")
         if base != ref.name and (self._store.is_primary or journal_in_use(self._plain(ref.name))):
-            self._take_over(base, then, leave_journal=leave_journal)
+            work = partial(self._store.import_plain, base, leave_journal=leave_journal)
+            self._take_over(base, then, work, leave_journal=leave_journal)
         else:
             then(None)
 
@@ -359,20 +357,22 @@ class CommitHooks(Shown):
         elif journal_in_use(self._plain(journal)) and self._store.is_plain_database(base):
             raise cut_off(base)
 
-    def _take_over(self, name: str, then: Then, *, leave_journal: bool = False) -> None:
-        """If a plain file holds a database, it becomes one: a commit like any other, which is refused where nothing may
-        be committed, and waits for replicas."""
+    def _take_over(
+        self, name: str, then: Then, take: Callable[[], bool], *, leave_journal: bool = False
+    ) -> None:
+        """If a plain file holds a database, it becomes one (by `take`): a commit like any other, which is refused where
+        nothing may be committed, and waits for replicas."""
         if not self._store.is_plain_database(name):
             then(None)
         elif not self._may_make:
             then(cut_off(name))
         else:
-            work = threading.Thread(target=self._import, args=(name, then, leave_journal), name="import", daemon=True)
-            work.start()
+            args = (name, then, take, leave_journal)
+            threading.Thread(target=self._import, args=args, name="import", daemon=True).start()
 
-    def _import(self, name: str, then: Then, leave_journal: bool) -> None:
+    def _import(self, name: str, then: Then, take: Callable[[], bool], leave_journal: bool) -> None:
         try:
-            imported = self._store.import_plain(name, leave_journal=leave_journal)
+            imported = take()
         except BaseException as error:
             then(error)
             return
@@ -383,7 +383,7 @@ class CommitHooks(Shown):
 
         def answer(error: BaseException | None) -> None:
             if error is not None and leave_journal:  # it stays, and takes the transaction back
-                self._store.naming.take_journal(database)
+                self._store.plain_imports.take_journal(database)
             then(error)
 
         # A journal that was left must be taken along at the very moment in which the request fails.

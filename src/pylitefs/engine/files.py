@@ -93,6 +93,14 @@ class Permissions:
                 os.chown(file, -1 if self.uid is None else self.uid, -1 if self.gid is None else self.gid)
 
 
+def is_file(fd: int, path: str) -> bool:
+    """Whether a descriptor is of the file that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def sync_folder(path: str) -> None:
     """Make names created or removed in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.commit_hooks import CommitHooks, if_held
@@ -168,8 +169,8 @@ class EngineHooks(CommitHooks):
             self._store.open_files.became(taken)
 
     def released(self, ref: FileRef, handle: int, last: bool, by_daemon: bool) -> None:
-        if last and ref.kind is FileKind.PLAIN:
-            self._plain_writers.pop(ref.name, None)
+        if last and ref.kind in (FileKind.PLAIN, FileKind.DATABASE):
+            self._store.plain_writes.forget(ref.name)
         opened = None if by_daemon else self._store.open_files.released(handle)
         if opened is None or (database := opened.database) is None:
             return
@@ -202,10 +203,10 @@ class EngineHooks(CommitHooks):
             ref.kind is FileKind.PLAIN
             and self._store.is_primary
             and not ref.name.startswith(".")
-            and self._is_writer(ref, handle)
+            and self._store.plain_writes.is_writer(ref.name, handle)
             and not journal_in_use(self._plain(ref.name + "-journal"))
         ):
-            self._take_over(ref.name, then)
+            self._take_over(ref.name, then, partial(self._store.plain_imports.at_rest, ref.name))
         else:
             then(None)
 
@@ -214,11 +215,11 @@ class EngineHooks(CommitHooks):
     def write(self, ref: FileRef, fd: int, data: memoryview, offset: int, handle: int) -> int:
         database = self._database(ref)
         if database is None:
-            self._plain_writers[ref.name] = handle
             if not self._may_make and offset == 0 and is_sqlite(bytes(data[:HEADER_SIZE])):
                 raise read_only()
             if offset == 0 and ref.name.endswith("-journal") and bytes(data[:28]) == _ZERO_HEADER:
                 self._import_base(ref.name)
+            return self._store.plain_imports.write(ref.name, fd, data, offset, handle)
         elif database.captures:
             if ref.kind is FileKind.DATABASE:
                 return self._write_database(database, fd, data, offset, handle)

@@ -21,7 +21,7 @@ from pylitefs.engine.plain_files import keep_plain, remove_plain
 from pylitefs.engine.registry import DEFAULT_PAGE_SIZE, Registry
 from pylitefs.engine.renaming import check_unused, needs_its_name, record_content
 from pylitefs.engine.replacement import Replacement, finish_replacement, forget_moved, link_file, was_moved
-from pylitefs.engine.transaction import Change
+from pylitefs.engine.transaction import Change, UnstableSource
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG
 from pylitefs.formats.names import problem_of, shown
@@ -67,19 +67,23 @@ class Naming:
             except OSError:
                 self._stays_plain(database)
                 raise
+        is_unwritten = self._registry.plain_writes.watch(name, database.files.database)
         try:
-            with _still(database):
+            with _still(database), contextlib.suppress(UnstableSource):
                 if not database.captures:
                     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
                 database.wal.begin_here()
                 database.rollback.suspect = True
-                self._registry.capture.commit_point(database, "import")
+                self._registry.capture.commit_point(database, "import", is_still=is_unwritten)
         except OSError:  # no room for the log, no descriptors: it stays plain, and its next commit tries again
             self._stays_plain(database)
             raise
         if self._stays_plain(database):  # it was written to meanwhile
             return False
         self._registry.open_files.became(database)
+        if not is_unwritten():  # whose write came just then has perhaps not noted it
+            database.rollback.suspect = True
+            self._registry.worker.post(self._registry.capture.wake_rollback, database, database=name)
         self._remove_plain(name, kinds)
         self._registry.worker.post(self._registry.capture.wake, database, database=name)  # it may have a WAL
         self._tell(name)
@@ -93,13 +97,6 @@ class Naming:
             database.rollback.clear()
             self._make_plain(database, database.name)
             return True
-
-    def take_journal(self, database: Database) -> None:
-        """An import has left the journal among the plain files, because it was about to go, and now it stays. Any
-        thread."""
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._registry.plain_path(database.name + "-journal"), database.files.journal)
-        self._tell(database.name)
 
     def _tell(self, *names: str) -> None:
         """The names of databases, and those of their files, have changed."""

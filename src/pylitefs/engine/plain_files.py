@@ -8,8 +8,9 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from pylitefs.engine.page_checksums import stamp
 from pylitefs.formats.names import MAX_FILE_NAME, shown
 
 log = logging.getLogger("litefs.store")
@@ -46,6 +47,48 @@ class OneAtATime:
         """Until nobody has any of them. Blocking, not on the worker."""
         with self.alone_with(*names):
             pass
+
+
+class PlainWrites:
+    """What is written to plain files: by which handle last, and how many writes have begun, and ended. Who takes a file
+    over as a database asks before and after: a write in between may be in what was read, or not. Any thread."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[int, int]] = {}
+        self._writers: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def one(self, name: str, handle: int) -> Iterator[None]:
+        self._count(name, 1, 0)
+        self._writers[name] = handle
+        try:
+            yield
+        finally:
+            self._count(name, 0, 1)
+
+    def _count(self, name: str, begun: int, ended: int) -> None:
+        with self._lock:
+            counts = self._counts.get(name, (0, 0))
+            self._counts[name] = counts[0] + begun, counts[1] + ended
+
+    def watch(self, name: str, path: str) -> Callable[[], bool]:
+        """What tells whether nobody has written to it since this call, or was about to. A write that passes us by
+        changes its time."""
+        begun, ended = self._counts.get(name, (0, 0))
+        time = stamp(path)
+        return lambda: begun == ended and self._counts.get(name, (0, 0)) == (begun, ended) and stamp(path) == time
+
+    def is_writer(self, name: str, handle: int) -> bool:
+        """Whether the file was written through this handle last, as far as is known. Another one's fsync or close says
+        nothing of what SQLite is about to write."""
+        return self._writers.get(name, handle) == handle
+
+    def forget(self, name: str) -> None:
+        """Nobody has the file open."""
+        with self._lock:
+            self._counts.pop(name, None)
+            self._writers.pop(name, None)
 
 
 def remove_plain(path: str, of: str | None = None) -> None:

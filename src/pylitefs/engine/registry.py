@@ -27,7 +27,7 @@ from pylitefs.engine.files import DatabaseFiles, Permissions, publish_file
 from pylitefs.engine.marker import Marker
 from pylitefs.engine.open_files import OpenFiles
 from pylitefs.engine.opener import Opener
-from pylitefs.engine.plain_files import OneAtATime
+from pylitefs.engine.plain_files import OneAtATime, PlainWrites
 from pylitefs.engine.rollback_capture import is_complete_database, why_unreadable
 from pylitefs.engine.services import StoreServices
 from pylitefs.engine.tombstones import Tombstone, Tombstones
@@ -86,6 +86,7 @@ class Registry:
         self.lock = threading.RLock()
         self.databases: dict[str, Database] = {}
         self.plain_files = OneAtATime()
+        self.plain_writes = PlainWrites()
         self._tombstones = Tombstones(self.data_dir)
         self.cluster_id: str | None = None
         self._has_databases = False

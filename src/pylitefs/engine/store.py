@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from pylitefs.engine import damage, ofd_locks, takeover
+from pylitefs.engine import damage, takeover
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import sync_filesystem
 from pylitefs.engine.forgetting import Forgetting
 from pylitefs.engine.inotify import DirectoryWatch
 from pylitefs.engine.naming import Naming
+from pylitefs.engine.plain_imports import PlainImports
 from pylitefs.engine.registry import Registry, StoreOptions
 from pylitefs.engine.roles import Roles
-from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.engine.scrubber import Scrubber
 from pylitefs.engine.stand_in import StandIns
 from pylitefs.engine.startup import Startup
@@ -29,19 +29,14 @@ from pylitefs.engine.watchdog import Watchdog
 from pylitefs.errors import LitefsError, Unavailable
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.format import HEADER_SIZE, Header, Position
-from pylitefs.formats.sqlite.locks import PENDING, SHARED_SIZE
 from pylitefs.ports import Notifier
 
 log = logging.getLogger("litefs.store")
 
 _CHUNK_BYTES = 1 << 20
 _RETRY_S = 1.0
-_IMPORT_RETRY_S = 10.0
 _WATCH_PAUSE_S = 0.001
 _ANY = "/"  # no database's name: what is done for it need not wait for the end of another's long job
-_PLAIN_SETTLE_S = 0.2
-_HIDDEN_SETTLE_S = 0.4  # rsync and others write `.NAME.XXXXXX` first, and rename it when it is whole
-_LONGEST_SETTLE_S = 0.5  # between two looks at a file in use
 
 
 class Store(Registry):
@@ -50,6 +45,7 @@ class Store(Registry):
     def __init__(self, data_dir: str, events: EventBus, options: StoreOptions) -> None:
         super().__init__(data_dir, events, options)
         self.naming = Naming(self)
+        self.plain_imports = PlainImports(self, self.naming)
         self.capture.emptied = self.naming.emptied
         self.apply.clear_name = self.naming.clear_name
         self._startup = Startup(self, self.naming)
@@ -59,7 +55,6 @@ class Store(Registry):
         self.lag_ms: int | None = None
         self._scrubber: Scrubber | None = None
         self._watch: DirectoryWatch | None = None
-        self._settling: set[str] = set()
         self.stand_ins = StandIns(self.worker)
         self.unreadable = Unreadable(self)
         self.roles = Roles(self, settle=self._startup.settle_promoted, watch=self._watch_or_not, told=self._told_role)
@@ -228,7 +223,7 @@ class Store(Registry):
             self.capture.wake_rollback(database)
         elif (database is None or not database.exists) and self.is_primary:
             if self.is_plain_database(base):
-                self._wake_plain(base)
+                self.plain_imports.wake(base)
             else:
                 self.unreadable.look(base)
         return None
@@ -236,34 +231,6 @@ class Store(Registry):
     def _watch_again(self, watch: DirectoryWatch) -> None:
         if self._watch is watch:
             self.worker.watch(self._watch.fd, self._written, in_long_jobs=True)
-
-    def _wake_plain(self, name: str, tries: int = 0) -> None:
-        """A plain file that holds a database is being written, and no journal tells of its commits."""
-        if name not in self._settling:
-            self._settling.add(name)
-            delay_s = _HIDDEN_SETTLE_S if name.startswith(".") else _PLAIN_SETTLE_S
-            self.worker.call_later(min(delay_s * (tries + 1), _LONGEST_SETTLE_S), self._open_plain, name, tries)
-
-    def _open_plain(self, name: str, tries: int) -> None:
-        self._settling.discard(name)
-
-        def opened(fds: list[int] | None) -> None:
-            in_use = fds is None or ofd_locks.any_locked(fds[0], PENDING, SHARED_SIZE + 2)
-            self.opener.close(fds or ())
-            if in_use or journal_in_use(self.plain_path(name + "-journal")):
-                self.worker.post(self._wake_plain, name, tries + 1)  # who lets go of a lock tells nobody
-            else:
-                threading.Thread(target=imported, name="import", daemon=True).start()
-
-        def imported() -> None:
-            try:
-                self.import_plain(name)
-            except Exception as error:
-                log.warning("%s: it cannot be taken over yet: %s", name, error)
-                self.worker.post(self.worker.call_later, _IMPORT_RETRY_S, self._wake_plain, name)
-
-        if self.mount_dir is not None and self.is_primary and self.is_plain_database(name):
-            self.opener.open([os.path.join(self.mount_dir, name)], os.O_RDONLY, opened)
 
     def unmounted(self) -> None:
         """Applications see the files no more. On the worker."""

@@ -272,6 +272,7 @@ class HaCluster(Cluster):
         for member in members:
             member.lose_power()
             self.clients.end_on(member)
+            member.dark_s.append((member.cut_s[-1], time.monotonic()))
         for name, (journal, synchronous) in self.databases.items():
             returns = journal == "delete" and not self.sync  # the journal may come back, as natively
             if returns or (synchronous != "full" and journal == "wal"):
@@ -441,6 +442,7 @@ class HaCluster(Cluster):
         seen = self.clients.history()
         seen.downs = {member.name: member.killed_s for member in self.members}
         seen.cuts = {member.name: member.cut_s for member in self.members}
+        seen.darks = {member.name: member.dark_s for member in self.members}
         problems = [*silent, *history.check(seen, outcome), *dead, *self.complaints()]
         first, *others = problems or [""]
         told = [f"{len(problems)} problems, the first: {first}", *others, f"histories in {self.clients.folder}"]

@@ -82,7 +82,8 @@ class Torn:
 @dataclass
 class History:
     """By node, and not from files: `downs`, when its daemon was killed, and `cuts`, when its machine lost its power,
-    or its disk became another one."""
+    or its disk became another one. `darks`: from when to when applications ran on a machine without power, which cannot
+    be: what they read then, of a disk that is gone, is not judged."""
 
     writes: list[Write] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
@@ -90,6 +91,10 @@ class History:
     torn: list[Torn] = field(default_factory=list)
     downs: dict[str, list[float]] = field(default_factory=dict)
     cuts: dict[str, list[float]] = field(default_factory=dict)
+    darks: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def is_dark(self, node: str, at_s: float) -> bool:
+        return any(from_s <= at_s <= until_s for from_s, until_s in self.darks.get(node, ()))
 
     def acknowledged(self, db: str) -> list[Write]:
         return [write for write in self.writes if write.db == db and write.outcome == "ok"]
@@ -192,6 +197,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
         promised = [write for write in writes if outcome.counts(write)]
         others = [write for write in writes if not outcome.counts(write)]
         taken_back = unanswered | lost if db in outcome.mixed else unanswered
+        torn_here = [torn for torn in history.torn if torn.db == db and not history.is_dark(torn.node, torn.end_s)]
         found = [
             *_lost(promised, final, lost, db in outcome.durable),
             *_lost(others, final, lost, False),
@@ -200,7 +206,7 @@ def check(history: History, outcome: Outcome) -> list[str]:
             *_stray(reads, final, lost, unanswered if outcome.may_be_taken_back(db) else frozenset()),
             *_back(reads, final, taken_back if db in outcome.durable else lost),
             *_flicker(reads, history.cuts, elections, unanswered if db in outcome.durable - outcome.mixed else None),
-            *(f"TORN read on {torn.node} at {torn.end_s:.3f} s: {torn.text}" for torn in history.torn if torn.db == db),
+            *(f"TORN read on {torn.node} at {torn.end_s:.3f} s: {torn.text}" for torn in torn_here),
             *_order(writes, final),
         ]
         if db in outcome.durable:

@@ -74,6 +74,7 @@ class Member(Node):
         self.ended = False  # by a test, or told to
         self.killed_s: list[float] = []
         self.cut_s: list[float] = []  # its power, or its disk
+        self.dark_s: list[tuple[float, float]] = []  # its disk was cut off, and its applications still ran
         self.config = {
             "data": {"dir": str(self.data), **(data or {})},
             "fuse": {"dir": str(self.mount), "passthrough": passthrough},

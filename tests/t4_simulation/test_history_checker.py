@@ -276,6 +276,15 @@ def test_a_bad_history_is_found(change: Change, kind: str) -> None:
     assert kind in kinds(ordered(history), changed or outcome)
 
 
+def test_what_is_read_of_a_disk_that_is_gone() -> None:
+    history, outcome = good()
+    read_that_cannot_be(history, outcome)
+    history.darks = {"a": [(1.0, 2.4)], "b": [(2.4, 2.6)]}
+    assert [problem.split()[0] for problem in check(history, outcome)] == ["TORN"]
+    history.darks["a"].append((2.4, 2.6))
+    assert check(history, outcome) == []
+
+
 def test_what_may_happen() -> None:
     """A commit without an answer may be there; one of an asynchronous database may be lost if it is in lost/."""
     history, outcome = good()

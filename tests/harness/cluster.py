@@ -212,6 +212,9 @@ class HaCluster(Cluster):
             assert mode == journal, f"{name}: journal mode {mode} instead of {journal}"
             if not connection.execute("select 1 from sqlite_master where name = ?", (TABLE,)).fetchall():
                 connection.executescript(f"begin immediate; {SCHEMA} commit;")
+            # What an attempt that failed has left may be seen, and be taken back. Not after a commit on top of it.
+            connection.execute("pragma synchronous = full")
+            connection.execute("pragma user_version = 1")
 
     # -- who is who
 

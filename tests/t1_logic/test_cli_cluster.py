@@ -344,6 +344,13 @@ def test_one_problem_is_told_once() -> None:
     assert printed(render(document)).count("etcd is away") == 1
 
 
+def test_a_static_lease_shows_no_epochs() -> None:
+    """They are times, of ten digits, and nobody decides by them."""
+    text = shown(engine="static")
+    assert "epoch" not in text and "the configuration names the primary" in text
+    assert row(text, "member") == ["member", "role", "state", "behind", "lag"]
+
+
 def test_a_static_node_alone_shows_its_connections() -> None:
     text = printed(render(PRIMARY | {"cluster": cluster(members=[], engine="static")}))
     assert "10.0.0.12:49152" in text and "static" in text and "member" not in text

@@ -59,6 +59,12 @@ def test_help_with_a_command() -> None:
     assert run("help", "nope").stderr == 'ERROR: litefs nope: unknown command: see "litefs -help"\n'
 
 
+def test_help_lists_each_flag_once() -> None:
+    text = run("help", "run").stdout
+    assert "-if-candidate" in text and "--if-candidate" not in text
+    assert "A flag may be written -flag or --flag." in run().stdout
+
+
 def test_unknown_command() -> None:
     done = litefs("mont", "-config", "x")
     said = 'ERROR: litefs mont: unknown command: did you mean "mount"?\n'

@@ -260,8 +260,7 @@ def test_a_lone_writer_in_a_rollback_mode_never_waits(cluster: Cluster, mode: st
     writer.close()
 
 
-@pytest.mark.parametrize("mode", ["wal", "delete"])
-@pytest.mark.parametrize("passthrough", PASSTHROUGH)
+@pytest.mark.parametrize(("passthrough", "mode"), [("auto", "wal"), ("auto", "delete"), ("off", "wal")])
 def test_who_reads_on_a_replica_is_told_when_another_file_has_the_name(
     cluster: Cluster, tmp_path: Path, passthrough: str, mode: str
 ) -> None:

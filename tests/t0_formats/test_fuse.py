@@ -167,6 +167,5 @@ def test_notifications_carry_their_code_and_no_unique() -> None:
     for message, code in (
         (replies.notify_inval_inode(5, 0, 0), abi.NOTIFY_INVAL_INODE),
         (replies.notify_inval_entry(1, "a", True), abi.NOTIFY_INVAL_ENTRY),
-        (replies.notify_delete(1, 5, "a"), abi.NOTIFY_DELETE),
     ):
         assert abi.OUT_HEADER.unpack_from(message) == (len(message), code, 0)

@@ -118,10 +118,12 @@ class World:
             entry = self.entry
             if entry is None or not entry.hashed:
                 continue
-            if code == abi.NOTIFY_DELETE:
-                entry.hashed = False
-            elif code == abi.NOTIFY_INVAL_ENTRY:
-                entry.fresh = False
+            if code == abi.NOTIFY_INVAL_ENTRY:
+                _, _, flags = abi.INVAL_ENTRY_OUT.unpack_from(message, abi.OUT_HEADER.size)
+                if flags & abi.EXPIRE_ONLY:
+                    entry.fresh = False
+                else:
+                    entry.hashed = False
         return True
 
     # -- the engine

@@ -85,7 +85,8 @@ def test_names_the_engine_changes_also_change_the_listing(tmp_path: Path) -> Non
     listing = replies.notify_inval_inode(abi.ROOT_ID, 0, 0)
     assert set(kernel.heard) == {
         replies.notify_inval_entry(abi.ROOT_ID, "new", True),
-        replies.notify_delete(abi.ROOT_ID, node.ino, "gone"),
+        replies.notify_inval_entry(abi.ROOT_ID, "gone", False),
+        replies.notify_inval_inode(node.ino, -1, 0),
         listing,
     }
     assert node.name is None and "gone" not in tree.names

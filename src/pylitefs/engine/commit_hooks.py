@@ -337,8 +337,7 @@ class CommitHooks(Shown):
         if ref.kind is not FileKind.PLAIN or not self._store.is_primary or ungated or not is_writer:
             then(None)
         else:
-            at_rest = partial(self._store.plain_imports.at_rest, ref.name, synced=True)
-            self._take_over(ref.name, then, partial(self._store.import_plain, ref.name) if hot else at_rest)
+            self._take_over(ref.name, then, partial(self._store.import_plain, ref.name))
 
     def _plain_commit(self, ref: FileRef, then: Then, *, leave_journal: bool) -> None:
         """The journal of a file that is no database yet goes away: it may have become one."""

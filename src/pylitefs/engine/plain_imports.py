@@ -2,7 +2,8 @@
 
 What somebody writes while a file is read and changes hands would belong to no transaction, and the journal that he
 makes would stay among the plain files. A commit of SQLite that makes a database of its file keeps others out itself.
-At any other moment (a close, an fsync, a look some time after a write) SQLite's own locks do, for as long as it takes:
+So does who waits in an fsync of it, if that is SQLite (in the journal modes MEMORY and OFF).
+At any other moment (a close, a look some time after a write) SQLite's own locks are taken, for as long as it takes:
 RESERVED, with which nobody else begins a transaction and readers are not disturbed; where the file is in WAL mode
 EXCLUSIVE, for who has that open may write without another lock on it. Who writes without SQLite's locks is told by the
 count of his writes (`PlainWrites`).
@@ -42,10 +43,10 @@ class PlainImports:
         self._registry, self._naming = registry, naming
         self._waiting: set[str] = set()  # for a look that is planned; worker
 
-    def at_rest(self, name: str, *, synced: bool = False) -> bool:
+    def at_rest(self, name: str) -> bool:
         """`Naming.import_plain`, with writers kept out. False also where somebody is in the middle of writing it: its
-        commit, or the next look, takes it over. `synced`: who wrote the file waits in its fsync; if it is locked, then
-        by him. In a thread of its own, because it opens a file of the mount. Raises OSError."""
+        commit, or the next look, takes it over. In a thread of its own, because it opens a file of the mount, and not
+        while that is fsynced: the kernel holds the file's lock then. Raises OSError."""
         registry = self._registry
         if registry.mount_dir is None:
             return self._naming.import_plain(name)
@@ -54,10 +55,9 @@ class PlainImports:
         except FileNotFoundError:
             return False
         try:
-            kept_out = _keep_out_writers(fd, writable=writable)
-            if not kept_out and not synced:
+            if not _keep_out_writers(fd, writable=writable):
                 return False
-            if kept_out and journal_in_use(registry.plain_path(name + "-journal")):  # of a process that died
+            if journal_in_use(registry.plain_path(name + "-journal")):  # of a process that died
                 return False
             return self._naming.import_plain(name)
         finally:

@@ -59,14 +59,17 @@ class KernelNotifier:
 
     def changed(self, name: str) -> None:
         """The listing comes last: the kernel takes the directory's lock to forget a name, so who reads the directory
-        has come to an end by then, and what he has read is forgotten too."""
+        has come to an end by then, and what he has read is forgotten too.
+
+        The entry of a name that has gone is taken away, for it may just be being renewed. NOTIFY_DELETE would hold the
+        directory's lock and wait for that of whichever file has the name by then (fuse_reverse_inval_entry): the kernel
+        holds this one during an fsync, which may wait for an open of the daemon, and that for the directory.
+        """
         node, stays = self._tree.look_again(name)
-        if node is not None and not stays:
-            self._put(replies.notify_delete(abi.ROOT_ID, node.ino, name), self._listing())
-            return
         if node is not None:
             self._put(replies.notify_inval_inode(node.ino, -1, 0))
-        self._put(replies.notify_inval_entry(abi.ROOT_ID, name, self._expire_only), self._listing())
+        expire_only = self._expire_only and (stays or node is None)
+        self._put(replies.notify_inval_entry(abi.ROOT_ID, name, expire_only), self._listing())
 
     def forget_pages(self, inodes: Iterable[int]) -> None:
         """What is cached of the content of these files."""

@@ -16,7 +16,7 @@ So it does not matter when a notification comes, and a late one does no harm. An
 is always told to forget the name after the last change: it holds the directory's lock from before it sends a LOOKUP
 until it has used the answer, and takes the same lock to forget a name. An answer that was decided before a change is
 therefore forgotten after it. The kernel only *renews* entries without that lock; but then the entry leads to a node,
-and a node that loses its name is told to the kernel by number (NOTIFY_DELETE), which ends the entry for good.
+and the entry of a node that loses its name is taken away (NOTIFY_INVAL_ENTRY without "expire only"), renewed or not.
 
 Locks, outermost first; none is held while the engine is asked for more than `resolve`, except `gate`:
     Node.gate   opening and releasing: which io mode the inode is in; held while the engine hears of it

@@ -142,9 +142,3 @@ def notify_inval_entry(parent: int, name: str, expire_only: bool) -> bytes:
     raw = name.encode("utf-8", "surrogateescape")
     flags = abi.EXPIRE_ONLY if expire_only else 0
     return _notification(abi.NOTIFY_INVAL_ENTRY, abi.INVAL_ENTRY_OUT.pack(parent, len(raw), flags) + raw + b"\0")
-
-
-def notify_delete(parent: int, child: int, name: str) -> bytes:
-    """`name`, which was node `child`, is gone."""
-    raw = name.encode("utf-8", "surrogateescape")
-    return _notification(abi.NOTIFY_DELETE, abi.DELETE_OUT.pack(parent, child, len(raw), 0) + raw + b"\0")

@@ -95,6 +95,17 @@ async def test_a_new_replica_is_told_in_short(pair: Pair) -> None:
         await goes_on(pair, messages, "1.db")
 
 
+async def test_a_replica_that_has_forgotten_a_name_is_not_behind(pair: Pair) -> None:
+    """Though the last heartbeat that told of the name says how far it had come."""
+    async with pair.running():
+        await dropped(pair)
+        await asyncio.to_thread(pair.write, "b.db", 3)
+        await pair.until_equal()
+        await pair.until(lambda: "a.db" in pair.follower.primary_positions and pair.follower.lag_txids() == 0)
+        assert pair.replica.forget("a.db") and pair.replica.get("a.db") is None
+        assert pair.follower.lag_txids() == 0
+
+
 @pytest.mark.parametrize("again", [False, True])
 async def test_a_replica_that_was_away_drops_its_copy(pair: Pair, again: bool) -> None:
     """Though it was away when the database was dropped, and forgotten, and perhaps made again and dropped again."""

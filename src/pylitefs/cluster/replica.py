@@ -138,8 +138,8 @@ class Replica:
         """How many transactions, as of the last heartbeat, are still to be applied here."""
         behind = 0
         for name, head in list(self.primary_positions.items()):
-            database = self.store.get(name)
-            behind += (database.position if database is not None else Position(0, 0)).missing(head)
+            known = self.store.get(name) or self.store.tombstone(name)  # it may have been forgotten since
+            behind += (known.position if known is not None else Position(0, 0)).missing(head)
         return behind
 
     async def run(self) -> None:

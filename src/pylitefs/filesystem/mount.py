@@ -19,10 +19,11 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pylitefs.errors import MountError
+from pylitefs.formats.names import shown
 
 FSNAME = "litefs"
 COVER = "litefs-cover"
@@ -35,6 +36,7 @@ BUSY_RETRIES = 10
 BUSY_PAUSE_S = 0.05
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MNT_FORCE, MNT_DETACH = 1, 2
+_NAMES_SHOWN = 5
 _STACKED_MAX = 32  # mounts of killed daemons on top of each other
 
 _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 429, 430, 431, 432  # the same on every machine
@@ -120,17 +122,23 @@ def prepare(mount_dir: str, log: Callable[[str], None]) -> str:
     except OSError as error:
         raise MountError(f"mount point {mount_dir} cannot be created: {error.strerror}") from error
     try:
-        with os.scandir(path) as children:
-            empty = next(children, None) is None
+        found = os.listdir(path)
     except OSError as error:
         raise MountError(f"mount point {mount_dir} cannot be read: {error.strerror}") from error
-    if not empty:
-        raise not_empty(mount_dir)
+    if found:
+        raise not_empty(mount_dir, found)
     return path
 
 
-def not_empty(mount_dir: str) -> MountError:
-    return MountError(f"mount point {mount_dir} is not empty: move its files away or choose another fuse.dir")
+def not_empty(mount_dir: str, found: Iterable[str]) -> MountError:
+    """It says what is there: an application that went on while litefs was stopped has perhaps made a database of its
+    own, and whoever just removes that removes the only copy of what it committed."""
+    names = sorted(map(shown, found))
+    listed = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
+    return MountError(
+        f"mount point {mount_dir} is not empty: move its files away or choose another fuse.dir. Made there while "
+        f"nothing was mounted, and so on no other node (what a database holds has to be merged by hand): {listed}"
+    )
 
 
 def take_away_dead(mount_dir: str, log: Callable[[str], None]) -> str:

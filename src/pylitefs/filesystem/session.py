@@ -245,8 +245,8 @@ class Session:
         device, below = self._mount()
         dispatcher: Dispatcher | None = None
         try:
-            if os.listdir(below):  # made since it was `prepare`d: nobody would ever see it again
-                raise mount.not_empty(self._path)
+            if found := os.listdir(below):  # made since it was `prepare`d: nobody would ever see it again
+                raise mount.not_empty(self._path, found)
             entry = mount.mount_at(self._path)
             self._mount_device = entry.device if entry else ""
             depth = 2 if mount.fs_type_of(self._data_dir) == "overlay" else 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,30 @@ def test_nobody_begins_to_write_meanwhile(plain: Plain, monkeypatch: pytest.Monk
     with contextlib.closing(sqlite3.connect(plain.node.database().files.database, timeout=0)) as db:
         db.execute("INSERT INTO t (v) VALUES (x'02')")  # the locks are gone
         db.commit()
+
+
+def test_another_thread_of_ours_takes_it_over(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look after a write has the locks when the handle is closed: that is answered when the file is a database."""
+    real, begun, go_on = plain.node.store.naming.import_plain, threading.Event(), threading.Event()
+
+    def slow(name: str, **how: bool) -> bool:
+        begun.set()
+        assert go_on.wait(10)
+        return real(name, **how)
+
+    monkeypatch.setattr(plain.node.store.naming, "import_plain", slow)
+    plain.node.store.mount_dir = plain.node.store.plain_dir
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            look = pool.submit(plain.node.store.plain_imports.at_rest, "db")
+            assert begun.wait(10)
+            close = pool.submit(plain.node.store.plain_imports.at_rest, "db")
+            assert not wait([close], 0.2).done
+        finally:
+            go_on.set()
+        assert look.result(10) and not close.result(10)
+    plain.node.store.mount_dir = None
+    assert plain.node.database().exists
 
 
 def test_a_journal_of_a_process_that_died(plain: Plain) -> None:

@@ -20,6 +20,7 @@ from pylitefs.engine import ofd_locks
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import is_file
 from pylitefs.engine.naming import Naming
+from pylitefs.engine.plain_files import OneAtATime
 from pylitefs.engine.registry import Registry
 from pylitefs.engine.rollback_capture import journal_in_use
 from pylitefs.errors import FormatError
@@ -42,17 +43,23 @@ class PlainImports:
     def __init__(self, registry: Registry, naming: Naming) -> None:
         self._registry, self._naming = registry, naming
         self._waiting: set[str] = set()  # for a look that is planned; worker
+        self._one = OneAtATime()  # with SQLite's locks, so that these keep out no thread of ours
 
     def at_rest(self, name: str) -> bool:
         """`Naming.import_plain`, with writers kept out. False also where somebody is in the middle of writing it: its
         commit, or the next look, takes it over. In a thread of its own, because it opens a file of the mount, and not
         while that is fsynced: the kernel holds the file's lock then. Raises OSError."""
+        with self._one.alone_with(name):  # the other's lock is no writer's: it is a database when that is given up
+            return self._at_rest(name)
+
+    def _at_rest(self, name: str) -> bool:
         registry = self._registry
         if registry.mount_dir is None:
             return self._naming.import_plain(name)
         try:
             fd, writable = _open(os.path.join(registry.mount_dir, name))
-        except FileNotFoundError:
+        except OSError as error:  # it has gone, or has just become another file: no fault of who closes it
+            log.debug("%s: it cannot be opened to be taken over: %s", shown(name), error)
             return False
         try:
             if not _keep_out_writers(fd, writable=writable):

@@ -198,3 +198,30 @@ def test_a_file_that_may_not_be_written(plain: Plain, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "open", refuse)
     assert plain.import_it()
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("becomes", ["a database", "a plain file"])
+def test_a_listing_while_it_changes(plain: Plain, becomes: str, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right before or after the databases are asked for."""
+    store, real = plain.node.store, plain.node.store.names
+    if becomes == "a plain file":
+        assert store.import_plain("db")
+
+    def change() -> None:
+        if becomes == "a database":
+            assert store.import_plain("db")
+        else:
+            os.truncate(store.get_or_create("db").files.database, 0)
+            store.naming.emptied(store.get_or_create("db"))
+
+    def names() -> list[str]:
+        if before:
+            change()
+        found = real()
+        if not before:
+            change()
+        return found
+
+    monkeypatch.setattr(store, "names", names)
+    assert "db" in plain.hooks.names()

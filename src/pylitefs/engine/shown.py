@@ -36,7 +36,9 @@ class Shown:
         return FileRef(name, FileKind.PLAIN, None, self._store.plain_path(name))
 
     def names(self) -> list[str]:
-        found = [".lag"]
+        """Plain files are asked for before and after: one that becomes a database meanwhile, or was one, is in neither
+        list for who looks once."""
+        found = [".lag", *os.listdir(self._store.plain_dir)]
         if self._store.primary_hostname is not None:
             found.append(".primary")
         for name in self._store.names():

@@ -113,6 +113,16 @@ def test_a_write_that_is_under_way(plain: Plain, monkeypatch: pytest.MonkeyPatch
     assert store.import_plain("db")
 
 
+def test_a_removed_file_of_that_name_is_closed_for_the_last_time_during_a_write(plain: Plain) -> None:
+    """What is known of the name is the new file's: that can be taken over when the write has ended."""
+    store = plain.node.store
+    with store.plain_writes.one("db", HANDLE):
+        store.plain_writes.forget("db")
+        assert not store.import_plain("db")
+    assert store.plain_writes.is_writer("db", HANDLE) and not store.plain_writes.is_writer("db", HANDLE + 1)
+    assert store.import_plain("db")
+
+
 def test_a_write_that_began_when_the_file_was_plain(plain: Plain) -> None:
     store = plain.node.store
     assert store.import_plain("db")

@@ -11,7 +11,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from functools import partial
 
 from pylitefs.engine.checkpoints import Checkpoints
 from pylitefs.engine.commit_points import wal_in_use
@@ -294,7 +293,7 @@ class CommitHooks(Shown):
             elif database is not None and database.exists:
                 self._commit(database, next_step, caller=then)
             else:
-                self._take_over(name, next_step, partial(self._store.import_plain, name))
+                self._take_over(name, next_step)
 
         def next_step(error: BaseException | None) -> None:
             try:
@@ -337,14 +336,13 @@ class CommitHooks(Shown):
         if ref.kind is not FileKind.PLAIN or not self._store.is_primary or ungated or not is_writer:
             then(None)
         else:
-            self._take_over(ref.name, then, partial(self._store.import_plain, ref.name))
+            self._take_over(ref.name, then)
 
     def _plain_commit(self, ref: FileRef, then: Then, *, leave_journal: bool) -> None:
         """The journal of a file that is no database yet goes away: it may have become one."""
         base = ref.name.removesuffix("-journal")
         if base != ref.name and (self._store.is_primary or journal_in_use(self._plain(ref.name))):
-            work = partial(self._store.import_plain, base, leave_journal=leave_journal)
-            self._take_over(base, then, work, leave_journal=leave_journal)
+            self._take_over(base, then, leave_journal=leave_journal)
         else:
             then(None)
 
@@ -357,21 +355,24 @@ class CommitHooks(Shown):
             raise cut_off(base)
 
     def _take_over(
-        self, name: str, then: Then, take: Callable[[], bool], *, leave_journal: bool = False
+        self, name: str, then: Then, *, leave_journal: bool = False, at_rest: bool = False
     ) -> None:
-        """If a plain file holds a database, it becomes one (by `take`): a commit like any other, which is refused where
-        nothing may be committed, and waits for replicas."""
+        """If a plain file holds a database, it becomes one: a commit like any other, which is refused where nothing may
+        be committed, and waits for replicas. `at_rest`: it is not SQLite's commit that makes it one."""
         if not self._store.is_plain_database(name):
             then(None)
         elif not self._may_make:
             then(cut_off(name))
         else:
-            args = (name, then, take, leave_journal)
+            args = (name, then, leave_journal, at_rest)
             threading.Thread(target=self._import, args=args, name="import", daemon=True).start()
 
-    def _import(self, name: str, then: Then, take: Callable[[], bool], leave_journal: bool) -> None:
+    def _import(self, name: str, then: Then, leave_journal: bool, at_rest: bool) -> None:
         try:
-            imported = take()
+            if at_rest:
+                imported = self._store.plain_imports.at_rest(name)
+            else:
+                imported = self._store.import_plain(name, leave_journal=leave_journal)
         except BaseException as error:
             then(error)
             return

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 
 from pylitefs.engine.apply import Apply
 from pylitefs.engine.commit_hooks import CommitHooks, if_held
@@ -206,7 +205,7 @@ class EngineHooks(CommitHooks):
             and self._store.plain_writes.is_writer(ref.name, handle)
             and not journal_in_use(self._plain(ref.name + "-journal"))
         ):
-            self._take_over(ref.name, then, partial(self._store.plain_imports.at_rest, ref.name))
+            self._take_over(ref.name, then, at_rest=True)
         else:
             then(None)
 

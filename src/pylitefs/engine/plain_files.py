@@ -85,10 +85,13 @@ class PlainWrites:
         return self._writers.get(name, handle) == handle
 
     def forget(self, name: str) -> None:
-        """Nobody has the file open."""
-        with self._lock:
-            self._counts.pop(name, None)
-            self._writers.pop(name, None)
+        """Nobody has the file open, if no new one of that name is written to at this moment."""
+        if name in self._counts:
+            with self._lock:
+                begun, ended = self._counts.get(name, (0, 0))
+                if begun == ended:
+                    self._counts.pop(name, None)
+                    self._writers.pop(name, None)
 
 
 def remove_plain(path: str, of: str | None = None) -> None:

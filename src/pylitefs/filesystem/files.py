@@ -198,7 +198,7 @@ class FileRequests:
         if handle.lock is not None:
             handle.lock.flush(not self._is_open_elsewhere(node), self._volume.after(rq, lambda: b""))
             return None
-        if handle.by_daemon or not node.hooked:
+        if not node.hooked:
             return b""
         self._hooks.flushed(self._volume.ref(node), self._volume.patiently(rq, lambda: b""), fh)
         return None

@@ -66,7 +66,6 @@ FORGET_ONE = struct.Struct("=QQ")
 INTERRUPT_IN = struct.Struct("=Q")
 INVAL_INODE_OUT = struct.Struct("=Qqq")
 INVAL_ENTRY_OUT = struct.Struct("=QII")
-DELETE_OUT = struct.Struct("=QQII")
 BACKING_MAP = struct.Struct("=iIQ")  # argument of FUSE_DEV_IOC_BACKING_OPEN: fd, flags, padding
 
 for _layout, _size in (
@@ -75,7 +74,7 @@ for _layout, _size in (
     (MKDIR_IN, 8), (RENAME_IN, 8), (RENAME2_IN, 16), (LINK_IN, 8), (OPEN_IN, 8), (CREATE_IN, 16), (READ_IN, 40),
     (WRITE_IN, 40), (RELEASE_IN, 24), (FLUSH_IN, 24), (FSYNC_IN, 16), (FALLOCATE_IN, 32), (FORGET_IN, 8),
     (BATCH_FORGET_IN, 8), (FORGET_ONE, 16), (INTERRUPT_IN, 8), (INVAL_INODE_OUT, 24), (INVAL_ENTRY_OUT, 16),
-    (DELETE_OUT, 24), (BACKING_MAP, 16),
+    (BACKING_MAP, 16),
 ):  # fmt: skip
     assert _layout.size == _size, (_layout.format, _layout.size, _size)
 
@@ -123,7 +122,6 @@ EXPIRE_ONLY: Final = 1 << 0
 
 NOTIFY_INVAL_INODE: Final = 2
 NOTIFY_INVAL_ENTRY: Final = 3
-NOTIFY_DELETE: Final = 6
 
 
 def _iow(number: int, size: int) -> int:

@@ -32,7 +32,7 @@ from typing import Any
 from cluster_nodes import PATIENCE, Cluster, wait_until
 from engines import services
 from engines.services import BUCKET, HERE, Service
-from harness import history, tracebacks
+from harness import evidence, history, tracebacks
 from harness.branches import branch_epochs, lost_values
 from harness.forks import Forks
 from harness.history import History, Outcome
@@ -284,6 +284,7 @@ class HaCluster(Cluster):
     def plug_in(self, members: Iterable[Member]) -> None:
         for member in members:
             member.plug_in()
+            member.after_cut += evidence.logs_on_disk(member.data)
             member.start(wait=False)
             self._work_on(member)
 
@@ -449,6 +450,7 @@ class HaCluster(Cluster):
         problems = [*silent, *history.check(seen, outcome), *dead, *self.complaints()]
         first, *others = problems or [""]
         told = [f"{len(problems)} problems, the first: {first}", *others, f"histories in {self.clients.folder}"]
+        told += evidence.of_lost(problems, self.members)
         assert not problems, "\n".join(told)
         return seen, outcome
 

@@ -75,12 +75,13 @@ class Member(Node):
         self.killed_s: list[float] = []
         self.cut_s: list[float] = []  # its power, or its disk
         self.dark_s: list[tuple[float, float]] = []  # its disk was cut off, and its applications still ran
+        self.after_cut: list[str] = []  # what its logs held then, see `evidence.logs_on_disk`
         self.config = {
             "data": {"dir": str(self.data), **(data or {})},
             "fuse": {"dir": str(self.mount), "passthrough": passthrough},
             "http": {"addr": f"{place.address}:{self.port}"},
             "lease": {"hostname": name, "advertise-url": self.url, "reconnect-delay": "100ms", **lease},
-            "log": {"timestamp": True, "debug": bool(os.environ.get("PYLITEFS_TEST_DEBUG"))},
+            "log": {"timestamp": True, "debug": bool(disk is not None or os.environ.get("PYLITEFS_TEST_DEBUG"))},
         }
         if replication:
             self.config["replication"] = replication

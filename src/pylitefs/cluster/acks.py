@@ -125,7 +125,10 @@ class Acks:
                 next_s = loop.time() + self._timings.ack_s
 
     def _progress(self, name: str) -> Progress:
-        return Progress(name, self._received.get(name, 0), self._applied.get(name, 0), self._durable.get(name, 0))
+        told = Progress(name, self._received.get(name, 0), self._applied.get(name, 0), self._durable.get(name, 0))
+        if self._at_once:
+            log.debug("%s: told the primary: applied %d, durable %d", name, told.applied, told.durable)
+        return told
 
     async def make_durable(self) -> None:
         """A few databases at a time, so that their transactions get in between and none waits for a stuck one."""

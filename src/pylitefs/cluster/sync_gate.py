@@ -450,6 +450,7 @@ class SyncGate:
     def _tell(self, commits: list[_Commit], error: OSError | None, more: dict[str, str]) -> None:
         now_s = self._clock()
         for commit in commits:
+            log.debug("%s: transaction %d is answered: %s", commit.name, commit.txid, error or "it is held")
             try:
                 commit.then(error)
             except Exception:

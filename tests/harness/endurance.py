@@ -393,11 +393,13 @@ def _real_table(found: list[dict[str, Any]]) -> list[str]:
         f"| hours of clusters | {seconds / 3600:.1f} |", f"| rounds with a problem | {len(bad)} |", "",
     ]  # fmt: skip
     if bad:
-        lines += ["| seed | cluster | problem |", "| --: | --- | --- |"]
+        lines += ["| seed | cluster | problem | the same seed, later |", "| --: | --- | --- | --- |"]
     for record in sorted(bad, key=lambda record: record["seed"]):
         setup = record["setup"]
         what = f"{setup.get('engine')}, sync {setup.get('sync')}, {', '.join(setup.get('databases', []))}"
-        lines.append(f"| {record['seed']} | {what} | {_cell(record['problems'][0])} |")
+        later = [one["problems"] for one in found[found.index(record) + 1 :] if one["seed"] == record["seed"]]
+        again = f"{len(later)} runs, {sum(map(bool, later))} with a problem" if later else ""
+        lines.append(f"| {record['seed']} | {what} | {_cell(record['problems'][0])} | {again} |")
     return [*lines, ""] if bad else lines
 
 

@@ -33,7 +33,7 @@ class Acks:
         self._received: dict[str, int] = {}
         self._applied: dict[str, int] = {}
         self._durable: dict[str, int] = {}
-        self._rounds: Counter[str] = Counter()  # how often the copy of a database was given up
+        self._rounds: Counter[str] = Counter()  # how often a copy became another: an fsync of the one before is void
         self._changed: set[str] = set()
         self._undurable: set[str] = set()
         self._syncing: set[str] = set()  # are being made durable
@@ -77,12 +77,14 @@ class Acks:
     def received(self, name: str, txid: int) -> None:
         self._received[name] = txid
 
-    def applied(self, name: str, txid: int, durable: int = 0) -> None:
-        """`durable`: up to where it is already."""
-        rewound = txid < self._applied.get(name, 0)
-        self._received[name] = txid if rewound else max(txid, self._received.get(name, 0))
+    def applied(self, name: str, txid: int, durable: int = 0, *, anew: bool = False) -> None:
+        """`durable`: up to where it is already. `anew`: in the place of another copy, or of none."""
+        anew = anew or txid < self._applied.get(name, 0)
+        if anew:
+            self._rounds[name] += 1
+        self._received[name] = txid if anew else max(txid, self._received.get(name, 0))
         self._applied[name] = txid
-        self._durable[name] = min(txid, self._durable.get(name, 0))
+        self._durable[name] = 0 if anew else min(txid, self._durable.get(name, 0))
         self._changed.add(name)
         self._undurable.add(name)
         if durable:

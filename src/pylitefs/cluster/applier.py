@@ -77,11 +77,13 @@ Item: TypeAlias = (
 
 @dataclass(frozen=True)
 class Applied:
-    """The database is at `txid`, visible to readers. `durable`: up to where it is durable as well; 0: not looked at."""
+    """The database is at `txid`, visible to readers. `durable`: up to where it is durable as well; 0: not looked at.
+    `anew`: what was there before, if anything, was replaced, and is nothing that this one came from."""
 
     name: str
     txid: int
     durable: int = 0
+    anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Sink:
             case SnapshotBegin():
                 self._begin_snapshot(item)
             case SnapshotEnd(_, position, 0) if self._begun and not self._void and self._is_gone(item):
-                return Applied(self.name, position.txid)
+                return Applied(self.name, position.txid, anew=True)
             case _ if self._void:
                 pass
             case _ if self._begun is not None:
@@ -338,14 +340,14 @@ class Sink:
             raise _Disorder
         resync, self._resync = self._resync, None
         try:
-            return self._finish(lambda: resync.finish(item.commit, item.position, item.epochs))
+            return self._finish(lambda: resync.finish(item.commit, item.position, item.epochs), anew=True)
         except FormatError as error:
             return self._unfit(ResyncReason.BAD_SNAPSHOT, error)
 
-    def _finish(self, finish: Callable[[], Position]) -> Outcome:
+    def _finish(self, finish: Callable[[], Position], *, anew: bool = False) -> Outcome:
         """The end of something that came in pieces. It cannot be tried again: what is missing is fetched anew."""
         try:
-            return Applied(self.name, finish().txid)
+            return Applied(self.name, finish().txid, anew=anew)
         except (OSError, DatabaseBusy, Unavailable) as error:
             if _is_disk_full(error):
                 self._store.events.emit(Event("diskFull", self.name, {"error": str(error)}))
@@ -355,7 +357,7 @@ class Sink:
         self.abort()
         self._store.set_aside(self.name, "the primary does not have this database")
         self._void = False
-        return Applied(self.name, 0)
+        return Applied(self.name, 0, anew=True)
 
 
 _NO_SUMS: PageSums = np.zeros(0, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""What the primary does about one database of one replica. Pure.
+"""What the primary does about one database of one replica. Pure, but for `view_of`.
 
 A position is (epoch, TXID, checksum). The same TXID and checksum in another epoch need not be the same content (see
 `Position`): the checksums of the pages tell, and if all are equal nothing is sent.
@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from pylitefs.cluster.ports import Database
 from pylitefs.formats.ltx.format import Position
 from pylitefs.formats.stream_fields import Epochs, ResyncReason
 
@@ -48,6 +49,17 @@ class View:
     log_size_bytes: int = 0
     size_bytes: int = 0
     epoch: int | None = None
+
+
+def view_of(database: Database | None, theirs: Position, epoch: int) -> View:
+    """For a replica at `theirs`. Blocking: whether the log reaches so far is read from a file."""
+    if database is None:
+        return View(NOTHING, 0, False, epoch=epoch)
+    log = database.log
+    return View(
+        log.head, log.first_txid, log.reaches(theirs), database.position.checksum, log.size_bytes, database.size_bytes,
+        epoch,
+    )  # fmt: skip
 
 
 class Taking(enum.Enum):

@@ -26,14 +26,14 @@ from pylitefs.cluster.decisions import (
     Snapshot,
     Stale,
     Taking,
-    View,
     decide,
+    view_of,
 )
 from pylitefs.cluster.outlet import NO_PAGES_SIZE, Outlet, Turn, send
 from pylitefs.cluster.ports import Database, Epochs, Log, LogEntry, PageSums, SnapshotReader
 from pylitefs.cluster.resync_request import ResyncRequest
 from pylitefs.cluster.roles import Refused, StaleEpoch
-from pylitefs.cluster.tail import LIMIT_BYTES, NextTransactions, TailReceiver
+from pylitefs.cluster.tail import LIMIT_BYTES, NextTransactions, TailReceiver, adopt
 from pylitefs.cluster.transfer import COMPACT_MIN, BadLogEntry, Ends, merge, next_pages, send_entry, small_run
 from pylitefs.errors import DatabaseBusy, DatabaseError, LitefsError, Unavailable
 from pylitefs.events import Event
@@ -98,6 +98,7 @@ class Feed:
         self._changed = asyncio.Event()
         self._durable = 0  # as acknowledged since its copy is what it is
         self._in_line = False  # its copy is one that our log led to
+        self._leaves_copy = False  # it was told to set its copy aside, and has not said yet that it has nothing
         self.waits_for: frozenset[moves.Place] = frozenset()  # of one of these, for as long as it rests
         self.need_not_wait = 0  # up to this TXID
         self._incoming: ResyncRequest | None = None
@@ -116,6 +117,9 @@ class Feed:
             self._running = self._outlet.start(self._run())
 
     def acknowledged(self, progress: Progress) -> None:
+        if self._leaves_copy and progress.applied:
+            return  # it speaks of the copy that it is to set aside: a new database of this name has these TXIDs, too
+        self._leaves_copy = False
         self.progress = progress
         while self._in_flight and self._in_flight[0][0] <= progress.applied:
             self._in_flight.popleft()
@@ -147,6 +151,7 @@ class Feed:
 
     def resync(self, message: Resync) -> None:
         self._strayed()
+        self._leaves_copy = False  # what it acknowledges from now on is the result of what answers this
         database = self._outlet.store.get(self.name)
         self._incoming = ResyncRequest(message, database.commit if database is not None else 0)
         self.poke()
@@ -239,7 +244,7 @@ class Feed:
             self._settled()
             self._live, self.state = False, "set aside"
             return False
-        view = await self._outlet.blocking(self._view, database)
+        view = await outlet.blocking(view_of, database, self.sent, outlet.epoch)
         if self._incoming is not None:
             return True
         known = database is not None and view.head.txid > 0
@@ -275,21 +280,10 @@ class Feed:
                 self._try_again("the replica's transactions cannot be taken over")
                 await (self._ask_tail(after) if taking is Taking.LOST else self._ask_next(after))
             case AdoptTxid(position):
-                await self._adopt(position)
+                self._tail_refused = self._tail_refused or not await adopt(outlet, self.name, position)
             case SetAside():
-                await send(outlet, stream.SetAside(self.name))
-                self._moved_to(NOTHING)
+                await self._set_aside()
         return True
-
-    def _view(self, database: Database | None) -> View:
-        """Blocking: whether the log reaches so far is read from a file."""
-        if database is None:
-            return View(NOTHING, 0, False, epoch=self._outlet.epoch)
-        entries = database.log
-        return View(
-            entries.head, entries.first_txid, entries.reaches(self.sent), database.position.checksum,
-            entries.size_bytes, database.size_bytes, self._outlet.epoch,
-        )  # fmt: skip
 
     def _settled(self) -> None:
         self._live, self.state, self._attempts = True, "live", 0
@@ -372,6 +366,21 @@ class Feed:
         if self.progress.applied < ends.after.txid:
             self._in_flight.append((ends.after.txid, ends.header.timestamp_ms))
 
+    async def _set_aside(self) -> None:
+        """The replica is to keep its copy out of the way. Acknowledgements of that copy may be under way: none counts,
+        and nothing of a new database of this name is sent, before the replica has said that it has nothing. It always
+        says so, or with a RESYNC that it cannot, or the connection ends."""
+        self._live, self.state = False, "resync"
+        if self._in_line:
+            self._strayed()
+        self._leaves_copy = True
+        await send(self._outlet, stream.SetAside(self.name))
+        self._moved_to(NOTHING)
+        self._outlet.caught_up(self.name)
+        while self._leaves_copy:
+            await self._changed.wait()
+            self._changed.clear()
+
     # --- snapshots --------------------------------------------------------------------------------------------------
 
     async def _ask_checksums(self, reason: ResyncReason) -> None:
@@ -408,8 +417,7 @@ class Feed:
         """Send the database as it is now, or what of it differs from the replica's copy."""
         database = await self._outlet.database(self.name)
         if database is None or database.log.head.txid == 0:
-            await send(self._outlet, stream.SetAside(self.name))
-            self._moved_to(NOTHING)
+            await self._set_aside()
             return
         branch, since = None, 0
         if incoming is not None:
@@ -535,16 +543,6 @@ class Feed:
         return True
 
     # --- what this node has lost ------------------------------------------------------------------------------------
-
-    async def _adopt(self, position: Position) -> None:
-        store = self._outlet.store
-        try:
-            await asyncio.wrap_future(store.worker.submit(store.adopt_txid, self.name, position))
-        except (LitefsError, OSError) as error:
-            log.warning("%s: the replica's TXID cannot be adopted: %s", self.name, error)
-        database = store.get(self.name)
-        if database is None or database.log.head.txid < position.txid:
-            self._tail_refused = True
 
     async def _ask_tail(self, after: Position) -> None:
         """Take over what the replica has after `after`; whatever comes of it, the next step decides anew."""

@@ -444,8 +444,8 @@ class ReplicaLink:
             self._open.pop(sequence, None)
         for outcome in outcomes:
             match outcome:
-                case Applied(name, txid, durable):
-                    self._acks.applied(name, txid, durable)
+                case Applied(name, txid, durable, anew):
+                    self._acks.applied(name, txid, durable, anew=anew)
                 case Unfit(name, reason, text):
                     self._tasks.start(self._ask_again(name, reason, text))
                 case Prepared(message):

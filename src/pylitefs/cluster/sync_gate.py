@@ -223,13 +223,16 @@ class SyncGate:
         self._wake.set()
 
     def strayed(self, node_id: int, name: str) -> None:
-        """The replica's copy of a database has turned out not to be what it said: it is sent anew."""
-        heads = self._heads()
+        """The replica's copy of a database has turned out not to be what it said: it is sent anew. There is nothing to
+        hold if this node has none of that name, or has it set aside."""
+        txid = self._heads().get(name, 0)
         with self._lock:
             replica = self._replicas.get(node_id)
             if replica is not None:
                 replica.held.pop(name, None)
-                replica.targets[name] = heads.get(name, 0)
+                replica.targets.pop(name, None)
+                if txid:
+                    replica.targets[name] = txid
         self._wake.set()
 
     def released(self, name: str) -> None:

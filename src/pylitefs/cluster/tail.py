@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -23,6 +24,8 @@ from pylitefs.formats.ltx.decoder import verify_stream
 from pylitefs.formats.ltx.format import Header, Position, Trailer
 from pylitefs.formats.stream import Ltx, LtxBegin, LtxData, LtxEnd, Message, TailEnd
 from pylitefs.formats.stream_fields import ErrorCode
+
+log = logging.getLogger("litefs.replication")
 
 LIMIT_BYTES = 64 << 20
 LIMIT_FILES = 10_000
@@ -43,6 +46,17 @@ Take = Callable[[bytes | str], Awaitable[object]]
 
 class TooMuch(LitefsError):
     """More than is taken while applications wait."""
+
+
+async def adopt(outlet: Outlet, name: str, position: Position) -> bool:
+    """Go on from the TXID of a replica whose content is the same. False if that cannot be."""
+    store = outlet.store
+    try:
+        await asyncio.wrap_future(store.worker.submit(store.adopt_txid, name, position))
+    except (LitefsError, OSError) as error:
+        log.warning("%s: the replica's TXID cannot be adopted: %s", name, error)
+    database = store.get(name)
+    return database is not None and database.log.head.txid >= position.txid
 
 
 class TailReceiver:

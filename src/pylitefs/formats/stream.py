@@ -285,7 +285,8 @@ class GiveBack:
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """The primary has never had this database."""
+    """The primary has never had this database. It says nothing more of it until the replica has acknowledged TXID 0:
+    what was acknowledged before speaks of the copy that is set aside."""
 
     CODE: ClassVar[int] = 36
     name: Name

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from engine_nodes import Node, check_log, file_checksum, make_sqlite, rows_of
 
+from pylitefs.engine import plain_imports
 from pylitefs.engine.hooks import EngineHooks
 from pylitefs.engine.transaction import TransactionWriter
 from pylitefs.ports import FileKind, FileRef
@@ -111,6 +112,37 @@ def test_a_write_that_is_under_way(plain: Plain, monkeypatch: pytest.MonkeyPatch
     with store.plain_writes.one("db", HANDLE):
         assert not store.import_plain("db")
     assert store.import_plain("db")
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("locked", "a process has it locked: close it there"),
+        ("journal", "a process died in a transaction and has left its journal: open it once with SQLite"),
+        ("written", "a process goes on writing to it without SQLite's locks"),
+    ],
+)
+def test_it_is_told_why_a_file_is_not_taken_over(
+    plain: Plain, what: str, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What to do differs. It is tried again, for nobody tells when it has changed."""
+    store = plain.node.store
+    planned: list[int] = []
+    monkeypatch.setattr(store.plain_imports, "wake", lambda name, tries: planned.append(tries))
+    monkeypatch.setattr(store, "mount_dir", store.plain_dir)
+    with contextlib.ExitStack() as stack:
+        if what == "locked":
+            writer = stack.enter_context(contextlib.closing(sqlite3.connect(plain.path, isolation_level=None)))
+            writer.execute("BEGIN IMMEDIATE")
+        elif what == "journal":
+            Path(plain.path + "-journal").write_bytes(bytes.fromhex("d9d505f920a163d7") + bytes(1016))
+        else:
+            stack.enter_context(store.plain_writes.one("db", HANDLE))
+        store.plain_imports._try("db", plain_imports._TELL_TRIES - 1)
+    monkeypatch.setattr(store, "mount_dir", None)
+    assert [record.getMessage() for record in caplog.records if told in record.getMessage()], caplog.text
+    store.worker.submit(lambda: None).result()
+    assert planned == [plain_imports._TELL_TRIES]
 
 
 def test_a_removed_file_of_that_name_is_closed_for_the_last_time_during_a_write(plain: Plain) -> None:

@@ -37,6 +37,11 @@ _LONGEST_SETTLE_S = 0.5  # between two looks at a file in use
 _TELL_TRIES = 60
 
 
+_LOCKED = "a process has it locked: close it there"
+_JOURNAL = "a process died in a transaction and has left its journal: open it once with SQLite, which takes that back"
+_WRITTEN = "a process goes on writing to it without SQLite's locks: let it finish"
+
+
 class PlainImports:
     """What is done to plain files until they are databases."""
 
@@ -49,24 +54,27 @@ class PlainImports:
         """`Naming.import_plain`, with writers kept out. False also where somebody is in the middle of writing it: its
         commit, or the next look, takes it over. In a thread of its own, because it opens a file of the mount, and not
         while that is fsynced: the kernel holds the file's lock then. Raises OSError."""
-        with self._one.alone_with(name):  # the other's lock is no writer's: it is a database when that is given up
-            return self._at_rest(name)
+        return not self._take(name)
 
-    def _at_rest(self, name: str) -> bool:
+    def _take(self, name: str) -> str:
+        """"", or why it cannot be taken over now, and what to do about it."""
+        with self._one.alone_with(name):  # the other's lock is no writer's: it is a database when that is given up
+            return self._take_alone(name)
+
+    def _take_alone(self, name: str) -> str:
         registry = self._registry
         if registry.mount_dir is None:
-            return self._naming.import_plain(name)
+            return "" if self._naming.import_plain(name) else _WRITTEN
         try:
             fd, writable = _open(os.path.join(registry.mount_dir, name))
         except OSError as error:  # it has gone, or has just become another file: no fault of who closes it
-            log.debug("%s: it cannot be opened to be taken over: %s", shown(name), error)
-            return False
+            return f"it cannot be opened: {error.strerror or error}"
         try:
             if not _keep_out_writers(fd, writable=writable):
-                return False
-            if journal_in_use(registry.plain_path(name + "-journal")):  # of a process that died
-                return False
-            return self._naming.import_plain(name)
+                return _LOCKED
+            if journal_in_use(registry.plain_path(name + "-journal")):
+                return _JOURNAL
+            return "" if self._naming.import_plain(name) else _WRITTEN
         finally:
             os.close(fd)
 
@@ -107,14 +115,14 @@ class PlainImports:
     def _try(self, name: str, tries: int) -> None:
         worker = self._registry.worker
         try:
-            if self.at_rest(name):
+            if not (why := self._take(name)):
                 return
         except Exception as error:
             log.warning("%s: it cannot be taken over yet: %s", shown(name), error)
             worker.post(worker.call_later, _RETRY_S, self.wake, name)
             return
         if tries % _TELL_TRIES == _TELL_TRIES - 1 and self._registry.is_plain_database(name):
-            log.warning("%s: it is not replicated yet, because a process has it locked: close it there", shown(name))
+            log.warning("%s: it is not replicated yet: %s", shown(name), why)
         worker.post(self.wake, name, tries + 1)  # who lets go of a lock tells nobody
 
 

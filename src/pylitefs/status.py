@@ -92,11 +92,19 @@ class FenceView(Protocol):
     def holds(self) -> bool: ...
 
 
+class TombstoneView(Protocol):
+    """Where a database ended that was dropped long ago (`engine.tombstones.Tombstone`)."""
+
+    @property
+    def position(self) -> Position: ...
+
+
 class FencedStoreView(StoreView, Protocol):
     """A store whose role can change (`engine.store.Store`)."""
 
     @property
     def fence(self) -> FenceView: ...
+    def tombstone(self, name: str) -> TombstoneView | None: ...
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ class ClusterNumbers:
     members: int
     seen_s: Mapping[str, float] = field(default_factory=dict)  # by member: how long ago it was last heard of
     in_sync: int | None = None  # None: replication is asynchronous
+    in_sync_connected: int | None = None  # None: that, or this node is not the primary
     sync: int = 0
     commits_wait: int = 0  # for longer than replicas need
     paused: bool = False
@@ -266,6 +275,7 @@ def replica_document(replica: ReplicaInfo, heads: Mapping[str, int]) -> Json:
                 "durable": f"{progress.durable:016x}",
             }
             for name, progress in sorted(replica.databases.items())
+            if name in heads
         },
     }
 

@@ -83,7 +83,11 @@ def printed(shown: Any, width: int = 80, colour: bool = False) -> str:
 
 
 def test_an_old_sqlite_is_named() -> None:
-    assert "written by SQLite 3.40.1" in printed(render(PRIMARY))
+    name = PRIMARY["databases"][0]["name"]
+    assert f"{name} was written by SQLite 3.40.1: a rare bug" in " ".join(printed(render(PRIMARY)).split())
+    many = copy.deepcopy(PRIMARY)
+    many["databases"] = [{**PRIMARY["databases"][0], "name": f"{number}.db"} for number in range(5)]
+    assert "0.db, 1.db, 2.db and 2 more was written by" in " ".join(printed(render(many)).split())
     new = copy.deepcopy(PRIMARY)
     new["databases"][0]["mayCorruptWAL"] = False
     assert "written by SQLite" not in printed(render(new))

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pylitefs.engine.tombstones import Tombstone
 from pylitefs.events import Event, EventBus
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 from pylitefs.status import NodeInfo, ReplicaInfo
@@ -63,6 +64,7 @@ class FakeStore:
         self.primary_hostname: str | None = None if is_primary else "db1"
         self.lag_ms: int | None = None if is_primary else 7
         self.databases: dict[str, FakeDatabase] = {}
+        self.tombstones: dict[str, Tombstone] = {}
         self.flushes = 0
         self.flush_result: Future[dict[str, Position]] | None = None
         self.imported: dict[str, bytes] = {}
@@ -82,6 +84,9 @@ class FakeStore:
 
     def get(self, name: str) -> FakeDatabase | None:
         return self.databases.get(name)
+
+    def tombstone(self, name: str) -> Tombstone | None:
+        return self.tombstones.get(name)
 
     def flush_all(self) -> Future[dict[str, Position]]:
         self.flushes += 1

@@ -22,6 +22,7 @@ from fake_store import CLUSTER_ID, node_info
 from pylitefs import errors
 from pylitefs.cluster.control import HistoryEntry
 from pylitefs.cluster.lease_port import now_s
+from pylitefs.engine.tombstones import Tombstone
 from pylitefs.events import Event
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Position
 from pylitefs.http import cluster_routes, halts, health, peers, waiting
@@ -195,6 +196,27 @@ def test_a_lag_that_is_not_known_is_too_large(replica: FencedStore) -> None:
         node.control.changes = {"primary": None}
         await asyncio.sleep(2 * health.VIEW_AGE_S)
         assert await node.status("/replica?lag=100tx") == 503
+
+    play(replica, scenario)
+
+
+def test_a_database_that_was_dropped_is_not_one_that_is_lacking(replica: FencedStore) -> None:
+    """Neither while something is left of it, nor when it was forgotten; a health check that asks for it gets 404."""
+    dropped = replica.add("dropped.db")
+    dropped.path.write_bytes(b"")
+    dropped.position = Position(5, CHECKSUM_FLAG)
+    replica.tombstones["forgotten.db"] = Tombstone(Position(3223, CHECKSUM_FLAG), ())
+
+    async def scenario(node: Node) -> None:
+        me, primary, *_ = a_view(replica).members
+        positions = {"app.db": (7, 1), "dropped.db": (7, 5), "forgotten.db": (7, 3223)}
+        node.control.changes = {
+            "primary": replace(primary, positions=positions), "members": (replace(me, lag_txids=None), primary),
+        }  # fmt: skip
+        assert await node.status("/replica?lag=0tx") == 200
+        for name in ("dropped.db", "forgotten.db"):
+            for query in (f"db={name}", f"db={name}&lag=100tx"):
+                assert await node.status(f"/replica?{query}") == 404
 
     play(replica, scenario)
 
@@ -386,6 +408,7 @@ def test_metrics_of_the_cluster(primary: FencedStore) -> None:
             'litefs_member_seen_seconds{member="000000000000000C"} 12.34567',
             "litefs_sync_replicas 1.0",
             "litefs_in_sync_members 1.0",
+            "litefs_in_sync_replicas_connected 1.0",
             'litefs_sync_wait_seconds_bucket{le="0.002"} 1.0',
             'litefs_sync_wait_seconds_bucket{le="0.005"} 2.0',
             "litefs_sync_wait_seconds_count 3.0",

@@ -22,6 +22,7 @@ from pylitefs.http.client import DEFAULT_URL, Client, Json
 __all__ = ["format_duration", "format_ms", "format_size", "render", "status"]
 
 _WATCH_INTERVAL_S = 1.0
+_NAMED = 3  # databases in one line
 _HEARTBEAT = "  [dim](without writes up to 1 s)[/]"
 
 
@@ -150,11 +151,17 @@ def _databases(databases: list[Json], not_replicated: list[Json]) -> RenderableT
         for database in databases
         if database.get("failing")
     ]
-    old = sorted({d["sqliteVersion"] for d in databases if d["mayCorruptWAL"]})
-    if old:
-        bug = "a rare bug before 3.51.3 can corrupt a WAL: upgrade it"
-        problems.append(Text(f"written by SQLite {', '.join(old)}: {bug}", "yellow"))
+    for version in sorted({database["sqliteVersion"] for database in databases if database["mayCorruptWAL"]}):
+        names = [d["name"] for d in databases if d["mayCorruptWAL"] and d["sqliteVersion"] == version]
+        bug = "a rare bug before 3.51.3 can corrupt a WAL: upgrade SQLite there"
+        problems.append(Text(f"{_listed(names)} was written by SQLite {version}: {bug}", "yellow"))
     return Group(table(["~database", "txid", "checksum", ">size", "journal", ">log"], rows), *problems)
+
+
+def _listed(names: list[str]) -> str:
+    """Not more than a few."""
+    more = len(names) - _NAMED
+    return ", ".join(map(shown, names[:_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _journal(database: Json) -> str:

@@ -160,12 +160,19 @@ def numbers(view: ClusterView, is_primary: bool, lease_left_s: float, failovers:
         members=len(view.members),
         seen_s=_seen_s(view),
         in_sync=None if view.in_sync is None else len(view.in_sync),
+        in_sync_connected=_connected(view) if is_primary and view.in_sync is not None else None,
         sync=view.sync,
         commits_wait=0 if view.commits_wait is None else view.commits_wait.count,
         paused=view.paused,
         problem=bool(view.problem),
         failovers=failovers,
     )
+
+
+def _connected(view: ClusterView) -> int:
+    """How many of those in sync are connected to this node, the primary."""
+    in_sync = set(view.in_sync or ()) - {view.node_id}
+    return sum(1 for member in view.members if member.node_id in in_sync and member.seen_s == 0.0)
 
 
 def failovers_after(view: ClusterView, epoch: int) -> tuple[int, int]:

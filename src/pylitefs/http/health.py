@@ -115,10 +115,10 @@ class Health:
 
     def _database_problem(self, name: str) -> tuple[int, str] | None:
         database = self._store.get(name)
-        if database is None:
-            return 404, f'database not found: "{name}"'
-        if database.set_aside_reason is not None:
+        if database is not None and database.set_aside_reason is not None:
             return 503, f"the database is set aside: {database.set_aside_reason}"
+        if database is None or not database.commit:  # of one that was dropped something is left for a while
+            return 404, f'database not found: "{name}"'
         return None
 
     def _not_primary(self, _name: str | None, _limits: Sequence[LagLimit]) -> str:
@@ -198,10 +198,14 @@ class Health:
         behind = 0
         for known, best in view.primary.positions.items():
             if name is None or known == name:
-                database = self._store.get(known)
                 epoch = me.positions.get(known, best)[0] if me is not None else best[0]
-                behind += lag({known: (epoch, database.position.txid if database is not None else 0)}, {known: best})
+                behind += lag({known: (epoch, self._txid(known))}, {known: best})
         return behind
+
+    def _txid(self, name: str) -> int:
+        """Where this node is, also with a database that was dropped."""
+        known = self._store.get(name) or self._store.tombstone(name)
+        return known.position.txid if known is not None else 0
 
     def _recent_view(self) -> ClusterView:
         now_s = time.monotonic()

@@ -253,7 +253,13 @@ def _cluster(numbers: ClusterNumbers) -> Iterator[Metric]:
     yield seen
     yield GaugeMetricFamily("litefs_sync_replicas", "Replicas that a commit waits for", numbers.sync)
     if numbers.in_sync is not None:
-        yield GaugeMetricFamily("litefs_in_sync_members", "Nodes that have all acknowledged commits", numbers.in_sync)
+        yield GaugeMetricFamily(
+            "litefs_in_sync_members", "Nodes that have all acknowledged commits, connected or not", numbers.in_sync
+        )
+    if numbers.in_sync_connected is not None:
+        yield GaugeMetricFamily(
+            "litefs_in_sync_replicas_connected", "In-sync replicas that are connected now", numbers.in_sync_connected
+        )
     yield GaugeMetricFamily(
         "litefs_commits_waiting", "Commits that wait for replicas, once one has for 1.5 s", numbers.commits_wait
     )

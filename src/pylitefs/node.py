@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -175,15 +176,31 @@ class Node:
         leadership = self.leadership
         if leadership is not None and self.is_primary:
             return None if leadership.leads else "the lease could not be renewed"
-        if self._replica is not None and not self._replica.state.connected:
-            return f"not connected to the primary: {self._replica.state.problem}"
+        if (problem := self.not_connected) is not None:
+            return problem
         if leadership is not None and self._replica is None:
             return leadership.problem or "no primary is known"
         return None
 
     @property
+    def not_connected(self) -> str | None:
+        """Why, and since when, this replica is not connected to its primary; None if it is, or has none."""
+        state = self._replica.state if self._replica is not None else None
+        if state is None or state.connected:
+            return None
+        return f"not connected to the primary for {self.disconnected_s or 0:.0f} s: {state.problem}"
+
+    @property
+    def disconnected_s(self) -> float | None:
+        """For how long; None if it is connected, or follows nobody."""
+        state = self._replica.state if self._replica is not None else None
+        return None if state is None or state.connected else max(0.0, time.time() - state.since_ms / 1000)
+
+    @property
     def lag_txids(self) -> int | None:
-        return self._replica.lag_txids() if self._replica is not None else None
+        """Not known without the primary."""
+        replica = self._replica
+        return replica.lag_txids() if replica is not None and replica.state.connected else None
 
     def primary_positions(self) -> dict[str, tuple[int, int]]:
         """Where the primary is, as it says in heartbeats: (epoch, TXID)."""

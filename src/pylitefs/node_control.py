@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pylitefs.cluster.control import ClusterView, CommitsWait, MemberView
+from pylitefs.cluster.control import AWAY, NOT_CONNECTED, ClusterView, CommitsWait, MemberView
 from pylitefs.cluster.decisions import NOTHING
-from pylitefs.cluster.election import Total, positions_of
+from pylitefs.cluster.election import Positions, Total, positions_of
+from pylitefs.cluster.known_nodes import KnownNodes
 from pylitefs.cluster.leadership import Leadership
 from pylitefs.cluster.lease_port import Leader, Member
+from pylitefs.cluster.state import Document
 from pylitefs.cluster.tasks import blocking
 from pylitefs.engine.epochs import FIRST
 from pylitefs.engine.reserve import Reserve
@@ -26,6 +28,8 @@ from pylitefs.node import LAST_S, PAUSE_S, Node
 from pylitefs.status import ReplicaInfo, ReplicaProgress
 
 log = logging.getLogger("litefs")
+
+NO_DOCUMENT = Document()  # with a static lease
 
 CATCH_UP_S = 10.0  # for a successor, while writes go on
 LEAVE_S = 4.0  # the same at a stop, in tries that are
@@ -39,6 +43,13 @@ _ANSWER_S = 0.3  # for a successor, before writes are paused
 _NEAR_TXIDS = 200  # a successor that is so near is waited for with writes paused
 
 
+def _away(member: Member, seen_s: float | None, in_sync: bool) -> MemberView:
+    return MemberView(
+        member.node_id, member.hostname, member.url, state=AWAY, candidate=member.candidate, priority=member.priority,
+        tags=member.tags, in_sync=in_sync, seen_s=seen_s,
+    )  # fmt: skip
+
+
 class NodeControl:
     """Of one node. Switchovers run one at a time."""
 
@@ -50,6 +61,14 @@ class NodeControl:
         self._told: tuple[MemberView, ...] = ()  # by the primary, at this URL
         self._told_by = ""
         self._told_s = self._asked_s = -math.inf
+        self._known = KnownNodes()  # the replicas, with a static lease
+        node.store.events.subscribe(self._heard)
+
+    def _heard(self, event: Event) -> None:
+        if event.type in ("replicaConnected", "replicaLost"):
+            data = event.data
+            member = Member(int(data["node_id"], 16), data["hostname"], f"//{data['address']}", candidate=False)
+            self._known.saw(member)
 
     async def watch_disk(self) -> None:
         """Until cancelled: a node whose disk is full is no candidate, and as the primary passes the lease on."""
@@ -88,7 +107,7 @@ class NodeControl:
         if leadership is None:
             return self._static_view(connected)
         state, view = leadership.document.state, leadership.view
-        leader = view.leader if view is not None else None
+        leader = view.leader if view is not None and not leadership.has_lost_office else None
         in_sync = state.in_sync or frozenset()
         members = [] if view is None else [
             self._shown(member, leader, connected.get(member.node_id), member.node_id in in_sync)
@@ -97,6 +116,10 @@ class NodeControl:
         primary = None if leader is None else next((one for one in members if one.node_id == leader.node_id), None)
         if leader is not None and primary is None:
             primary = MemberView(leader.node_id, leader.hostname, leader.url, "primary")
+        here = {self._node.node_id, *(member.node_id for member in members)}
+        here |= set() if leader is None else {leader.node_id}
+        away = leadership.known.away(here, {*in_sync, state.last_leader} - {0}, leadership.document)
+        members += [_away(member, seen_s, member.node_id in in_sync) for member, seen_s in away]
         return ClusterView(
             node_id=self._node.node_id,
             is_primary=self._store.is_primary,
@@ -120,7 +143,7 @@ class NodeControl:
     def _static_view(self, connected: Mapping[int, ReplicaInfo]) -> ClusterView:
         me = MemberView(
             self._node.node_id, self._node.hostname, self._node.url, "primary" if self._store.is_primary else "replica",
-            candidate=self._node.config.lease.candidate, positions=self._node.positions(), seen_s=0.0,
+            candidate=self._node.config.lease.candidate, positions=self._that_exist(self._node.positions()), seen_s=0.0,
         )  # fmt: skip
         gate = self._node.gate
         in_sync = None if gate is None else tuple(sorted(gate.in_sync))
@@ -136,6 +159,8 @@ class NodeControl:
                 )
                 for node_id, info in connected.items()
             ]  # fmt: skip
+            away = self._known.away({me.node_id, *connected}, in_sync or (), NO_DOCUMENT)
+            others += [_away(member, seen_s, member.node_id in (in_sync or ())) for member, seen_s in away]
         else:
             me, primary, others = self._static_replica_view(me)
         return ClusterView(
@@ -152,14 +177,21 @@ class NodeControl:
             for member in (self._told if age_s < FORGET_S else ())
         }
         mine = told.pop(me.node_id, me)
-        me = replace(
-            me, state=mine.state, in_sync=mine.in_sync, lag_ms=self._store.lag_ms, lag_txids=self._node.lag_txids
+        me = self._or_not_connected(
+            replace(
+                me, state=mine.state, in_sync=mine.in_sync, lag_ms=self._store.lag_ms, lag_txids=self._node.lag_txids
+            )
         )
         leader = self._node.following
-        primary = None if leader is None else MemberView(leader.node_id, leader.hostname, leader.url, "primary")
+        primary = None if leader is None else MemberView(
+            leader.node_id, leader.hostname, leader.url, "primary", seen_s=self._node.disconnected_s
+        )  # fmt: skip
         for member in told.values():
             if primary is not None and member.role == "primary":
-                primary = replace(member, hostname=primary.hostname or member.hostname, url=primary.url)
+                seen_s = member.seen_s if primary.seen_s is None else primary.seen_s
+                primary = replace(
+                    member, hostname=primary.hostname or member.hostname, url=primary.url, seen_s=seen_s
+                )
                 told[member.node_id] = primary
         return me, primary, list(told.values())
 
@@ -189,6 +221,7 @@ class NodeControl:
         positions = self._node.positions() if mine else positions_of(member)
         if isinstance(positions, Total):  # too many databases to be announced
             positions = self._node.primary_positions() if leads else {}
+        positions = self._that_exist(positions)
         shown = MemberView(
             member.node_id,
             member.hostname,
@@ -203,7 +236,24 @@ class NodeControl:
             lag_ms=self._store.lag_ms if mine else None,
             lag_txids=self._node.lag_txids if mine else None,
         )
-        return self._as_told(shown) if info is None else self._with_progress(shown, info)
+        if info is not None:
+            return self._with_progress(shown, info)
+        return self._or_not_connected(self._as_told(shown)) if mine else self._as_told(shown)
+
+    def _or_not_connected(self, me: MemberView) -> MemberView:
+        return me if self._node.not_connected is None else replace(me, state=NOT_CONNECTED)
+
+    def _that_exist(self, positions: Positions) -> Positions:
+        """Without databases that were dropped, as far as this node has heard of it."""
+        return {name: at for name, at in positions.items() if at[1] != self._dropped_at(name)}
+
+    def _dropped_at(self, name: str) -> int:
+        """The TXID of the drop; 0 for a database that is there, or of which nothing is known."""
+        known = self._store.get(name)
+        if known is not None:
+            return 0 if known.commit else known.position.txid
+        tombstone = self._store.tombstone(name)
+        return 0 if tombstone is None else tombstone.position.txid
 
     def _with_progress(self, shown: MemberView, info: ReplicaInfo) -> MemberView:
         positions, behind = {}, 0
@@ -212,7 +262,9 @@ class NodeControl:
             if database is not None:
                 positions[name] = (database.epoch, progress.applied)
                 behind += max(0, database.position.txid - progress.applied)
-        return replace(shown, state=info.state, lag_ms=info.lag_ms, lag_txids=behind, positions=positions)
+        return replace(
+            shown, state=info.state, lag_ms=info.lag_ms, lag_txids=behind, positions=self._that_exist(positions)
+        )
 
     async def promote(self, node_id: int | None, force: bool = False) -> None:
         leadership = self._by_engine()

@@ -216,7 +216,9 @@ def test_what_is_said_tells_what_to_do() -> None:
     unheard = run(member(positions=MORE), deaf=(YOU,))
     assert isinstance(unheard, Wait) and unheard.until_s == SINCE_S + Rules().patience_s and "node-1" in unheard.text
     in_sync = run(state=sync(YOU))
-    assert isinstance(in_sync, StandAside) and f"{YOU:016x}" in in_sync.text
+    assert isinstance(in_sync, StandAside) and f"node {YOU:016X}" in in_sync.text and f"{YOU:016X}" in in_sync.at_first
+    known = run(state=replace(sync(YOU, THIRD), hostnames={YOU: "db2", THIRD: "db3", 77: "db3"}))
+    assert isinstance(known, StandAside) and f"db2, db3 (node {THIRD:016X}), node" in known.text
 
 
 @pytest.mark.parametrize(

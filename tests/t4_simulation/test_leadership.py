@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -475,6 +476,38 @@ async def test_a_node_that_may_lack_commits_leads_only_by_force() -> None:
         await third.kill()  # they have followed, but commits did not wait for them: they may lack some now
         await asyncio.sleep(5 * TTL_S)
         assert cluster.leader is None
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Warnings that acknowledged commits may be missing."""
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [line for line in lines if "may lack commits" in line]
+
+
+@virtual
+async def test_in_a_routine_failover_nobody_is_warned_that_commits_may_be_missing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with cluster_of(3) as (cluster, first):
+        standby, third = (node for node in cluster.nodes.values() if node is not first)
+        await first.leadership.change_state(lambda state: replace(state, in_sync=frozenset({standby.node_id})))
+        await first.kill()
+        await cluster.until(lambda: cluster.leader is standby)
+        names = ", ".join(sorted((first.hostname, standby.hostname)))
+        assert not told(caplog) and f"no primary at the moment: one of {names} is expected" in caplog.text
+
+        await cluster.until(lambda: third.leader and third.leader.node_id == standby.node_id)
+        await standby.leadership.change_state(lambda state: replace(state, in_sync=frozenset()))
+        await standby.kill()
+        await cluster.until(lambda: third.leadership.problem.startswith("no primary at the moment"))
+        assert not told(caplog)
+        await cluster.until(lambda: told(caplog))  # it takes long now, and nobody is left who could
+        line = (
+            f"no primary: {standby.hostname} must come back first, for this node may lack commits that were "
+            "acknowledged (if it is lost for good: litefs promote -force)"
+        )
+        assert told(caplog) == [line] and third.leadership.problem == line
 
 
 @virtual

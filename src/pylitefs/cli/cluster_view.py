@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from pylitefs.cli.forms import format_duration, format_ms, table
-from pylitefs.cluster.control import CommitsWait
+from pylitefs.cluster.control import AWAY, NOT_CONNECTED, CommitsWait
 from pylitefs.errors import UsageError
 
 Json = dict[str, Any]
@@ -135,7 +135,7 @@ def _member_row(member: Json, name: str, cluster: Json) -> list[str]:
         f"{escape(name)}{' [cyan]*[/]' if here else ''}",
         "[bold green]primary[/]" if is_primary else "[cyan]replica[/]",
         "" if epoch is None or _is_static(cluster) else f"{epoch:,}",
-        escape(member["state"]),
+        f"[red]{escape(member['state'])}[/]" if member["state"] in (AWAY, NOT_CONNECTED) else escape(member["state"]),
         behind_text,
         "" if is_primary or lag_ms is None else format_ms(lag_ms),
         sync,

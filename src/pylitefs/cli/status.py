@@ -36,8 +36,9 @@ def status(url: str, as_json: bool, watch: bool) -> int:
     Of every member: its role, the epoch of its newest data, its state, how many transactions it is behind, its lag,
     whether commits wait for it (sync), and its tags; "*" is the node that answers. The lag is how old the state may be
     that is shown there: as the primary speaks once a second, it goes up to a second where nothing is written. How far
-    members are behind is known to the primary, which every other node asks. TXIDs and checksums are hexadecimal, as in
-    NAME-pos and in the names of the log's files.
+    members are behind is known to the primary, which every other node asks. "away" is a node that is not there and
+    was within the last 6 hours, or that commits wait for. TXIDs and checksums are hexadecimal, as in NAME-pos and in
+    the names of the log's files.
 
     \b
     Examples:

@@ -19,6 +19,13 @@ FORCED = "forced: acknowledged commits may be missing"
 """… and of `litefs promote -force`, where it was needed."""
 
 
+AWAY = "away"
+"""The state of a node that is known, and is not there."""
+
+NOT_CONNECTED = "not connected"
+"""The state of this node, if it is a replica whose primary does not answer."""
+
+
 @dataclass(frozen=True)
 class MemberView:
     """One node as this one knows it. `lag_ms` and `lag_txids` are None where they are not known; `seen_s` is how long
@@ -28,7 +35,7 @@ class MemberView:
     hostname: str = ""
     url: str = ""
     role: str = "replica"  # "primary", "replica"
-    state: str = ""  # on the primary: "live", "catch-up", "snapshot", ...; "" where it is not connected
+    state: str = ""  # on the primary: "live", "catch-up", "snapshot", ...; AWAY, NOT_CONNECTED; "" where not known
     candidate: bool = True
     priority: int = 0
     tags: Mapping[str, str] = field(default_factory=dict)

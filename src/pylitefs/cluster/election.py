@@ -46,7 +46,7 @@ import enum
 import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -91,6 +91,7 @@ class ClusterState:
     positions: Known = field(default_factory=dict)  # as the last leader wrote them down
     voters: frozenset[int] | None = None  # failsafe: who is asked, and so may lead; None: it is off
     handoff_to: int = 0  # whom the last leader has passed the lease to, having made sure that it has everything
+    hostnames: Mapping[int, str] = field(default_factory=dict)  # of nodes that were heard of; not of the document
 
 
 WANTED = sys.maxsize
@@ -158,10 +159,12 @@ class Wait:
 
 @dataclass(frozen=True)
 class StandAside:
-    """This node must not take the lease as things are; `text` says what would have to change."""
+    """This node must not take the lease as things are; `text` says what would have to change. `at_first`: what is said
+    instead in the first moments, where that is part of every failover; "" if it is not."""
 
     why: Why
     text: str
+    at_first: str = ""
 
 
 Decision: TypeAlias = Acquire | Follow | Wait | StandAside
@@ -203,7 +206,7 @@ def decide(
     if takes_over(state, me):
         return Acquire()
     if state.handoff_to not in (0, me.node_id) and now_s < until_s:
-        return Wait(Why.HANDOFF, f"the lease was passed to node {state.handoff_to:016X}", until_s)
+        return Wait(Why.HANDOFF, f"the lease was passed to {_names({state.handoff_to}, state)}", until_s)
     others = _others(view, state, me, reachable)
     if not state.has_data and (text := _several_clusters([myself, *others])):
         return StandAside(Why.FOREIGN, text)
@@ -403,11 +406,14 @@ def _ineligible(node: _Contender, state: ClusterState, others: list[_Contender],
             Why.PAUSED, "nobody is the primary, and automatic failover is paused: litefs resume, or promote"
         )
     if state.in_sync is not None and node.node_id not in state.in_sync and not was_leader:
-        known = ", ".join(f"{node_id:016X}" for node_id in sorted({*state.in_sync, state.last_leader}))
+        known = {*state.in_sync, state.last_leader} - {0}
+        who = _names(known, state)
+        who, lost = (who, "it is") if len(known) == 1 else (f"one of {who}", "they are")
         return StandAside(
             Why.NOT_IN_SYNC,
-            f"this node may lack commits that were acknowledged: one of {known} must come back first "
-            "(if they are lost for good: litefs promote -force)",
+            f"no primary: {who} must come back first, for this node may lack commits that were acknowledged "
+            f"(if {lost} lost for good: litefs promote -force)",
+            f"no primary at the moment: {who} is expected to take over (it has every acknowledged commit)",
         )
     if state.voters is not None and node.node_id not in state.voters and not was_leader:
         return StandAside(
@@ -463,6 +469,17 @@ def _position(value: Any) -> tuple[int, int] | None:
 
 def _name(node: _Contender) -> str:
     return node.hostname or f"node {node.node_id:016X}"
+
+
+def _names(node_ids: Iterable[int], state: ClusterState) -> str:
+    """Host names, where they are known, and the id where that alone would not tell them apart."""
+    every = list(state.hostnames.values())
+    names = []
+    for node_id in sorted(node_ids):
+        hostname = state.hostnames.get(node_id, "")
+        text = f"node {node_id:016X}"
+        names.append(text if not hostname else hostname if every.count(hostname) == 1 else f"{hostname} ({text})")
+    return ", ".join(sorted(names))
 
 
 def _comparison(rival: _Contender, me: _Contender) -> str:

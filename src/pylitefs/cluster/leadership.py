@@ -19,6 +19,7 @@ from pylitefs.cluster import election
 from pylitefs.cluster.candidate import Node, Nudge, Settings, ask_all
 from pylitefs.cluster.control import FAILOVER, FORCED
 from pylitefs.cluster.election import Acquire, ClusterState, Follow, Positions, Rules, Self, StandAside, Wait, Why
+from pylitefs.cluster.known_nodes import KnownNodes
 from pylitefs.cluster.lease_port import Clock, Engine, Member, View, now_s
 from pylitefs.cluster.office import LONG_WAIT_S, LOOK_S, RETRY_S, Office
 from pylitefs.cluster.shared_state import SharedState
@@ -26,6 +27,10 @@ from pylitefs.cluster.state import Document
 from pylitefs.errors import Ineligible, LitefsError, Unavailable
 
 log = logging.getLogger("litefs.lease")
+
+LEAST_PATIENCE_S = 3.0
+"""After a lease has ended somebody takes it within a second or two. Only later, and not before another TTL is over, is
+it a warning that nobody does because acknowledged commits could be missing."""
 
 
 @dataclass
@@ -76,6 +81,17 @@ class Leadership:
     @property
     def document(self) -> Document:
         return self._shared.document
+
+    @property
+    def known(self) -> KnownNodes:
+        return self._shared.known
+
+    @property
+    def has_lost_office(self) -> bool:
+        """Whether this node stands in `view` as the leader, and is not any more, nor about to be."""
+        leader = self.view.leader if self.view is not None else None
+        mine = leader is not None and leader.node_id == self._node.node_id
+        return mine and not (self.leads or self.enters or self._acquiring)
 
     @property
     def problem(self) -> str:
@@ -224,6 +240,7 @@ class Leadership:
             me = replace(me, priority=election.WANTED)
         decide = election.decide_forced if wanted is not None and wanted.force else election.decide
         since_s = self._clock() if self._leaderless_since_s is None else self._leaderless_since_s
+        state = replace(state, hostnames=self.known.hostnames(self.document))
         decision = decide(view, state, me, reachable, self._rules, self._clock(), since_s)
         match decision:
             case Follow(leader):
@@ -241,10 +258,13 @@ class Leadership:
                 level = logging.INFO if why is Why.HANDOFF else logging.WARNING
                 self._shared.has_problem(f"no primary: {text}", level)
                 await self._wait_for_change(view, LOOK_S)
-            case StandAside(_, text):
+            case StandAside(_, text, at_first):
                 if wanted is not None:
                     wanted.refuse(Ineligible(text))
-                self._shared.has_problem(text)
+                if at_first and self._clock() < since_s + max(LEAST_PATIENCE_S, self._settings.ttl_s):
+                    self._shared.has_problem(at_first, logging.INFO)
+                else:
+                    self._shared.has_problem(text)
                 await self._wait_for_change(view, LOOK_S * 10)
 
     async def _bound(self, view: View) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pylitefs.cluster.election import ClusterState
+from pylitefs.cluster.known_nodes import KnownNodes
 from pylitefs.cluster.lease_port import Conflict, Engine, Held, LeaseLost, View
 from pylitefs.cluster.state import Document
 from pylitefs.errors import Unavailable
@@ -22,6 +23,7 @@ class SharedState:
     on the loop, when any of them is new."""
 
     def __init__(self, engine: Engine, changed: Callable[[], None]) -> None:
+        self.known = KnownNodes()
         self._engine = engine
         self._changed = changed
         self._lock = asyncio.Lock()
@@ -46,6 +48,8 @@ class SharedState:
 
     def saw(self, view: View, document: Document) -> None:
         self.view, self.document = view, document
+        for member in view.members:
+            self.known.saw(member)
         self._changed()
 
     async def change(self, change: Callable[[ClusterState], ClusterState], held: Callable[[], Held | None]) -> None:

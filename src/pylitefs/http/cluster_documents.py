@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pylitefs.cluster.control import FAILOVER, ClusterView, CommitsWait, HaltLock, HistoryEntry, MemberView
+from pylitefs.cluster.control import AWAY, FAILOVER, ClusterView, CommitsWait, HaltLock, HistoryEntry, MemberView
 from pylitefs.formats.ltx.format import Position
 from pylitefs.status import ClusterNumbers, Json, rfc3339
 
@@ -157,7 +157,7 @@ def numbers(view: ClusterView, is_primary: bool, lease_left_s: float, failovers:
         role="primary" if is_primary else "replica",
         epoch=view.epoch,
         lease_left_s=max(0.0, lease_left_s) if is_primary else None,
-        members=len(view.members),
+        members=sum(1 for member in view.members if member.state != AWAY),
         seen_s=_seen_s(view),
         in_sync=None if view.in_sync is None else len(view.in_sync),
         in_sync_connected=_connected(view) if is_primary and view.in_sync is not None else None,

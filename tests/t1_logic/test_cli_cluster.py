@@ -314,6 +314,14 @@ def test_status_of_a_cluster_with_everything() -> None:
     assert "in sync: none" in wide
 
 
+def test_a_node_that_is_away_is_shown_as_such() -> None:
+    away = member("db2", state="away", seenSeconds=75.2, positions={}, lagMs=None, lagTXIDs=None)
+    members = [member("db1", role="primary", state="", lagTXIDs=None, lagMs=None), away]
+    text = shown(200, members=members, sync=1, inSync=[IDS["db2"]])
+    assert " ".join(row(text, "db2")) == "db2 replica away yes not heard of for 1 m 15 s"
+    assert "in sync: db2 (away)" in text
+
+
 def test_commits_that_wait_for_replicas_are_told_of() -> None:
     waiting = {"count": 3, "seconds": 12.345, "reason": "0 of 1 replicas connected (replication.sync: 1)"}
     text = shown(sync=1, inSync=[], commitsWait=waiting)

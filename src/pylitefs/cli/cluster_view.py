@@ -101,9 +101,10 @@ def _sync_row(cluster: Json) -> str:
     needed = "1 replica" if cluster["sync"] == 1 else f"{cluster['sync']} replicas"
     if cluster["inSync"] is None:  # a replica with a static lease does not know
         return f"FULL commits wait for {needed}"
-    names = short_names(members_of(cluster))
-    in_sync = [names.get(node_id, node_id) for node_id in cluster["inSync"]]
-    colour = "green" if len(in_sync) >= cluster["sync"] else "yellow"
+    members = members_of(cluster)
+    names, away = short_names(members), {member["nodeID"] for member in members if member["state"] == AWAY}
+    in_sync = [names.get(node_id, node_id) + (" (away)" if node_id in away else "") for node_id in cluster["inSync"]]
+    colour = "green" if len(set(cluster["inSync"]) - away) >= cluster["sync"] else "yellow"
     return f"FULL commits wait for {needed}  [{colour}]in sync: {escape(', '.join(in_sync) or 'none')}[/]"
 
 

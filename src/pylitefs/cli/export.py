@@ -9,15 +9,16 @@ from pathlib import Path
 
 import click
 
+from pylitefs.cli.local_node import url_option
 from pylitefs.engine.leftovers import is_held_elsewhere
 from pylitefs.errors import UsageError
 from pylitefs.filesystem.mount import is_inside
 from pylitefs.formats.names import shown
-from pylitefs.http.client import DEFAULT_URL, Client
+from pylitefs.http.client import Client
 
 
 @click.command()
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The node's API.")
+@url_option("The node's API.")
 @click.option("-name", "name", default="", metavar="NAME", help="The database to copy.  [required]")
 @click.argument("path")
 def export(url: str, name: str, path: str) -> None:

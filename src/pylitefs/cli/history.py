@@ -8,11 +8,12 @@ import click
 
 from pylitefs.cli.cluster_view import render_history
 from pylitefs.cli.forms import console
-from pylitefs.http.client import DEFAULT_URL, Client
+from pylitefs.cli.local_node import url_option
+from pylitefs.http.client import Client
 
 
 @click.command()
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The API of any node.")
+@url_option("The API of any node.")
 @click.option("-json", "as_json", is_flag=True, help="For programs.")
 def history(url: str, as_json: bool) -> int:
     """Show the changes of the primary: epoch, node, where the data was, when, and why.

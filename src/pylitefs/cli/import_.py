@@ -12,15 +12,16 @@ from urllib.parse import quote
 
 import click
 
+from pylitefs.cli.local_node import url_option
 from pylitefs.errors import LitefsError, NotADatabase, UsageError
 from pylitefs.formats.names import shown
-from pylitefs.http.client import DEFAULT_URL, Client, Refused
+from pylitefs.http.client import Client, Refused
 
 _UNAVAILABLE = 503
 
 
 @click.command("import")
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The primary's API.")
+@url_option("The primary's API.")
 @click.option("-name", "name", default="", metavar="NAME", help="The database to create or replace.  [required]")
 @click.argument("path")
 def import_(url: str, name: str, path: str) -> None:

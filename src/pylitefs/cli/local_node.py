@@ -1,14 +1,45 @@
-"""The node on this machine, for commands that read its files: where its data directory and its mount are."""
+"""The node on this machine: where its API is, and, for commands that read its files, its data directory and mount."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
 
 from pylitefs.config import load, search_paths
 from pylitefs.errors import ConfigError, LitefsError, UsageError
 from pylitefs.http.client import DEFAULT_URL, Client
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def url_option(text: str) -> Callable[[_F], _F]:
+    """`-url`, by default the node of this machine."""
+    where = f"`http.addr` of the configuration file, or {DEFAULT_URL}"
+    return click.option(
+        "-url", "url", default=None, callback=_or_own, show_default=where, metavar="URL", help=text
+    )  # fmt: skip
+
+
+def _or_own(_ctx: click.Context, _param: click.Parameter, url: str | None) -> str:
+    return own_url() if url is None else url
+
+
+def own_url() -> str:
+    """Where the node of this machine answers, by the configuration file, which is looked for where `litefs mount` does.
+    The usual address where there is none; also where it cannot be used: who may not read it may ask the node."""
+    if not any(map(os.path.lexists, search_paths(os.environ))):
+        return DEFAULT_URL
+    try:
+        http = load(None)[0].http
+    except LitefsError:
+        return DEFAULT_URL
+    host = "localhost" if http.host in ("", "0.0.0.0", "::") else http.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{http.port}" if http.port else DEFAULT_URL
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import json
 
 import click
 
-from pylitefs.http.client import DEFAULT_URL, Client
+from pylitefs.cli.local_node import url_option
+from pylitefs.http.client import Client
 
 
 @click.command()
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The API of any node.")
+@url_option("The API of any node.")
 @click.option("-json", "as_json", is_flag=True, help="For programs.")
 def pause(url: str, as_json: bool) -> int:
     """Switch automatic failover off in the whole cluster, for example while its network is worked on.
@@ -27,7 +28,7 @@ def pause(url: str, as_json: bool) -> int:
 
 
 @click.command()
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The API of any node.")
+@url_option("The API of any node.")
 @click.option("-json", "as_json", is_flag=True, help="For programs.")
 def resume(url: str, as_json: bool) -> int:
     """Switch automatic failover on again after `litefs pause`.

@@ -10,15 +10,16 @@ import click
 
 from pylitefs.cli.cluster_view import find_member, full_name, members_of, node_of, short_names
 from pylitefs.cli.forms import format_ms
+from pylitefs.cli.local_node import url_option
 from pylitefs.errors import LitefsError, UsageError
-from pylitefs.http.client import DEFAULT_URL, Client, Json
+from pylitefs.http.client import Client, Json
 
 _NEWS_WITHIN_S = 5.0
 _POLL_S = 0.05
 
 
 @click.command()
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The API of any node.")
+@url_option("The API of any node.")
 @click.option("-node", "node", default="", metavar="NODE", help="Which one; that at -url if it is not given.")
 @click.option("-force", "force", is_flag=True, help="Where there is no primary: also one that may lack commits.")
 @click.option("-yes", "yes", is_flag=True, help="With -force: do not ask.")
@@ -58,7 +59,7 @@ def promote(url: str, node: str, force: bool, yes: bool, as_json: bool) -> int:
 
 
 @click.command()
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The API of any node.")
+@url_option("The API of any node.")
 @click.option("-node", "node", default="", metavar="NODE", help="To which one; the best replica if it is not given.")
 @click.option("-json", "as_json", is_flag=True, help="For programs.")
 def handoff(url: str, node: str, as_json: bool) -> int:

@@ -250,7 +250,9 @@ def _option_row(option: click.Option) -> str:
     names = sorted({f"-{name.lstrip('-')}" for name in option.opts}, key=lambda name: (-len(name), name))
     value = "" if option.is_flag else f" {option.metavar or option.type.name.upper()}"
     default = option.default
-    if isinstance(default, str | int | float) and not isinstance(default, bool) and default != "":
+    if isinstance(option.show_default, str):
+        shown = option.show_default
+    elif isinstance(default, str | int | float) and not isinstance(default, bool) and default != "":
         shown = f"`{default}`"
     else:
         shown = ""

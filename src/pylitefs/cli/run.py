@@ -13,8 +13,9 @@ from types import FrameType
 import click
 
 from pylitefs import halt_lock
+from pylitefs.cli.local_node import url_option
 from pylitefs.errors import LitefsError, UsageError
-from pylitefs.http.client import DEFAULT_URL, Client, Json, Refused
+from pylitefs.http.client import Client, Json, Refused
 
 LOCK_FD = 3
 """The child's descriptor of the lock file, as LiteFS has it."""
@@ -24,7 +25,7 @@ _POLL_S = 0.05
 
 
 @click.command(context_settings={"allow_interspersed_args": False}, options_metavar="[flags] --")
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The node's API.")
+@url_option("The node's API.")
 @click.option("-promote", "promote", is_flag=True, help="Make this node the primary first, by a switchover.")
 @click.option("-if-candidate", "if_candidate", is_flag=True, help="Do nothing, successfully, on a non-candidate.")
 @click.option(

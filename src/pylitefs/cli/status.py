@@ -15,9 +15,10 @@ from rich.text import Text
 
 from pylitefs.cli.cluster_view import head_rows, members_of, render_members
 from pylitefs.cli.forms import console, format_duration, format_ms, format_size, table
+from pylitefs.cli.local_node import url_option
 from pylitefs.errors import LitefsError
 from pylitefs.formats.names import shown
-from pylitefs.http.client import DEFAULT_URL, Client, Json
+from pylitefs.http.client import Client, Json
 
 __all__ = ["format_duration", "format_ms", "format_size", "render", "status"]
 
@@ -27,7 +28,7 @@ _HEARTBEAT = "  [dim](without writes up to 1 s)[/]"
 
 
 @click.command()
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The node's API.")
+@url_option("The node's API.")
 @click.option("-json", "as_json", is_flag=True, help="For programs; with -watch one line per second.")
 @click.option("-watch", "watch", is_flag=True, help="Show it again every second until Ctrl-C.")
 def status(url: str, as_json: bool, watch: bool) -> int:

@@ -7,13 +7,14 @@ import re
 
 import click
 
+from pylitefs.cli.local_node import url_option
 from pylitefs.config_values import ValueProblem, parse_duration_s
 from pylitefs.errors import UsageError
-from pylitefs.http.client import DEFAULT_URL, Client
+from pylitefs.http.client import Client
 
 
 @click.command()
-@click.option("-url", "url", default=DEFAULT_URL, show_default=True, metavar="URL", help="The node's API.")
+@url_option("The node's API.")
 @click.option("-txid", "txid", default="", metavar="HEX", help="Wait for this TXID, as in NAME-pos, and ask nobody.")
 @click.option("-timeout", "timeout", default="10s", show_default=True, metavar="DURATION", help="How long to wait.")
 @click.option("-json", "as_json", is_flag=True, help="For programs.")

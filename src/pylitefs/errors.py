@@ -10,6 +10,7 @@
     │   ├── DatabaseNotFound
     │   ├── NotADatabase
     │   └── DatabaseBusy      still held by a process of an earlier mount
+    │       └── ReadersInTheWay   a replica's readers, for the moment: to be tried again soon
     ├── PositionMismatch      a transaction does not follow the position it was meant for
     ├── ReadOnlyReplica       a write on a node that is not the primary
     ├── ProtocolError         a peer broke the replication protocol
@@ -66,6 +67,10 @@ class NotADatabase(DatabaseError):
 
 
 class DatabaseBusy(DatabaseError):
+    pass
+
+
+class ReadersInTheWay(DatabaseBusy):
     pass
 
 

@@ -15,7 +15,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,7 @@ from pylitefs.errors import (
     Unavailable,
 )
 from pylitefs.events import Event
+from pylitefs.formats.ltx.format import Position
 from pylitefs.formats.stream_fields import ErrorCode
 from pylitefs.http.peers import Peers
 from pylitefs.http.replication import client_session, connector
@@ -167,6 +168,11 @@ class Node:
     @property
     def seen_epoch(self) -> int:
         return self.store.seen_epoch
+
+    def ask_durable(self, node_id: int, heads: Mapping[str, Position]) -> None:
+        """Somebody waits until this replica has these."""
+        if self._replicas is not None and (session := self._replicas.sessions.get(node_id)) is not None:
+            session.ask_durable(heads)
 
     def infos(self) -> list[ReplicaInfo]:
         return self._replicas.infos() if self._replicas is not None else []

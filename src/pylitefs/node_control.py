@@ -38,6 +38,7 @@ REFRESH_S = 1.0  # the primary is asked no more often, and given no longer, to s
 FORGET_S = 30.0  # and what it has said is shown for so long with a static lease, where nobody else knows the members
 _RECENT_S = 3.0  # and with an engine
 DISK_S = 0.5  # between two looks at the room on the disk
+_ASK_AFTER_S = 0.05  # what the successor lacks still is asked for
 TAKE_OVER_S = 15.0  # for a successor to become the primary
 _ANSWER_S = 0.3  # for a successor, before writes are paused
 _NEAR_TXIDS = 200  # a successor that is so near is waited for with writes paused
@@ -354,7 +355,11 @@ class NodeControl:
                 raise Unavailable("a transaction stays open, so writes could not be paused: nothing has changed")
             heads = await asyncio.wrap_future(self._store.flush_all())
             async with asyncio.timeout(LAST_S):
+                ask_s = time.monotonic() + _ASK_AFTER_S
                 while self._missing(info.node_id, heads):
+                    if time.monotonic() >= ask_s:  # it may wait for readers of a database that gets another page size
+                        self._node.ask_durable(int(info.node_id, 16), heads)
+                        ask_s = math.inf
                     await asyncio.sleep(0.001)
             await self._by_engine().leave(reason, int(info.node_id, 16))
         except TimeoutError:

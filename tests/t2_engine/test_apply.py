@@ -31,7 +31,7 @@ from pylitefs.engine import replica_wal
 from pylitefs.engine.apply import Building
 from pylitefs.engine.database import Database
 from pylitefs.engine.lost import branches
-from pylitefs.errors import FormatError, LitefsError, PositionMismatch
+from pylitefs.errors import FormatError, LitefsError, PositionMismatch, ReadersInTheWay
 from pylitefs.formats.ltx.decoder import Reader, decode
 from pylitefs.formats.ltx.encoder import encode
 from pylitefs.formats.ltx.format import Position
@@ -279,7 +279,6 @@ def test_a_crash_within_a_change_of_the_page_size(pair: Pair, monkeypatch: pytes
 
 def test_another_page_size_beside_a_long_reader(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a while the file is replaced; the reader keeps its state until it opens the database again."""
-    monkeypatch.setattr("pylitefs.engine.apply._REPLACE_TRIES_S", 0.05)
     pair.catch_up()
     pair.replica.apply.activate(pair.target)
     reader = SqliteProcess(pair.target.files.database)
@@ -300,13 +299,66 @@ def test_another_page_size_beside_a_long_reader(pair: Pair, monkeypatch: pytest.
     pair.check()
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_another_page_size_is_refused_while_somebody_reads_and_changes_nothing(pair: Pair, pieces: int) -> None:
+    """Asked for twice; it is applied in place as soon as nobody reads, and a connection that stays goes on."""
+    pair.catch_up()
+    pair.replica.apply.activate(pair.target)
+    reader = SqliteProcess(pair.target.files.database)
+    data = pair.write("INSERT INTO t (v) VALUES (randomblob(200000))", "PRAGMA page_size = 4096", "VACUUM")
+    last = pair.source.log.head.txid
+    incoming = pair.target.receive(last, last) if pieces > 1 else None
+    for at in range(pieces if incoming else 0):
+        incoming.write(data[at * len(data) // pieces : (at + 1) * len(data) // pieces])  # type: ignore[union-attr]
+
+    def apply() -> Position:
+        return incoming.finish(spare_readers=True) if incoming else pair.target.apply(data, spare_readers=True)
+
+    try:
+        reader("BEGIN")
+        expected = reader("SELECT id, v FROM t ORDER BY id")
+        if pair.source.position.txid > pair.target.position.txid + 1:  # both statements are transactions
+            pair.target.apply(Path(pair.source.log.entries()[-2].path).read_bytes())
+        before, names = state_of(pair.target), sorted(os.listdir(pair.target.files.folder))
+        for _ in range(2):
+            with pytest.raises(ReadersInTheWay):
+                apply()
+            assert state_of(pair.target) == before and sorted(os.listdir(pair.target.files.folder)) == names
+            assert reader("SELECT id, v FROM t ORDER BY id") == expected
+        inode = os.stat(pair.target.files.database).st_ino
+        reader("COMMIT")
+        assert apply() == pair.source.position
+        assert os.stat(pair.target.files.database).st_ino == inode
+        assert reader("SELECT id, v FROM t ORDER BY id") == rows_of(pair.source.files.database)
+    finally:
+        reader.kill()
+    pair.check()
+
+
+def test_what_does_not_follow_does_not_wait_for_readers(pair: Pair) -> None:
+    """It is refused at once, whoever reads."""
+    pair.catch_up()
+    pair.replica.apply.activate(pair.target)
+    reader = SqliteProcess(pair.target.files.database)
+    try:
+        reader("BEGIN")
+        reader("SELECT count(*) FROM t")
+        pair.insert()
+        data = pair.write("PRAGMA page_size = 4096", "VACUUM")
+        before = state_of(pair.target)
+        with pytest.raises(PositionMismatch):
+            pair.target.apply(data, spare_readers=True)
+        assert state_of(pair.target) == before
+    finally:
+        reader.kill()
+
+
 @pytest.mark.parametrize("how", ["page size", "set aside", "drop"])
 def test_who_has_the_old_file_open_does_not_take_the_new_files_wal_for_its_own(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """It holds no lock at that moment, as in a rollback mode between two transactions."""
-    monkeypatch.setattr("pylitefs.engine.apply._REPLACE_TRIES_S", 0.0)
-    monkeypatch.setattr("pylitefs.engine.shared_wal.SharedWal.replace", lambda *_: False)
+    monkeypatch.setattr("pylitefs.engine.shared_wal.SharedWal.lock_readers_out", lambda *_: False)
     pair.catch_up()
     old, last = SqliteProcess(pair.target.files.database), SqliteProcess(pair.target.files.database)
     try:
@@ -357,8 +409,7 @@ def test_who_has_the_old_file_open_does_not_take_the_new_files_wal_for_its_own(
 def test_who_reads_the_old_file_in_a_wal_is_told(pair: Pair, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Between two transactions it holds SHARED and its old wal-index, which nobody changes any more: it would read the
     old state for ever. A snapshot is read to its end."""
-    monkeypatch.setattr("pylitefs.engine.apply._REPLACE_TRIES_S", 0.0)
-    monkeypatch.setattr("pylitefs.engine.shared_wal.SharedWal.replace", lambda *_: False)
+    monkeypatch.setattr("pylitefs.engine.shared_wal.SharedWal.lock_readers_out", lambda *_: False)
     pair.catch_up()
     pair.replica.apply.activate(pair.target)
     idle, within = SqliteProcess(pair.target.files.database), SqliteProcess(pair.target.files.database)

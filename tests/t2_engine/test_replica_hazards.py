@@ -117,7 +117,6 @@ def test_a_page_size_change_without_room_changes_nothing(pair: Pair) -> None:
 
 def test_a_new_file_without_room_leaves_the_wal(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader stays, so the file is to be replaced, which fails: what only the WAL has is still there."""
-    monkeypatch.setattr("pylitefs.engine.apply._REPLACE_TRIES_S", 0.05)
     pair.catch_up()
     pair.replica.apply.activate(pair.target)
     old = SqliteProcess(pair.target.files.database)

@@ -275,12 +275,14 @@ def test_another_page_size_needs_a_moment_alone(pair: Pair, page_size: int) -> N
     pages = [(pgno, pair.image[(pgno - 1) * page_size : pgno * page_size]) for pgno in range(1, count + 1)]
     pair.readers("BEGIN", on="old")
     assert pair.count("old") == 4
-    pair.replica.checkpoint()
-    assert not pair.replica.replace(pages, page_size, count)
+    assert not pair.replica.lock_readers_out()
+    with pytest.raises(RuntimeError, match="not locked out"):
+        pair.replica.replace(pages, page_size, count)
     assert pair.count("old") == 4
     pair.readers("COMMIT", on="old")
-    assert pair.replica.checkpoint()
-    assert pair.replica.replace(pages, page_size, count)
+    assert pair.replica.lock_readers_out()
+    pair.replica.replace(pages, page_size, count)
+    pair.replica.let_readers_in()
     assert Path(pair.files.database).read_bytes() == pair.image
     assert pair.count("old") == 4, "a connection that was open goes on"
     pair.page_size = page_size

@@ -135,7 +135,7 @@ class FakeDatabase:
     def snapshot(self, known: npt.NDArray[np.uint64] | None) -> FakeReader:
         return FakeReader(self, known)
 
-    def apply(self, data: bytes) -> Position:
+    def apply(self, data: bytes, *, spare_readers: bool = False) -> Position:
         ltx = decode(data)
         if ltx.header.pre_apply_position != self.position:
             raise PositionMismatch(f"{ltx.header.pre_apply_position} is not {self.position}")
@@ -194,7 +194,7 @@ class FakeIncoming:
         self.database.store.fault("write")
         self.data += data
 
-    def finish(self) -> Position:
+    def finish(self, *, spare_readers: bool = False) -> Position:
         return self.database.apply(bytes(self.data))
 
     def abort(self) -> None:

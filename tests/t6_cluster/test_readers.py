@@ -260,6 +260,44 @@ def test_a_lone_writer_in_a_rollback_mode_never_waits(cluster: Cluster, mode: st
     writer.close()
 
 
+def test_databases_that_get_another_page_size_wait_for_their_readers_alone(cluster: Cluster) -> None:
+    """More of them than may be nested on the worker. Another database is replicated meanwhile, they are opened, and all
+    that are open go on when the readers have come to their end."""
+    primary, replica = cluster.pair()
+    names = [f"{number}.db" for number in range(6)]
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(contextlib.closing(primary.connect(name))).execute("create table t(id, data)")
+        other = stack.enter_context(contextlib.closing(create(primary, "wal")))
+        for name in (NAME, *names):
+            wait_same_position(primary, replica, name)
+        within = [stack.enter_context(contextlib.closing(replica.connect(name, timeout_s=0))) for name in names]
+        idle = [stack.enter_context(contextlib.closing(replica.connect(name, timeout_s=0))) for name in names]
+        for reader in within:
+            reader.execute("begin")
+        assert [count(reader) for reader in (*within, *idle)] == [0] * 12
+        for name in names:
+            with contextlib.closing(primary.connect(name)) as writer:
+                writer.execute("pragma page_size=8192")
+                writer.execute("vacuum")
+                writer.execute("insert into t values (1, 2)")
+                assert writer.execute("pragma page_size").fetchone() == (8192,)
+        for _ in range(10):
+            add(other, 1)
+            wait_same_position(primary, replica, NAME)
+        for name in names:
+            with contextlib.closing(replica.connect(name, timeout_s=0)) as opened:
+                assert count(opened) == 0
+        for reader in within:
+            assert count(reader) == 0
+            reader.execute("commit")
+        for name in names:
+            wait_same_position(primary, replica, name)
+        assert [count(reader) for reader in (*within, *idle)] == [1] * 12
+    for name in (NAME, *names):
+        assert_same_bytes([primary, replica], name)
+
+
 @pytest.mark.parametrize(("passthrough", "mode"), [("auto", "wal"), ("auto", "delete"), ("off", "wal")])
 def test_who_reads_on_a_replica_is_told_when_another_file_has_the_name(
     cluster: Cluster, tmp_path: Path, passthrough: str, mode: str

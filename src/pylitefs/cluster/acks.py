@@ -66,6 +66,9 @@ class Acks:
             if self._is_urgent(name):
                 self._hurry(name)
 
+    def has_applied(self, name: str, txid: int) -> bool:
+        return self._applied.get(name, 0) >= txid
+
     def _is_urgent(self, name: str) -> bool:
         asked = self._asked.get(name)
         return self._at_once or (asked is not None and self._applied.get(name, 0) >= asked)

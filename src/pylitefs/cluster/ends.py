@@ -50,7 +50,7 @@ class OwnFile:
         self._head += data[: HEADER_SIZE - len(self._head)]
         self._tail = (self._tail + data)[-TRAILER_SIZE:]
 
-    def finish(self) -> Position:
+    def finish(self, *, spare_readers: bool = False) -> Position:
         if not is_here(self._database, self._head + self._tail):
             raise PositionMismatch(f"transactions that did not lead to {self._database.position}")
         return Position(Header.unpack(self._head).max_txid, 0)

@@ -47,6 +47,9 @@ TTL_S = 30.0
 WAIT_S = 10.0
 """How long somebody waits for the turn, and for an open transaction to end."""
 
+READERS_S, LOOK_S = 1.0, 0.02
+"""For how long, and how often, a transaction of the holder is tried before he is told to send it again."""
+
 
 class Office(Protocol):
     """Until when this node may act as the primary."""
@@ -169,7 +172,7 @@ class HaltLocks:
             async with held.busy:
                 if held.ended:
                     raise _not_held(name)
-                position: Position = await self._run(_of_worker(self._store, name, self._apply, name, held, data))
+                position: Position = await self._run(self._applied(name, held, data))
                 self._check_office()  # else another node may be the primary by now, without it
                 if held is self._seats[name].held and not held.ended:
                     self._prolong(held)
@@ -292,6 +295,21 @@ class HaltLocks:
             return
         log.warning("%s: node %016X has not renewed its HALT lock: it is taken away", name, held.node_id)
         self._start(self._end(seat, name, held, "expired"))
+
+    async def _applied(self, name: str, held: _Held, data: bytes | str) -> Position:
+        """As soon as nobody is in its way (who reads a database that gets another page size). DatabaseBusy: the holder
+        comes again."""
+        began_s = until_s = time.monotonic()
+        until_s += READERS_S
+        while True:
+            try:
+                return await _of_worker(self._store, name, self._apply, name, held, data)
+            except DatabaseBusy:
+                now_s = time.monotonic()
+                if now_s > until_s:
+                    raise
+            await asyncio.sleep(max(LOOK_S, now_s - began_s))  # it may be large
+            began_s = time.monotonic()
 
     def _apply(self, name: str, held: _Held, data: bytes | str) -> Position:
         """[W] A transaction of the holder. Everything is asked once more: nothing else runs on the worker meanwhile."""

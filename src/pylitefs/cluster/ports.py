@@ -33,8 +33,8 @@ class Worker(Protocol):
         """Run `call` on the worker, after everything submitted before. `database`: what it is for; it may run while a
         long job of another one waits."""
 
-    def call_later(self, delay_s: float, call: Callable[..., object], /, *args: object) -> object:
-        """[W] Run `call` on the worker once `delay_s` seconds have passed."""
+    def call_later(self, delay_s: float, call: Callable[..., object], /, *args: object, database: str = "") -> object:
+        """[W] Run `call` on the worker once `delay_s` seconds have passed. `database`: as of `submit`."""
 
 
 class Closable(Protocol):
@@ -114,8 +114,8 @@ class IncomingFile(Protocol):
     """[W] A large LTX file that arrives in pieces."""
 
     def write(self, data: bytes, /) -> object: ...
-    def finish(self) -> Position:
-        """Verify, append to the log, apply. FormatError and PositionMismatch change nothing."""
+    def finish(self, *, spare_readers: bool = False) -> Position:
+        """As `Database.apply`. After ReadersInTheWay it can be called again."""
 
     def abort(self) -> None: ...
 
@@ -186,8 +186,10 @@ class Database(Protocol):
     def snapshot(self, known: PageSums | None, /) -> SnapshotReader:
         """Blocking; neither on the worker nor on the loop. `known`: only pages that differ from these are read out."""
 
-    def apply(self, data: bytes, /) -> Position:
-        """[W] One LTX file: verify, append to the log, apply. FormatError and PositionMismatch change nothing."""
+    def apply(self, data: bytes, /, *, spare_readers: bool = False) -> Position:
+        """[W] One LTX file: verify, append to the log, apply. FormatError and PositionMismatch change nothing.
+        `spare_readers`: ReadersInTheWay, and nothing has changed, if it brings another page size and somebody is in a
+        read transaction; else those who have the database open have to open it anew then."""
 
     def receive(self, min_txid: int, max_txid: int, /) -> IncomingFile:
         """[W]"""

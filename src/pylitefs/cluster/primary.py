@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -340,10 +340,7 @@ class ReplicaSession:
             state=min(states, default="live" if self._ready else "connecting"),
             lag_ms=max(lags, default=0),
             hostname=self.hostname,
-            databases={
-                name: feed.standing
-                for name, feed in feeds
-            },
+            databases={name: feed.standing for name, feed in feeds},
         )
 
     # --- for the feeds ----------------------------------------------------------------------------------------------
@@ -410,6 +407,12 @@ class ReplicaSession:
                 self._tasks.start(self._channel.send(AskDurable(name, place.first)))
         self._held_back.setdefault(name, set()).add(feed)
         return True
+
+    def ask_durable(self, heads: Mapping[str, Position]) -> None:
+        """Somebody waits until the replica has these; what it has applied already is left out."""
+        for name, feed in list(self.feeds.items()):
+            if name in heads and feed.standing.applied < heads[name].txid:
+                self._tasks.start(self._channel.send(AskDurable(name, heads[name].txid)))
 
     def holds(self, name: str, txid: int) -> None:
         for feed in self._held_back.pop(name, ()):

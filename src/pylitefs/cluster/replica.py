@@ -14,22 +14,12 @@ from typing import Any
 import numpy as np
 
 from pylitefs.cluster.acks import Acks
-from pylitefs.cluster.applier import (
-    Applied,
-    Applier,
-    Broken,
-    Item,
-    Outcome,
-    Prepared,
-    PrepareResync,
-    Stuck,
-    Unfit,
-    Violation,
-)
+from pylitefs.cluster.applier import Applier
 from pylitefs.cluster.backoff import Backoff
 from pylitefs.cluster.channel import Channel, TaskSet, Timings, unexpected
 from pylitefs.cluster.ports import Database, Link, LinkClosed, Store
 from pylitefs.cluster.roles import LASTING, NodeIdentity, Refused, StaleEpoch, accept
+from pylitefs.cluster.sink import Applied, Broken, Item, Outcome, Prepared, PrepareResync, Stuck, Unfit, Violation
 from pylitefs.cluster.tasks import finished, in_thread, supervised
 from pylitefs.cluster.transfer import send_entry
 from pylitefs.errors import FormatError, LitefsError
@@ -392,6 +382,8 @@ class ReplicaLink:
                 self._tasks.start(self._give_back(name, after, limit_bytes))
             case AskDurable(name, txid):
                 self._acks.asked(name, txid)
+                if not self._acks.has_applied(name, txid):
+                    self._applier.hurry(name, txid)
             case AskPages():
                 self._tasks.start(self._send_pages(message))
             case Ready():

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from pylitefs.cluster.outlet import Outlet
 from pylitefs.cluster.ports import Store
 from pylitefs.cluster.roles import Refused
-from pylitefs.errors import FormatError, LitefsError, PositionMismatch, Unavailable
+from pylitefs.errors import DatabaseBusy, FormatError, LitefsError, PositionMismatch, Unavailable
 from pylitefs.formats.ltx.decoder import verify_stream
 from pylitefs.formats.ltx.format import Header, Position, Trailer
 from pylitefs.formats.stream import Ltx, LtxBegin, LtxData, LtxEnd, Message, TailEnd
@@ -38,6 +38,7 @@ LOCK_S = 0.5
 APPEND_S = 2.0
 """How long the writers may be locked out; what is not appended then is asked for once more."""
 
+_LOOK_S = 0.02
 _CHUNK_BYTES = 1 << 20
 
 Take = Callable[[bytes | str], Awaitable[object]]
@@ -209,9 +210,21 @@ def _append(store: Store, name: str, after: Position, paths: Sequence[str], epoc
             for at, path in enumerate(paths[: last + 1]):
                 if time.monotonic() > until_s and not (at and drops[at - 1]):
                     break
-                store.worker.submit(store.apply_as_primary, name, path).result()
+                _apply(store, name, path, until_s)
     finally:
         _remove(paths)
+
+
+def _apply(store: Store, name: str, path: str, until_s: float) -> None:
+    """As soon as nobody is in its way (who reads a database that gets another page size)."""
+    while True:
+        try:
+            store.worker.submit(store.apply_as_primary, name, path).result()
+            return
+        except DatabaseBusy:
+            if time.monotonic() > until_s:
+                raise
+        time.sleep(_LOOK_S)
 
 
 def _check_chain(after: Position, paths: Sequence[str], epoch: int) -> list[bool]:

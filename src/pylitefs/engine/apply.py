@@ -26,13 +26,13 @@ from pylitefs.engine.apply_checks import check, is_set_aside, is_stopping
 from pylitefs.engine.building import Building
 from pylitefs.engine.continuation import finish, proceed
 from pylitefs.engine.database import Database
-from pylitefs.engine.files import Permissions, sync_folder, write_at
+from pylitefs.engine.files import Permissions, write_at
 from pylitefs.engine.ltx_log import LogEntry
 from pylitefs.engine.opener import Opener
 from pylitefs.engine.replaced_file import let_go, locked_out
 from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.worker import Worker
-from pylitefs.errors import DatabaseBusy, FormatError
+from pylitefs.errors import DatabaseBusy, FormatError, ReadersInTheWay
 from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.decoder import Reader, decode
 from pylitefs.formats.ltx.format import CHECKSUM_FLAG, Header, Position, Trailer
@@ -43,8 +43,6 @@ log = logging.getLogger("litefs.apply")
 _CHECKPOINT_FRAMES = 4000
 _SETTLE_S = 0.5  # checkpoint after this long without a transaction
 _REST_S = 15.0  # let go of a database that nobody uses after this long
-_REPLACE_TRIES_S = 5.0
-_SYNC_ENTRIES = 1024
 
 
 class Apply:
@@ -231,21 +229,40 @@ class Apply:
 
     # -- transactions ------------------------------------------------------------------------------------------
 
-    def apply(self, database: Database, data: bytes) -> Position:
-        """One whole LTX file. FormatError, PositionMismatch change nothing; OSError leaves the position as it was."""
+    def apply(self, database: Database, data: bytes, *, spare_readers: bool = False) -> Position:
+        """One whole LTX file. FormatError, PositionMismatch change nothing; OSError leaves the position as it was.
+        `spare_readers`: see `without_readers`."""
         started = time.monotonic()
-        ltx = decode(data)
-        pgnos = np.array([pgno for pgno, _ in ltx.pages], dtype=np.uint32)
-        sums = checksums_of(ltx.pages)
-        check(database, ltx.header, ltx.trailer, pgnos, sums)
-        temporary = database.log.temporary()
+        with self.without_readers(database, header := Header.unpack(data), spare=spare_readers):
+            ltx = decode(data)
+            pgnos = np.array([pgno for pgno, _ in ltx.pages], dtype=np.uint32)
+            sums = checksums_of(ltx.pages)
+            check(database, header, ltx.trailer, pgnos, sums)
+            temporary = database.log.temporary()
+            try:
+                with open(temporary, "wb", buffering=0) as file:
+                    write_at(file.fileno(), data, 0)
+                return self.commit(database, header, ltx.trailer, temporary, ltx.pages, pgnos, sums, started)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+
+    @contextlib.contextmanager
+    def without_readers(self, database: Database, header: Header, *, spare: bool) -> Iterator[None]:
+        """For a transaction that brings another page size: within, nobody reads the database, and it is rewritten in
+        place. If somebody is in a read transaction now: with `spare` ReadersInTheWay, before anything has changed or
+        was logged, to be tried again soon; without it the file is to be replaced. Nobody waits here."""
+        other = database.exists and header.commit and header.page_size != database.page_size
+        if not (other and header.pre_apply_position == database.position):
+            yield
+            return
+        replica = self.activate(database)
+        if not replica.lock_readers_out() and spare:
+            raise ReadersInTheWay(f"{database.name}: somebody reads it, and it gets another page size")
         try:
-            with open(temporary, "wb", buffering=0) as file:
-                write_at(file.fileno(), data, 0)
-            return self.commit(database, ltx.header, ltx.trailer, temporary, ltx.pages, pgnos, sums, started)
+            yield
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            replica.let_readers_in()
 
     def commit(
         self, database: Database, header: Header, trailer: Trailer, temporary: str,
@@ -309,36 +326,20 @@ class Apply:
     def _create_files(self, database: Database, entry: LogEntry) -> None:
         """The first state of a database that is not here: written aside, then given its name."""
         with Building(database) as building:
-            building.write(Reader(entry.chunks()), entry.header())
+            building.write(self._worker.giving_way(database.name, Reader(entry.chunks())), entry.header())
             building.publish(self._permissions)
 
     def _change_page_size(self, database: Database, header: Header, entry: LogEntry) -> None:
-        """Another page size: the entry holds every page. Needs a moment without readers; after some seconds of waiting
-        the file is replaced instead, and those readers keep the old state until they open it again."""
-        replica = self.activate(database)
-        deadline = time.monotonic() + _REPLACE_TRIES_S
-        while not replica.checkpoint() or not replica.replace(Reader(entry.chunks()), header.page_size, header.commit):
-            if time.monotonic() > deadline:
-                with Building(database) as building:
-                    building.write(Reader(entry.chunks()), header)
-                    self.replace_files(database, building)
-                return
-            self._worker.give_way(database.name)
-            time.sleep(0.01)
-
-    def durable(self, database: Database) -> int:
-        """fsync what was applied, in the log and in the database; returns its TXID."""
-        txid = database.position.txid
-        entries = [entry for entry in database.log.entries()[-_SYNC_ENTRIES:] if entry.max_txid > database.durable_txid]
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
-                os.fsync(file.fileno())
-        if entries:
-            sync_folder(database.files.ltx)
-        if database.replica is not None:
-            database.replica.sync()
-        database.durable_txid = txid
-        return txid
+        """Another page size: the entry holds every page. In place where readers are locked out (`without_readers`);
+        else the file is replaced, and those readers keep the old state until they open it again."""
+        pages, replica = self._worker.giving_way(database.name, Reader(entry.chunks())), database.replica
+        if replica is not None and replica.readers_are_out:
+            replica.replace(pages, header.page_size, header.commit)
+            return
+        log.info("%s: its file is replaced, with another page size, beside its readers", database.name)
+        with Building(database) as building:
+            building.write(pages, header)
+            self.replace_files(database, building)
 
     # -- whole states --------------------------------------------------------------------------------------------
 
@@ -346,8 +347,7 @@ class Apply:
         """Make `pages` (those that differ) visible as one transaction on top of what is here."""
         if not database.exists or page_size != database.page_size:
             raise FormatError(f"{database.name}: only a database of the same page size can be patched")
-        replica = self.activate(database)
-        replica.append(pages, commit)
+        self.activate(database).append(self._worker.giving_way(database.name, pages), commit)
         self._later(database)
 
     def replace_files(self, database: Database, building: Building) -> None:

@@ -7,7 +7,11 @@ since the last fsync of the WAL are; one fsync of a small file, where the WAL wo
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import TYPE_CHECKING
+
+from pylitefs.engine.files import sync_folder
 
 if TYPE_CHECKING:
     from pylitefs.engine.database import Database
@@ -16,8 +20,23 @@ MAX_ENTRIES = 1024
 """So many entries may have to be redone; with more it is time to fsync the WAL."""
 
 
+def durable(database: Database) -> int:
+    """fsync what was applied, in the log and in the database; returns its TXID. On the worker. Raises OSError."""
+    txid = database.position.txid
+    entries = [entry for entry in database.log.entries()[-MAX_ENTRIES:] if entry.max_txid > database.durable_txid]
+    for entry in entries:
+        with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
+            os.fsync(file.fileno())
+    if entries:
+        sync_folder(database.files.ltx)
+    if database.replica is not None:
+        database.replica.sync()
+    database.durable_txid = txid
+    return txid
+
+
 def log_durable(database: Database) -> int | None:
-    """Make the log durable up to the position; its TXID. None if that would not suffice: `Apply.durable` does.
+    """Make the log durable up to the position; its TXID. None if that would not suffice: `durable` does.
     Blocking, any thread. Raises OSError."""
     log = database.log
     with database.lock:

@@ -19,7 +19,7 @@ from pylitefs.engine.redo import apply_entries, redo_is_noted
 from pylitefs.engine.replica_wal import RUN_FRAMES
 from pylitefs.engine.shared_wal import SharedWal
 from pylitefs.engine.transaction import runs
-from pylitefs.errors import FormatError, PositionMismatch
+from pylitefs.errors import FormatError, PositionMismatch, ReadersInTheWay
 from pylitefs.formats.ltx.checksum import checksums_of
 from pylitefs.formats.ltx.decoder import Decoder, Reader, small_chunks
 from pylitefs.formats.ltx.format import HEADER_SIZE, Header, Position
@@ -74,25 +74,35 @@ class IncomingFile:
             live.roll_back()
             self._live = None
 
-    def finish(self) -> Position:
-        """Verify, log, apply. FormatError and PositionMismatch change nothing."""
+    def finish(self, *, spare_readers: bool = False) -> Position:
+        """Verify, log, apply. FormatError and PositionMismatch change nothing. `spare_readers`: see
+        `Apply.without_readers`; after ReadersInTheWay all is as before, and it can be called again."""
         try:
-            trailer = self._decoder.finish()
-            header = self._decoder.header
-            assert header is not None
-            if (header.min_txid, header.max_txid) != self._span:
-                raise FormatError("LTX file: its header does not have the announced transactions")
-            pgnos = np.frombuffer(self._pgnos, dtype=np.uint32) if self._pgnos else np.zeros(0, dtype=np.uint32)
-            sums = np.frombuffer(self._sums, dtype=np.uint64) if self._sums else np.zeros(0, dtype=np.uint64)
-            check(self._database, header, trailer, pgnos, sums)
-            pages = () if self._live is not None else Reader(file_chunks(self._path))
+            position = self._finish(spare_readers)
+        except ReadersInTheWay:
+            raise
+        except BaseException:
+            self.abort()
+            raise
+        self.abort()
+        return position
+
+    def _finish(self, spare_readers: bool) -> Position:
+        trailer = self._decoder.finish()
+        header = self._decoder.header
+        assert header is not None
+        if (header.min_txid, header.max_txid) != self._span:
+            raise FormatError("LTX file: its header does not have the announced transactions")
+        pgnos = np.frombuffer(self._pgnos, dtype=np.uint32) if self._pgnos else np.zeros(0, dtype=np.uint32)
+        sums = np.frombuffer(self._sums, dtype=np.uint64) if self._sums else np.zeros(0, dtype=np.uint64)
+        check(self._database, header, trailer, pgnos, sums)
+        pages = () if self._live is not None else Reader(file_chunks(self._path))
+        with self._apply.without_readers(self._database, header, spare=spare_readers):
             position = self._apply.commit(
                 self._database, header, trailer, self._path, pages, pgnos, sums, self._started_s, self._live
             )
-            self._live = None
-            return position
-        finally:
-            self.abort()
+        self._live = None
+        return position
 
     def abort(self) -> None:
         if self._live is not None:

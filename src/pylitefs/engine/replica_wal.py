@@ -87,6 +87,7 @@ class ReplicaWal:
         self._unsynced = False
         self._unnamed = True  # the WAL's name may not be on the disk
         self._header_stale = False  # a generation was begun, its header is not in the file yet
+        self.readers_are_out = False  # see `lock_readers_out`
 
     @property
     def mx_frame(self) -> int:
@@ -138,6 +139,7 @@ class ReplicaWal:
                 with contextlib.suppress(OSError):
                     os.close(fd)
         self._wal = self._shm = self._database = -1
+        self.readers_are_out = False
 
     # -- transactions ------------------------------------------------------------------------------------------
 
@@ -344,27 +346,35 @@ class ReplicaWal:
 
     # -- whole replacement -----------------------------------------------------------------------------------
 
-    def replace(self, pages: Iterable[tuple[int, bytes]], page_size: int, commit: int) -> bool:
-        """Rewrite the database with another page size, in place. Needs a moment without any reader; False if there is
-        none now. The caller has the pages safe elsewhere: after a crash in here they are applied again. It has just
-        done a whole checkpoint; the frames that lie in the WAL since then are no longer what the database holds, so a
-        new header ends them before the first page is written."""
-        if self.mx_frame or not ofd_locks.try_lock(self._shm, READ0, 5, exclusive=True):
-            return False
-        try:
-            self._make_room(commit * page_size)
-            self._restart_if_used()
-            for pgno, page in pages:
-                write_at(self._database, page, (pgno - 1) * page_size)
-            os.ftruncate(self._database, commit * page_size)
-            os.fsync(self._database)
-            self.page_size, self.commit = page_size, commit
-            self._change = (self._change + 1) & 0xFFFFFFFF
-            self._begin_generation()
-            self._restart_if_used()
-        finally:
+    def lock_readers_out(self) -> bool:
+        """Everything is in the database file, nobody is in a read transaction, and nobody begins one before
+        `let_readers_in`. False, and nothing of that is so, if somebody is in one now."""
+        if self.checkpoint() and not self.mx_frame:
+            self.readers_are_out = ofd_locks.try_lock(self._shm, READ0, 5, exclusive=True)
+        return self.readers_are_out
+
+    def let_readers_in(self) -> None:
+        if self.readers_are_out:
+            self.readers_are_out = False
             ofd_locks.unlock(self._shm, READ0, 5)
-        return True
+
+    def replace(self, pages: Iterable[tuple[int, bytes]], page_size: int, commit: int) -> None:
+        """Rewrite the database with another page size, in place, while readers are locked out. The caller has the
+        pages safe elsewhere: after a crash in here they are applied again. The frames that lie in the WAL since the
+        checkpoint are no longer what the database holds, so a new header ends them before the first page is written.
+        """
+        if not self.readers_are_out:
+            raise RuntimeError("readers are not locked out")
+        self._make_room(commit * page_size)
+        self._restart_if_used()
+        for pgno, page in pages:
+            write_at(self._database, page, (pgno - 1) * page_size)
+        os.ftruncate(self._database, commit * page_size)
+        os.fsync(self._database)
+        self.page_size, self.commit = page_size, commit
+        self._change = (self._change + 1) & 0xFFFFFFFF
+        self._begin_generation()
+        self._restart_if_used()
 
     def _make_room(self, size_bytes: int) -> None:
         """So that a full disk is found before anything is overwritten."""

@@ -12,6 +12,7 @@ from pylitefs.engine.apply import Apply
 from pylitefs.engine.capture import Capture
 from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.database import Database
+from pylitefs.engine.durable import durable
 from pylitefs.engine.epochs import FIRST
 from pylitefs.engine.incoming import IncomingFile
 from pylitefs.engine.resync import Resync
@@ -53,9 +54,9 @@ class StoreServices:
     def file_checksums(self, database: Database) -> NDArray[np.uint64]:
         return file_checksums(database)
 
-    def apply(self, database: Database, data: bytes) -> Position:
+    def apply(self, database: Database, data: bytes, *, spare_readers: bool = False) -> Position:
         _free(database)
-        return self.applier.apply(database, data)
+        return self.applier.apply(database, data, spare_readers=spare_readers)
 
     def receive(self, database: Database, min_txid: int, max_txid: int) -> IncomingFile:
         _free(database)
@@ -66,7 +67,7 @@ class StoreServices:
         return Resync(self.applier, database, page_size, keep_branch_after)
 
     def durable(self, database: Database) -> int:
-        return self.applier.durable(database)
+        return durable(database)
 
 
 def _free(database: Database) -> None:

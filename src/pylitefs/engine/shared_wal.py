@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -48,9 +47,6 @@ class SharedWal(ReplicaWal):
 
     def checkpoint(self) -> bool:
         return self._may_checkpoint() and super().checkpoint()
-
-    def replace(self, pages: Iterable[tuple[int, bytes]], page_size: int, commit: int) -> bool:
-        return self._may_checkpoint() and super().replace(pages, page_size, commit)
 
     def _may_checkpoint(self) -> bool:
         if not self._holds_checkpoint and ofd_locks.try_lock(self._shm, CKPT, exclusive=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pylitefs.engine import spares
 from pylitefs.engine.ltx_log import EMPTY, LogEntry, LtxLog
 from pylitefs.formats.ltx.checksum import page_checksum
 from pylitefs.formats.ltx.encoder import encode
@@ -276,3 +277,17 @@ def test_files_that_cannot_all_be_made_leave_nothing(chain: Chain) -> None:
     assert in_store(chain) == 1
     chain.log.make_spare()
     assert in_store(chain) > 1, "the next try"
+
+
+def test_the_name_of_the_first_entry_is_made_durable(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that a power cut takes is given back only to what follows an entry: the first one follows none."""
+    chain.log.sync([chain.add()])
+    chain.log.make_spare()
+    chain.log.restart_at(chain.positions[-1])
+    chain.log.sync([])  # what went before is durable by now
+    folders: list[str] = []
+    monkeypatch.setattr(spares, "sync_folder", folders.append)
+    chain.log.sync([chain.add()])
+    assert folders == [chain.log.folder]
+    chain.log.sync([chain.add()])
+    assert len(folders) == 1, "that one would be found again"

@@ -318,10 +318,10 @@ class LtxLog:
         os.rename(temporary, path)
         entry = LogEntry(header.min_txid, header.max_txid, size, time.time(), path)
         with self._lock:
-            self._spares.changed(temporary)
             if header.is_snapshot or (self._entries and self._entries[-1].max_txid + 1 != header.min_txid):
                 self._drop(self._entries)
                 self._entries = []
+            self._spares.changed(temporary if self._entries else "")  # only what follows an entry is found again
             self._entries.append(entry)
             self.size_bytes += entry.size_bytes
             self.head = Position(header.max_txid, post_apply_checksum or CHECKSUM_FLAG, header.epoch)

@@ -1,9 +1,10 @@
 """Empty files in a log's folder, made ahead of time: creating a file is what takes longest when an entry is written.
 
 Where entries are made durable one by one (see `durable`) they are in store, N.next, with names that are durable
-already. Between two fsyncs of the folder such files get their final names, in order, and no other name changes that
-counts. So a power cut can only take final names away, the newest first, from files that are whole if they were synced:
-`found_again` gives them back, and making an entry durable takes one fsync, of the file.
+already. Between two fsyncs of the folder such files get their final names, in order, each after an entry that is
+there, and no other name changes that counts. So a power cut can only take final names away, the newest first, from
+files that are whole if they were synced: `found_again` gives them back, and making an entry durable takes one fsync, of
+the file.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Spares:
         return self.new_name()
 
     def changed(self, source: str = "") -> None:
-        """Files of the log have gone, or one has got its name, which was `source`; called right afterwards."""
+        """Files of the log have gone, or one has got its name, which was `source` ("" where there is no entry that it
+        follows: it would not be found again); called right afterwards."""
         self._changes += not source.endswith(STORED)
 
     def make(self) -> None:

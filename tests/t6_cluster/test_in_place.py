@@ -320,3 +320,39 @@ def test_an_image_that_comes_some_time_after_the_file_was_emptied(cluster: Clust
             file.write(new[at : at + 65536])
     wait_until(lambda: NAME in os.listdir(replica.mount) and generation_of(replica) == 2, "the second image")
     wait_until(lambda: primary.position(NAME) == replica.position(NAME), "they agree")
+
+
+@pytest.mark.parametrize("ends", ["reads", "closes"])
+def test_a_wal_that_is_taken_away_and_put_back(cluster: Cluster, ends: str) -> None:
+    """As with SQLite's `superlock.test`: whoever has all locks replaces the database, empties its WAL, voids the
+    wal-index, and puts everything back. The frames are the same ones, but replicas were told in between that what they
+    hold is gone."""
+    primary, replica = cluster.pair()
+    path = primary.mount / NAME
+
+    def rows(node: Node) -> list[int]:
+        with contextlib.closing(sqlite3.connect(f"file:{node.mount / NAME}?mode=ro", uri=True)) as reader:
+            return [row for (row,) in reader.execute("select v from t")]
+
+    with contextlib.closing(primary.connect(NAME)) as user:
+        user.execute("pragma journal_mode=wal")
+        user.execute("create table t(v)")
+        user.execute("insert into t values (1)")
+        user.execute("pragma wal_checkpoint(truncate)")
+        user.execute("insert into t values (2)")
+        wait_until(lambda: rows(replica) == [1, 2], "all is there", 5.0)
+        wal = Path(f"{path}-wal")
+        database, frames = path.read_bytes(), wal.read_bytes()
+        wal.write_bytes(b"")
+        with open(f"{path}-shm", "r+b", buffering=0) as index:
+            index.write(bytes(96))
+        path.write_bytes(database)
+        wait_until(lambda: rows(replica) == [1], "what SQLite would read now", 5.0)
+        wal.write_bytes(frames)
+        if ends == "reads":
+            assert user.execute("select v from t").fetchall() == [(1,), (2,)]
+            wait_until(lambda: rows(replica) == [1, 2], "what SQLite reads", 5.0)
+    with contextlib.closing(primary.connect(NAME)) as again:
+        assert again.execute("select v from t").fetchall() == [(1,), (2,)]
+    wait_until(lambda: rows(replica) == [1, 2], "what the last connection has left", 5.0)
+    wait_until(lambda: primary.position(NAME) == replica.position(NAME), "they agree")

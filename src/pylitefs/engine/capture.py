@@ -22,8 +22,8 @@ from pylitefs.engine.commit_points import CommitPoints
 from pylitefs.engine.database import Database
 from pylitefs.engine.files import same_file
 from pylitefs.engine.opener import Opener
-from pylitefs.engine.transaction import UnstableSource
-from pylitefs.engine.wal_capture import BARRIER_FRAMES, COLLECT_FRAMES, WalCapture, wait_stable
+from pylitefs.engine.transaction import UnstableSource, wait_stable
+from pylitefs.engine.wal_capture import BARRIER_FRAMES, COLLECT_FRAMES, WalCapture
 from pylitefs.engine.worker import Timer, Worker, not_done
 from pylitefs.errors import FormatError, Unavailable
 from pylitefs.formats.ltx.format import Position

@@ -32,8 +32,7 @@ from pylitefs.engine.commit_points import wal_in_use
 from pylitefs.engine.database import Database
 from pylitefs.engine.plain_files import BeingTakenOver
 from pylitefs.engine.registry import Registry
-from pylitefs.engine.transaction import UnstableSource
-from pylitefs.engine.wal_capture import wait_stable
+from pylitefs.engine.transaction import UnstableSource, wait_stable
 from pylitefs.errors import FormatError
 from pylitefs.formats.names import shown
 from pylitefs.formats.sqlite.header import HEADER_SIZE, DatabaseHeader

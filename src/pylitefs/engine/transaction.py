@@ -47,6 +47,11 @@ class UnstableSource(Exception):
     """The pages changed while they were read; nothing was written."""
 
 
+def wait_stable(attempt: int) -> None:
+    """Between attempts of a read that was unstable."""
+    time.sleep(min(0.0002 * (1 << attempt), 0.02))
+
+
 class TransactionWriter:
     """One transaction on top of (`position`, `old_commit`) of a database with this log and checksum table."""
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -66,6 +65,7 @@ class WalCapture(WalLocks):
         self._index_had_bytes = self._index_is_new = False
         self._fsync_failed = False
         self._refused: tuple[int, int] | None = None  # salts under which an fsync failed
+        self._file_alone = False  # the log has the database file since then, and what the WAL holds stands on top
 
     # -- what happened to the files --------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class WalCapture(WalLocks):
         """The -wal or -shm goes away. If not all of the WAL was taken, the next pass compares the whole database."""
         if kind is FileKind.WAL:
             self.cursor = IN_DOUBT if self._is_incomplete() else FRESH
-            self.pending, self.uncommitted = None, Uncommitted()
+            self.pending, self.uncommitted, self._file_alone = None, Uncommitted(), False
             self._fsync_failed, self._refused, self._synced, self._left = False, None, None, FRESH
         elif kind is FileKind.SHM:
             self.uncommitted.index_end = self.view.committed() if self.view.has_index() else None
@@ -108,8 +108,13 @@ class WalCapture(WalLocks):
         return self._forget_shm()
 
     def forget_all(self) -> list[int]:
-        self.cursor, self._left, self.pending = FRESH, FRESH, None
+        self.cursor, self._left, self.pending, self._file_alone = FRESH, FRESH, None, False
         return self.release()
+
+    def file_was_recorded(self) -> None:
+        """The log has the database file alone, beside a WAL that said nothing at that moment. What it says from now on
+        is new, also frames that were taken before and are put back. Any thread, under the database's lock."""
+        self._file_alone = True
 
     def begin_here(self) -> None:
         """The database file is about to be read as it is; what its WAL has follows. A restart in between is a gap."""
@@ -158,13 +163,13 @@ class WalCapture(WalLocks):
         """Whether the WAL has a frame behind the cursor, or was begun anew: of a commit that is not published yet, or
         was since the last pass (so the published end cannot tell). A later commit has yet to write, which wakes us."""
         header, cursor = self.view.wal_header(), self.cursor
-        if header is None or header.salts != cursor.salts:
+        if header is None or header.salts != cursor.salts or self._file_alone:
             return header is not None
         return self.view.frame_exists(cursor.frame + 1, header.page_size, header.salts)
 
     @property
     def in_doubt(self) -> bool:
-        return self.cursor.salts == IN_DOUBT.salts
+        return self._file_alone or self.cursor.salts == IN_DOUBT.salts
 
     def _committed(self) -> Committed | None:
         """What is committed. The first frame of a generation brings its salts into the WAL; until then a process that
@@ -177,6 +182,9 @@ class WalCapture(WalLocks):
 
     def _look(self) -> Committed | None:
         """What is committed; and what that says of the cursor."""
+        if self._file_alone:
+            self._file_alone = False
+            self.doubt()
         if self._index_is_new:
             self._index_is_new = False
             self._uncount()
@@ -378,9 +386,8 @@ class WalCapture(WalLocks):
     def is_awaited(self) -> bool:
         """Whether a checkpoint has to wait for us before it ends. Any thread."""
         awaited, cursor = self._awaited, self.cursor
-        if self._asked != self._answered:
-            return True
-        return awaited is not None and (cursor.salts != awaited.salts or cursor.frame < awaited.mx_frame)
+        lacks = awaited is not None and (cursor.salts != awaited.salts or cursor.frame < awaited.mx_frame)
+        return self._asked != self._answered or lacks or (awaited is not None and self._file_alone)
 
     # -- the barrier -----------------------------------------------------------------------------------------
 
@@ -391,8 +398,3 @@ class WalCapture(WalLocks):
         # The lock protects the generation that is current now; an earlier one may be gone (a gap, then).
         now = self.view.committed()
         return now is not None and self.view.salts_are(now.salts)
-
-
-def wait_stable(attempt: int) -> None:
-    """Between attempts of a read that was unstable."""
-    time.sleep(min(0.0002 * (1 << attempt), 0.02))

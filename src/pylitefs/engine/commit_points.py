@@ -139,7 +139,7 @@ class CommitPoints(InPlace):
             database.emit("repair", pages=commit)
         database.rollback.clear()
         database.settled_stamp = seen
-        if os.path.exists(database.files.wal):
+        if not wal_in_use(database) and os.path.exists(database.files.wal):
             database.wal.file_was_recorded()
         database.withhold(None)
         self._opener.do(database.log.make_spare)

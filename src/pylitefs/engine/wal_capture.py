@@ -112,8 +112,8 @@ class WalCapture(WalLocks):
         return self.release()
 
     def file_was_recorded(self) -> None:
-        """The log has the database file alone, beside a WAL that said nothing at that moment. What it says from now on
-        is new, also frames that were taken before and are put back. Any thread, under the database's lock."""
+        """The log has the database file alone, beside a WAL that is empty at that moment. What it says from now on is
+        new, also frames that were taken before and are put back. Any thread, under the database's lock."""
         self._file_alone = True
 
     def begin_here(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pylitefs.cluster.lease_port import Member
 from pylitefs.errors import Unavailable
+from pylitefs.events import EventBus
 from pylitefs.node_control import NodeControl
 from pylitefs.status import ReplicaInfo, ReplicaProgress
 
@@ -24,7 +25,9 @@ class Primary:
 
     def __init__(self, folder: Path, applied: int | None, problem: str = "", silent: bool = False) -> None:
         databases = {"a.db": SimpleNamespace(position=SimpleNamespace(txid=TXIDS))}
-        self.store = SimpleNamespace(data_dir=str(folder), get=databases.get, all_names=lambda: list(databases))
+        self.store = SimpleNamespace(
+            data_dir=str(folder), get=databases.get, all_names=lambda: list(databases), events=EventBus()
+        )
         view = SimpleNamespace(leader=None, members=(Member(2, "n2", "http://n2", True),))
         self.leadership = SimpleNamespace(leads=True, problem=problem, view=view)
         self._progress = ReplicaProgress(0, applied or 0, 0, in_line=applied is not None)
@@ -33,6 +36,9 @@ class Primary:
 
     def infos(self) -> list[ReplicaInfo]:
         return [ReplicaInfo(f"{2:016X}", "n2:1", "live", hostname="n2", databases={"a.db": self._progress})]
+
+    def ask_durable(self, node_id: int, heads: dict[str, Any]) -> None:
+        """It does not hurry."""
 
     async def ask(self, member: Member, timeout_s: float) -> None:
         self.asked += 1
